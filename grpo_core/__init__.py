@@ -1,0 +1,1 @@
+"""GRPO Core: group-relative policy optimisation in one process per GPU."""

@@ -1,0 +1,1 @@
+"""Fused operations for GRPO: LM-head log-prob, group attention, sampling. Needs torch and triton alone."""

@@ -1,0 +1,1 @@
+"""AffectGPT: an open-vocabulary emotion model over video, audio and subtitle."""

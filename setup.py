@@ -1,0 +1,35 @@
+"""Packaging of GRPO Core: one distribution, three import packages in the folders the project is organised by."""
+
+from setuptools import find_packages, setup
+
+FOLDERS = {"grpo_core": ".", "grpo_kernels": "kernels", "affectgpt": "model"}
+
+setup(
+    name="grpo-core",
+    version="0.1.0",
+    description="A low-level GRPO engine with fused Triton kernels, and AffectGPT-R1, the recipe it is made for",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    package_dir={name: name if folder == "." else f"{folder}/{name}" for name, folder in FOLDERS.items()},
+    packages=[
+        package
+        for name, folder in FOLDERS.items()
+        for package in find_packages(folder, include=[name, f"{name}.*"])
+    ],
+    package_data={"affectgpt.emotion_wheel": ["data/*"]},
+    install_requires=[
+        "torch>=2.11",
+        "triton>=3.6; platform_system == 'Linux'",
+        "transformers>=5.17",
+        "peft>=0.19",
+        "safetensors>=0.6",
+        "numpy>=2.0",
+        "tqdm",
+        "pyyaml",
+    ],
+    extras_require={
+        # real media, emotion tables and the run report: what recipes/affectgpt_*.py need
+        "affectgpt": ["av>=14", "nltk>=3.9", "openpyxl>=3.1", "pillow>=11", "matplotlib>=3.9"],
+        "dev": ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "ruff>=0.12", "scipy>=1.13"],
+    },
+)

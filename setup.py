@@ -12,9 +12,7 @@ setup(
     python_requires=">=3.11",
     package_dir={name: name if folder == "." else f"{folder}/{name}" for name, folder in FOLDERS.items()},
     packages=[
-        package
-        for name, folder in FOLDERS.items()
-        for package in find_packages(folder, include=[name, f"{name}.*"])
+        package for name, folder in FOLDERS.items() for package in find_packages(folder, include=[name, f"{name}.*"])
     ],
     package_data={"affectgpt.emotion_wheel": ["data/*"]},
     install_requires=[

@@ -106,9 +106,7 @@ class GroupLayout:
         device: torch.device | str = "cpu",
     ) -> GroupLayout:
         """Pack prompts `[N][P_n]` and completions `[N][G_n][L]`, given as token ids."""
-        spans = GroupSpans(
-            [len(prompt) for prompt in prompts], [[len(c) for c in group] for group in completions]
-        )
+        spans = GroupSpans([len(prompt) for prompt in prompts], [[len(c) for c in group] for group in completions])
         token_ids: list[int] = []
         positions: list[np.ndarray] = []
         rows: list[np.ndarray] = []
@@ -131,9 +129,7 @@ class GroupLayout:
                 member += 1
 
         def tensor(values: list[int] | list[np.ndarray]) -> Tensor:
-            flat = (
-                np.concatenate(values) if values and isinstance(values[0], np.ndarray) else np.array(values)
-            )
+            flat = np.concatenate(values) if values and isinstance(values[0], np.ndarray) else np.array(values)
             return torch.from_numpy(flat.astype(np.int64)).to(device)
 
         return cls(spans, tensor(token_ids), tensor(positions), tensor(rows), tensor(targets), tensor(owners))
@@ -162,9 +158,7 @@ class GroupLayout:
         """M."""
         return sum(len(group) for group in self.spans.completion_lengths)
 
-    def per_token(
-        self, per_completion: Sequence[float] | np.ndarray, dtype: torch.dtype = torch.float32
-    ) -> Tensor:
+    def per_token(self, per_completion: Sequence[float] | np.ndarray, dtype: torch.dtype = torch.float32) -> Tensor:
         """Spread one value per completion `[M]` over its tokens: `[R]` on the layout's device."""
         values = torch.as_tensor(np.asarray(per_completion, dtype=np.float64), dtype=dtype)
         return values.to(self.completion_index.device)[self.completion_index]

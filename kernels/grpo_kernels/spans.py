@@ -50,9 +50,7 @@ class GroupSpans:
     def completion_starts(self) -> tuple[tuple[int, ...], ...]:
         """`[N][G_n]` first row of each completion (for an empty one, the row where it would begin)."""
         starts = []
-        for start, prompt, group in zip(
-            self.prompt_starts, self.prompt_lengths, self.completion_lengths, strict=True
-        ):
+        for start, prompt, group in zip(self.prompt_starts, self.prompt_lengths, self.completion_lengths, strict=True):
             row, members = start + prompt, []
             for length in group:
                 members.append(row)

@@ -78,9 +78,9 @@ class Group:
 class GroupLayout:
     """Several groups packed on one token axis, `[prompt₀ | c₀₀ | c₀₁ | … | prompt₁ | c₁₀ | …]`.
 
-    A completion token sees its own prompt and its own earlier tokens, nothing else. T tokens are packed, R of them (all
-    completion tokens, in packed order) are predicted, by *predictor rows*: a completion's first token by its prompt's last
-    row, every later one by the row before it. M completions are numbered through in packed order.
+    A completion token sees its own prompt and its own earlier tokens, nothing else. T tokens are packed, R of them
+    (all completion tokens, in packed order) are predicted, by *predictor rows*: a completion's first token by its
+    prompt's last row, every later one by the row before it. M completions are numbered through in packed order.
 
     Attributes:
         spans: prompt and completion lengths and starts, as Python integers.

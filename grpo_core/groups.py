@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from grpo_kernels.spans import GroupSpans
 from torch import Tensor
+
+from grpo_kernels.spans import GroupSpans
 
 FinishReason = Literal["stop", "length"]
 

@@ -1,16 +1,17 @@
-"""Counter-based random numbers: pure functions of (seed, step, prompt, member, token), so nothing depends on batch split,
-world size, call order or resume point.
+"""Counter-based random numbers: pure functions of (seed, step, prompt, member, token), so nothing depends on batch
+split, world size, call order or resume point.
 
-The generator is Philox4x32-10 (Salmon, Moraes, Dror & Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC'11), the one
-that `triton.language.philox` computes. A draw takes two steps, so that a kernel needs only one 64-bit key per row:
+The generator is Philox4x32-10 (Salmon, Moraes, Dror & Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC'11), the
+one that `triton.language.philox` computes. A draw takes two steps, so that a kernel needs only one 64-bit key per row:
 
     row key = words 0 and 1 (low, high) of   philox(key = seed,    counter = (prompt low, prompt high, step, member))
     draw    = word 0 of                      philox(key = row key, counter = (token, column, 0, 0))
     uniform = (draw + 0.5) / 2³²             exact in float64, in the open interval (0, 1)
 
-In Triton: `draw, _, _, _ = tl.philox(row_key, token, column, zero, zero)` with uint32 counters. `token` counts a completion's
-sampled tokens from 0. `column` is 0 for one draw per token (inverse CDF) and the vocabulary index for one draw per logit
-(Gumbel-max). Both interfaces take a 64-bit key as (low word, high word) = (k0, k1). A member of 2³² - 1 is kept for data order.
+In Triton: `draw, _, _, _ = tl.philox(row_key, token, column, zero, zero)` with uint32 counters. `token` counts a
+completion's sampled tokens from 0. `column` is 0 for one draw per token (inverse CDF) and the vocabulary index for one
+draw per logit (Gumbel-max). Both interfaces take a 64-bit key as (low word, high word) = (k0, k1). A member of 2³² - 1
+is kept for data order.
 """
 
 from __future__ import annotations

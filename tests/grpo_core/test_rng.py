@@ -89,7 +89,7 @@ def test_permutation_is_unbiased():
 
 
 def test_triton_computes_the_same_words(tmp_path):
-    """The kernel of the docstring, in Triton's interpreter, in its own process because TRITON_INTERPRET is read at import."""
+    """The kernel of the docstring in Triton's interpreter; its own process, as TRITON_INTERPRET is read at import."""
     pytest.importorskip("triton")
     script = tmp_path / "draw.py"
     script.write_text(

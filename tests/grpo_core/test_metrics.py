@@ -1,0 +1,154 @@
+"""Metrics are true means over all data, and their files survive a kill and a resume."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from grpo_core import metrics
+from grpo_core.jsonlines import JsonLines
+from grpo_core.metrics import CompletionsWriter, MetricsWriter, StepMetrics
+
+
+def test_mean_is_over_values_and_not_over_calls():
+    step = StepMetrics()
+    step.mean("kl", torch.tensor([1.0, 2.0, 3.0]))
+    step.mean("kl", 6.0)
+    step.mean("masked", torch.tensor([[5.0, math.nan], [7.0, math.inf]]), torch.tensor([[True, False], [True, False]]))
+    step.mean("weighted", np.array([1.0, 4.0]), np.array([2.0, 1.0]))
+    assert step.reduce() == {"kl": 3.0, "masked": 6.0, "weighted": 2.0}
+
+
+def test_sums_and_extremes():
+    step = StepMetrics()
+    for values in (torch.tensor([3, -1]), torch.empty(0), torch.tensor(9), 2.0):
+        step.sum("tokens", values)
+        step.max("longest", values)
+        step.min("shortest", values)
+    assert step.reduce() == {"tokens": 13.0, "longest": 9.0, "shortest": -1.0}
+
+
+def test_nan_is_reported_and_not_hidden():
+    step = StepMetrics()
+    for kind in (step.mean, step.sum, step.max, step.min):
+        kind(kind.__name__, torch.tensor([1.0, math.nan]))
+        kind(kind.__name__, torch.tensor([2.0]))
+    assert all(math.isnan(value) for value in step.reduce().values())
+
+
+def test_metrics_without_data_are_nan_and_a_sum_is_zero():
+    step = StepMetrics()
+    for kind in ("mean", "max", "min", "sum"):
+        step.register(kind, kind)
+    values = step.reduce()
+    assert values.pop("sum") == 0
+    assert list(values) == ["mean", "max", "min"]
+    assert all(math.isnan(value) for value in values.values())
+
+
+def test_small_terms_are_not_lost_in_a_large_sum():
+    step = StepMetrics()
+    step.sum("tokens", torch.tensor(2.0**30))
+    for _ in range(3):
+        step.sum("tokens", torch.tensor(1.0))
+    assert step.reduce()["tokens"] == 2**30 + 3
+
+
+def test_reduce_starts_afresh_and_keeps_no_graph():
+    step = StepMetrics()
+    step.mean("loss", torch.ones(2, requires_grad=True) * 2)
+    assert step.reduce() == {"loss": 2.0}
+    assert step.reduce() == {}
+
+
+def test_a_name_has_one_kind():
+    step = StepMetrics()
+    step.mean("kl", 1.0)
+    with pytest.raises(ValueError, match="'kl' is a mean and cannot be a max too"):
+        step.max("kl", 1.0)
+
+
+def test_reduce_is_one_collective(monkeypatch):
+    calls = []
+    gather = metrics.gather_rows
+    monkeypatch.setattr(metrics, "gather_rows", lambda row, dist: calls.append(row.shape) or gather(row, dist))
+    step = StepMetrics()
+    for i in range(60):
+        getattr(step, ("mean", "sum", "max", "min")[i % 4])(f"metric {i}", torch.tensor([float(i)]))
+    assert step.reduce() == {f"metric {i}": float(i) for i in range(60)}
+    assert calls == [(1 + 2 * metrics.CAPACITY,)]
+
+
+def test_postfix_shows_only_what_was_reported():
+    assert metrics.postfix({"reward": 0.123456, "completions/mean_length": 31.0}, ["reward", "kl"]) == {
+        "reward": "0.123"
+    }
+
+
+def read(path):
+    return [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
+
+
+def test_lines_are_strict_json_of_any_number_type(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    writer.write(
+        1, {"kl": math.nan, "ratio": -math.inf, "n": np.int64(3), "x": np.float32(0.5), "t": torch.tensor([1.5])}
+    )
+    writer.close()
+    assert read(tmp_path / "metrics.jsonl") == [{"step": 1, "kl": None, "ratio": None, "n": 3, "x": 0.5, "t": [1.5]}]
+
+
+def test_resume_drops_later_steps_and_a_torn_end_and_continues(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    for step in range(5):
+        writer.write(step, {"reward": step / 8})
+    writer.close()
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-4])  # a power cut in the last line
+    writer = MetricsWriter(tmp_path, resume_step=2)
+    writer.write(3, {"reward": 9})
+    writer.close()
+    assert [(row["step"], row["reward"]) for row in read(path)] == [(0, 0), (1, 0.125), (2, 0.25), (3, 9)]
+
+
+@pytest.mark.parametrize("cut", range(1, 40, 3))
+def test_resume_reads_a_file_cut_anywhere(tmp_path, cut):
+    lines = JsonLines(tmp_path / "rows.jsonl")
+    lines.append({"step": step, "text": "glücklich"} for step in range(3))
+    lines.close()
+    whole = lines.path.read_bytes()
+    lines.path.write_bytes(whole[:-cut])
+    JsonLines(lines.path, resume_step=9).close()
+    assert lines.path.read_bytes() == whole[: whole.rindex(b"\n", 0, len(whole) - cut) + 1]
+
+
+def test_a_new_run_starts_an_empty_file(tmp_path):
+    MetricsWriter(tmp_path).write(1, {"reward": 1})
+    MetricsWriter(tmp_path).close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b""
+
+
+def test_completions_open_in_pandas(tmp_path):
+    pd = pytest.importorskip("pandas")
+    writer = CompletionsWriter(tmp_path / "run")
+    texts = ["happy, \u2028glad\n", '{"angry"}', "😀"]
+    writer.write(4, [{"prompt_id": "clip", "text": text, "reward": 0.1} for text in texts])
+    writer.close()
+    frame = pd.read_json(tmp_path / "run" / "completions.jsonl", lines=True)
+    assert frame.text.tolist() == texts
+    assert frame.step.tolist() == [4, 4, 4]
+
+
+def test_tensorboard_is_written_where_installed_and_a_clear_error_elsewhere(tmp_path):
+    try:
+        import tensorboard  # noqa: F401
+    except ImportError:
+        with pytest.raises(ModuleNotFoundError, match="pip install tensorboard"):
+            MetricsWriter(tmp_path, tensorboard=True)
+    else:
+        writer = MetricsWriter(tmp_path, tensorboard=True)
+        writer.write(1, {"reward": 0.5})
+        writer.close()
+        assert list((tmp_path / "tensorboard").glob("events.*"))

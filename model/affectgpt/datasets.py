@@ -1,0 +1,278 @@
+"""Emotion datasets as they lie on disk (MER2025, MER2026, OV-MERD+, a folder or a jsonl of one's own) → lists of `Sample`.
+
+Loading reads tables only. A media file that is missing or broken shows up when its features are extracted, where it is
+reported and skipped; a missing folder or table, or one without its columns, is an error here.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".mov", ".webm")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+NO_LABEL = "neutral"  # what upstream's loaders put for an empty label list
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One clip and what is known of it. A path that is None means the sample has no such part, by design.
+
+    Attributes:
+        name: unique in its dataset.
+        audio: None → the video's own sound track.
+        face: .npy of cropped faces.
+        subtitle: what is said; empty where unknown.
+        labels: open-vocabulary emotion labels, the string as it stands in the table, e.g. `[happy, proud]`.
+        reason: a description that leads to the labels.
+        image: a still picture, for the prompts that take one instead of a video.
+    """
+
+    name: str
+    video: Path | None
+    audio: Path | None
+    face: Path | None
+    subtitle: str = ""
+    labels: str | None = None
+    reason: str | None = None
+    image: Path | None = None
+
+
+def load_mer2025(
+    root: str | Path,
+    labels: str | Path = "track2_train_ovmerd.csv",
+    *,
+    subtitle_language: Literal["english", "chinese"] = "english",
+    reasons: str | Path | None = None,
+    labelled: bool = True,
+) -> list[Sample]:
+    """Samples of a table of the MER2025 dataset, in its order.
+
+    ```
+    root/video/{name}.mp4   audio/{name}.wav   openface_face/{name}/{name}.npy   subtitle_chieng.csv   track*.csv
+    ```
+
+    A modality whose folder is not there is None in all samples (audio: the video's own track).
+
+    Args:
+        labels: csv `name,openset`; a path of its own, or relative to root.
+        reasons: csv `name,reason`, e.g. `track3_train_ovmerd.csv`.
+        labelled: False reads the names alone (`track_all_candidates.csv`); labels are then None.
+
+    Raises:
+        FileNotFoundError: root or one of the tables.
+        ValueError: a table without its columns, or with a name twice.
+    """
+    return _load(root, labels, labelled, ("subtitle_chieng.csv", subtitle_language), reasons, "{name}/{name}.npy")
+
+
+def load_mer2026(root: str | Path, labels: str | Path = "track2_train_human.csv", **options: Any) -> list[Sample]:
+    """MER2026: the layout and the options of `load_mer2025`."""
+    return load_mer2025(root, labels, **options)
+
+
+def load_ovmerd_plus(
+    root: str | Path,
+    labels: str | Path = "ovlabel.csv",
+    *,
+    reasons: str | Path | None = None,
+    labelled: bool = True,
+) -> list[Sample]:
+    """OV-MERD+ of MER-UniBench (`ovmerdplus-process`); arguments and errors as `load_mer2025`.
+
+    ```
+    root/video/{name}.mp4   audio/{name}.wav   openface_face/{name}.npy   subtitle_eng.csv   ovlabel.csv
+    ```
+    """
+    return _load(root, labels, labelled, ("subtitle_eng.csv", "sentence"), reasons, "{name}.npy")
+
+
+def load_folder(root: str | Path, labels: str | Path | None = None) -> list[Sample]:
+    """A folder of clips, in order of name: `{name}.mp4` (or another video), and beside it whichever there are of
+    `{name}.wav`, `{name}.npy` (faces), `{name}.txt` (subtitle). A picture without a video is a sample too.
+
+    Args:
+        labels: csv `name,openset`; a path of its own, or relative to root. Clips it does not name have labels None.
+
+    Raises:
+        FileNotFoundError: root or labels.
+        ValueError: no clip there, two of one name, a label for a clip that is not there, a bad table.
+    """
+    root = _folder(root)
+    videos = _by_stem(root, VIDEO_SUFFIXES)
+    images = {name: path for name, path in _by_stem(root, IMAGE_SUFFIXES).items() if name not in videos}
+    if not videos and not images:
+        raise ValueError(f"{root}: no clip there. A clip is a file that ends in {', '.join(VIDEO_SUFFIXES)}.")
+    names = sorted([*videos, *images])
+    table = {} if labels is None else _read_table(root / labels, ("openset",))
+    if strangers := sorted(set(table) - set(names)):
+        raise ValueError(
+            f"{root / labels}: it labels {strangers[0]!r}, but {root} holds no such clip. Check the names."
+        )
+
+    def beside(name: str, suffix: str) -> Path | None:
+        return path if (path := root / f"{name}{suffix}").is_file() else None
+
+    samples = []
+    for name in names:
+        subtitle = beside(name, ".txt")
+        samples.append(
+            Sample(
+                name,
+                videos.get(name),
+                beside(name, ".wav"),
+                beside(name, ".npy"),
+                subtitle.read_text("utf-8-sig").strip() if subtitle else "",
+                _labels(table[name]["openset"]) if name in table else None,
+                image=images.get(name),
+            )
+        )
+    return samples
+
+
+def load_jsonl(path: str | Path) -> list[Sample]:
+    """One JSON object a line: `name`, and any of `video, audio, face, image, subtitle, labels, reason`.
+
+    Paths are relative to the jsonl. `labels` is a string, or a list of strings.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a line that is not such an object, or a name twice; the message has the line's number.
+    """
+    path = _file(path)
+    known = [field.name for field in fields(Sample)]
+    samples: list[Sample] = []
+    for number, line in enumerate(path.read_text("utf-8-sig").splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: not JSON ({error}). Write one object per line.") from error
+        if not isinstance(row, dict) or not isinstance(row.get("name"), str) or not row["name"]:
+            raise ValueError(f'{where}: an object with a name is needed, such as {{"name": "a", "video": "a.mp4"}}.')
+        if unknown := [key for key in row if key not in known]:
+            raise ValueError(f"{where}: unknown key {unknown[0]!r}. Known are {', '.join(known)}.")
+        labels = row.get("labels")
+        if isinstance(labels, list) and all(isinstance(label, str) for label in labels):
+            row["labels"] = labels = "[" + ", ".join(labels) + "]"
+        for key, value in row.items():
+            if value is not None and not isinstance(value, str):
+                raise ValueError(f"{where}: {key} is {value!r}; a string is needed.")
+        media = {key: path.parent / row[key] if row.get(key) else None for key in ("video", "audio", "face", "image")}
+        labels = None if labels is None else _labels(labels)
+        samples.append(
+            Sample(row["name"], **media, subtitle=_text(row.get("subtitle")), labels=labels, reason=row.get("reason"))
+        )
+    _unique((sample.name for sample in samples), path)
+    return samples
+
+
+LOADERS: dict[str, Callable[..., list[Sample]]] = {
+    "mer2025": load_mer2025,
+    "mer2026": load_mer2026,
+    "ovmerd_plus": load_ovmerd_plus,
+    "folder": load_folder,
+    "jsonl": load_jsonl,
+}
+
+
+def _load(
+    root: str | Path,
+    labels: str | Path,
+    labelled: bool,
+    subtitles: tuple[str, str],
+    reasons: str | Path | None,
+    face_pattern: str,
+) -> list[Sample]:
+    root = _folder(root)
+    rows = _read_table(root / labels, ("openset",) if labelled else ())
+    subtitle_file, column = subtitles
+    subtitle_rows = _read_table(root / subtitle_file, (column,))
+    reason_rows = {} if reasons is None else _read_table(root / reasons, ("reason",))
+    has = {folder: (root / folder).is_dir() for folder in ("video", "audio", "openface_face")}
+    if not any(has.values()):
+        raise FileNotFoundError(f"{root}: none of video, audio, openface_face is there. Unpack the dataset's archives.")
+
+    def path(folder: str, file: str) -> Path | None:
+        return root / folder / file if has[folder] else None
+
+    return [
+        Sample(
+            name,
+            path("video", f"{name}.mp4"),
+            path("audio", f"{name}.wav"),
+            path("openface_face", face_pattern.format(name=name)),
+            _text(subtitle_rows.get(name, {}).get(column)),
+            _labels(row["openset"]) if labelled else None,
+            _text(reason_rows.get(name, {}).get("reason")) or None,
+        )
+        for name, row in rows.items()
+    ]
+
+
+def _read_table(path: Path, columns: tuple[str, ...]) -> dict[str, dict[str, str]]:
+    """A csv with a `name` column and `columns`, as name → row, in the file's order."""
+    path = _file(path)
+    wanted = ("name", *columns)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        try:
+            reader = csv.DictReader(file)
+            found = [column.strip() for column in reader.fieldnames or []]
+            if missing := [column for column in wanted if column not in found]:
+                raise ValueError(
+                    f"{path}: no column {', '.join(missing)}. It has {', '.join(found) or 'none'}; wanted are {','.join(wanted)}."
+                )
+            reader.fieldnames = found
+            rows = [{column: row[column] or "" for column in wanted} for row in reader]
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ValueError(f"{path}: not a csv in UTF-8 ({error}). Save it as one.") from error
+    for row in rows:
+        row["name"] = row["name"].strip()
+    _unique((row["name"] for row in rows), path)
+    return {row["name"]: row for row in rows}
+
+
+def _unique(names: Iterable[str], path: Path) -> None:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise ValueError(f"{path}: {name!r} stands there twice. Names are unique; keep one of the two.")
+        seen.add(name)
+
+
+def _text(value: str | None) -> str:
+    """A cell's text; a missing one was written `nan` by some tools."""
+    text = (value or "").strip()
+    return "" if text.lower() == "nan" else text
+
+
+def _labels(value: str) -> str:
+    """A label string as it stands, unless it lists nothing."""
+    return value if re.sub(r"[\[\]'\",\s]", "", _text(value)) else NO_LABEL
+
+
+def _by_stem(root: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
+    paths = [path for path in sorted(root.iterdir()) if path.suffix.lower() in suffixes]
+    _unique((path.stem for path in paths), root)
+    return {path.stem: path for path in paths}
+
+
+def _folder(path: str | Path) -> Path:
+    path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such folder. Give the dataset's root.")
+    return path
+
+
+def _file(path: str | Path) -> Path:
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file. Check its name and the dataset's root.")
+    return path

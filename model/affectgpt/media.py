@@ -1,0 +1,216 @@
+"""Video frames, faces, sound and images, read from files into the arrays the encoders take.
+
+The sampling rules are AffectGPT's (MERTools, `MER2025_Track23/my_affectgpt`): 8 uniform frames by index, and 8 clips of two
+seconds. Everything raises `MediaError`, which names the file, what is wrong with it, and what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import av
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+ChannelOrder = Literal["rgb", "bgr"]
+
+NUM_STEPS = 8  # frames, faces and sound clips of one sample
+FRAME_SIZE = 224
+SAMPLE_RATE = 16_000
+CLIP_SAMPLES = 2 * SAMPLE_RATE
+
+
+class MediaError(Exception):
+    """A media file that cannot be used: which, why, and the fix."""
+
+    def __init__(self, path: str | Path, reason: str, fix: str) -> None:
+        super().__init__(f"{path}: {reason}. {fix}.")
+        self.path, self.reason, self.fix = Path(path), reason, fix
+
+
+def frame_indices(length: int, count: int = NUM_STEPS) -> np.ndarray:
+    """Which of `length` ≥ 1 frames are taken: int64 `[count]`, uniform from 0; the last is repeated when there are too few.
+
+    `arange(0, L, L / min(count, L))` rounded down, as upstream's video processor. The last frame itself is not reached.
+    """
+    taken = min(count, length)
+    indices = np.arange(0, length, length / taken).astype(np.int64)[:taken]
+    return np.pad(indices, (0, count - taken), mode="edge")
+
+
+def read_frames(path: str | Path, count: int = NUM_STEPS, size: int = FRAME_SIZE) -> np.ndarray:
+    """Uniform frames of a video: uint8 RGB `[count, size, size, 3]`.
+
+    Each frame is stretched to the square (aspect ignored) by swscale's bicubic filter, and turned as the file's rotation
+    says. Only the frames taken are kept, so memory does not grow with the length of the video.
+
+    Raises:
+        MediaError: missing or corrupt file, no video stream, no frame in it.
+    """
+    path = _existing(path)
+    length = _count_packets(path)
+    taken, decoded = _decode_frames(path, frame_indices(max(length, 1), count), size)
+    if decoded and decoded != length:  # hidden or broken packets: now the true number of frames is known
+        taken, decoded = _decode_frames(path, frame_indices(decoded, count), size)
+    if not decoded:
+        raise MediaError(path, "the video holds no frame", "Record or download it again, or remove the sample")
+    return np.stack(taken)
+
+
+def read_audio(path: str | Path) -> np.ndarray:
+    """Sound of a wav, mp4 or any other file with an audio stream, as float32 `[8, 32000]`: see `audio_clips`.
+
+    Memory is 64 kB per second of sound.
+
+    Raises:
+        MediaError: missing or corrupt file, no audio stream, no sample in it, samples that are not numbers.
+    """
+    return audio_clips(read_waveform(path))
+
+
+def read_waveform(path: str | Path) -> np.ndarray:
+    """The first audio stream at 16 kHz, its channels averaged: float32 `[n]`, n ≥ 1. Raises as `read_audio`."""
+    path = _existing(path)
+    chunks: list[np.ndarray] = []
+    with _open(path) as container:
+        if not container.streams.audio:
+            raise MediaError(
+                path, "it has no audio stream", "Give the sample a wav, or leave audio out of the modalities"
+            )
+        resampler, setup = None, None
+        for frame in container.decode(container.streams.audio[0]):
+            if (frame.format.name, frame.layout.name, frame.sample_rate) != setup:  # may change within a file
+                chunks += _resampled(resampler, None)
+                resampler = av.AudioResampler(format="fltp", layout=frame.layout, rate=SAMPLE_RATE)
+                setup = (frame.format.name, frame.layout.name, frame.sample_rate)
+            chunks += _resampled(resampler, frame)
+        chunks += _resampled(resampler, None)
+    waveform = np.concatenate(chunks) if chunks else np.zeros(0, np.float32)
+    if not waveform.size:
+        raise MediaError(path, "the audio stream holds no sound", "Record or download it again, or remove the sample")
+    if not np.isfinite(waveform).all():
+        raise MediaError(path, "the sound holds NaN or infinite samples", "Export it again as 16-bit PCM")
+    return waveform
+
+
+def audio_clips(waveform: np.ndarray) -> np.ndarray:
+    """Cut a 16 kHz waveform `[n]` into 8 clips of 2 s and normalise them: float32 `[8, 32000]`.
+
+    Clip i starts at i·(duration − 2)/7 seconds; a shorter waveform is zero-padded to 2 s. Each clip loses its own mean, then
+    the eight are brought to zero mean and unit variance together. (Upstream's feature extractor normalises over the whole
+    batch; over one sample is what it does in inference, and does not depend on the neighbours.)
+    """
+    waveform = np.pad(waveform, (0, max(0, CLIP_SAMPLES - len(waveform))))
+    starts = [i * (len(waveform) - CLIP_SAMPLES) // (NUM_STEPS - 1) for i in range(NUM_STEPS)]
+    clips = np.stack([waveform[start : start + CLIP_SAMPLES] for start in starts]).astype(np.float64)
+    clips -= clips.mean(axis=1, keepdims=True)
+    clips = (clips - clips.mean()) / np.sqrt(clips.var() + 1e-7)  # the 1e-7 is Wav2Vec2FeatureExtractor's
+    return clips.astype(np.float32)
+
+
+def read_faces(
+    path: str | Path, channel_order: ChannelOrder = "rgb", count: int = NUM_STEPS, size: int = FRAME_SIZE
+) -> np.ndarray:
+    """Cropped faces of a clip, from an .npy of uint8 `[T, H, W, 3]` (OpenFace: 112 × 112), as uint8 RGB `[count, size, size, 3]`.
+
+    Taken by the rule of `frame_indices`, resized bilinearly (half-pixel centres, as OpenCV). `channel_order` is the order
+    *in the file*: some tools write OpenCV's BGR.
+
+    Raises:
+        MediaError: missing or corrupt file, another dtype or shape, no face in it.
+    """
+    path = _existing(path)
+    fix = "Faces are a numpy array uint8 [T, H, W, 3] with T ≥ 1, saved by numpy.save"
+    try:
+        with path.open("rb") as file:  # the header alone first: a file of pickles or of no faces never gets mapped
+            shape, dtype = _npy_header(file)
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape:
+            raise MediaError(path, f"it holds {dtype} {list(shape)}, not faces", fix)
+        faces = np.lib.format.open_memmap(path, mode="r")
+    except (ValueError, OSError, EOFError) as error:
+        raise MediaError(path, f"not a readable .npy file ({error})", fix) from error
+    taken = np.asarray(faces[frame_indices(len(faces), count)])
+    if channel_order == "bgr":
+        taken = taken[..., ::-1]
+    elif channel_order != "rgb":
+        raise ValueError(f"face_channel_order is {channel_order!r}; it can be 'rgb' or 'bgr'")
+    pixels = torch.from_numpy(np.ascontiguousarray(taken)).permute(0, 3, 1, 2).float()
+    resized = torch.nn.functional.interpolate(pixels, (size, size), mode="bilinear", align_corners=False)
+    return resized.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def read_image(path: str | Path, size: int = FRAME_SIZE) -> np.ndarray:
+    """A still image, stretched to the square as frames are: uint8 RGB `[1, size, size, 3]`; EXIF rotation is applied.
+
+    Raises:
+        MediaError: missing or corrupt file.
+    """
+    path = _existing(path)
+    try:
+        with Image.open(path) as image:
+            pixels = ImageOps.exif_transpose(image).convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise MediaError(path, f"not a readable image ({error})", "Save it again as PNG or JPEG") from error
+    return np.asarray(pixels)[None]
+
+
+def _existing(path: str | Path) -> Path:
+    path = Path(path)
+    if not path.is_file():
+        raise MediaError(path, "no such file", "Check the dataset's root and that its archives are unpacked")
+    return path
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[av.container.InputContainer]:
+    """Open with FFmpeg; whatever it complains of while the file is open becomes a MediaError."""
+    try:
+        with av.open(str(path.absolute())) as container:
+            yield container
+    except av.FFmpegError as error:
+        reason = f"corrupt or not a media file ({error.strerror})"
+        raise MediaError(path, reason, "Copy or download it again, or remove the sample") from error
+
+
+def _video_stream(path: Path, container: av.container.InputContainer) -> av.VideoStream:
+    if not container.streams.video:
+        raise MediaError(path, "it has no video stream", "Give a video file, or leave frame out of the modalities")
+    return container.streams.video[0]
+
+
+def _count_packets(path: Path) -> int:
+    """Packets of the video stream: a frame each in nearly every file, and cheap. The container's own count may lie."""
+    with _open(path) as container:
+        packets = container.demux(_video_stream(path, container))
+        return sum(1 for packet in packets if packet.size and not packet.is_discard)
+
+
+def _decode_frames(path: Path, indices: np.ndarray, size: int) -> tuple[list[np.ndarray], int]:
+    """Decode the whole video, keeping the frames at `indices` as uint8 `[size, size, 3]`; also how many it has in all."""
+    kept: dict[int, np.ndarray] = {}
+    wanted, decoded = set(indices.tolist()), 0
+    with _open(path) as container:
+        for frame in container.decode(_video_stream(path, container)):
+            if decoded in wanted:
+                pixels = frame.to_ndarray(format="rgb24", width=size, height=size, interpolation="BICUBIC", threads=1)
+                kept[decoded] = np.rot90(pixels, round(frame.rotation / 90))
+            decoded += 1
+    return [kept[i] for i in indices.tolist() if i in kept], decoded
+
+
+def _resampled(resampler: av.AudioResampler | None, frame: av.AudioFrame | None) -> list[np.ndarray]:
+    """Push a frame (None: flush) and take what comes out, channels averaged: float32 `[n]` each."""
+    if resampler is None:
+        return []
+    return [out.to_ndarray().mean(axis=0, dtype=np.float32) for out in resampler.resample(frame)]
+
+
+def _npy_header(file) -> tuple[tuple[int, ...], np.dtype]:
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(file)
+    return shape, dtype

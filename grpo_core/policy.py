@@ -45,7 +45,8 @@ def _attention(
         for prompt, lengths in zip(group_spans.prompt_lengths, group_spans.completion_lengths, strict=True)
     ):
         raise NotImplementedError(
-            f"config.sliding_window is {kwargs['sliding_window']}, shorter than a sequence: group attention has no window"
+            f"config.sliding_window is {kwargs['sliding_window']} and a sequence is longer: "
+            "group attention has no window, use shorter prompts and completions"
         )
     if kwargs.get("softcap") is not None:
         raise NotImplementedError("config.attn_logit_softcapping is set: group attention has no soft cap")

@@ -15,8 +15,8 @@ class Reward(Protocol):
     """Judges whole batches of groups at once.
 
     `name` labels it in metrics, logs and `algorithm.reward_weights`. Called with N groups of G completions each, it
-    returns float64 `[N, G]`, NaN where it cannot judge (a completion that no reward judges gets advantage 0). It must be a pure
-    function of the groups: the same groups give the same numbers on every rank and after a resume.
+    returns float64 `[N, G]`, NaN where it cannot judge (a completion that no reward judges gets advantage 0). It must
+    be a pure function of the groups: the same groups give the same numbers on every rank and after a resume.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Emotion datasets as they lie on disk (MER2025, MER2026, OV-MERD+, a folder or a jsonl of one's own) → lists of `Sample`.
+"""Emotion datasets as they lie on disk (MER2025, MER2026, OV-MERD+, a folder or a jsonl of one's own) as `Sample`s.
 
 Loading reads tables only. A media file that is missing or broken shows up when its features are extracted, where it is
 reported and skipped; a missing folder or table, or one without its columns, is an error here.
@@ -226,8 +226,9 @@ def _read_table(path: Path, columns: tuple[str, ...]) -> dict[str, dict[str, str
             reader = csv.DictReader(file)
             found = [column.strip() for column in reader.fieldnames or []]
             if missing := [column for column in wanted if column not in found]:
+                has = ", ".join(found) or "none"
                 raise ValueError(
-                    f"{path}: no column {', '.join(missing)}. It has {', '.join(found) or 'none'}; wanted are {','.join(wanted)}."
+                    f"{path}: no column {', '.join(missing)}. It has {has}; wanted are {', '.join(wanted)}."
                 )
             reader.fieldnames = found
             rows = [{column: row[column] or "" for column in wanted} for row in reader]

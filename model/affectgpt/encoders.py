@@ -41,7 +41,7 @@ class Encoders:
         dtype: torch.dtype = torch.float32,
         batch: int = 64,
     ) -> None:
-        """`image_processor` is the content of CLIP's `preprocessor_config.json`; absent entries are CLIP's own defaults."""
+        """`image_processor`: the content of CLIP's `preprocessor_config.json`; absent entries are CLIP's own defaults."""
         processor = image_processor or {}
         self.visual = visual.to(device, dtype).eval().requires_grad_(False)
         self.audio = audio.to(device, dtype).eval().requires_grad_(False)
@@ -97,9 +97,9 @@ class Encoders:
     def encode_audio(self, clips: np.ndarray | Tensor) -> Tensor:
         """Normalised sound at 16 kHz, float32 `[N, 32000]` → float32 `[N, Da]` on the CPU, one vector a clip.
 
-        Mean of the last four hidden states, then over time. The very last is taken after HuBERT's closing layer norm, as
-        transformers gave it when AffectGPT was trained: since 5.x `hidden_states[-1]` of a pre-norm HuBERT (the large ones)
-        comes from before it.
+        Mean of the last four hidden states, then over time. The very last is taken after HuBERT's closing layer norm,
+        as transformers gave it when AffectGPT was trained: since 5.x `hidden_states[-1]` of a pre-norm HuBERT (the
+        large ones) comes from before it.
         """
         features = []
         for rows in torch.as_tensor(clips).split(self.batch):
@@ -112,15 +112,15 @@ class Encoders:
     def fingerprint(self) -> str:
         """Hex digest of what the outputs depend on: architecture, image processing, precision and every weight.
 
-        Weights are hashed by content as loaded, so that a copied folder, or the same model stored in another format, keeps
-        its cache, and an edited one does not; about a second per gigabyte, once.
+        Weights are hashed by content as loaded, so that a copied folder, or the same model stored in another format,
+        keeps its cache, and an edited one does not; about a second per gigabyte, once.
         """
         digest = hashlib.blake2b(digest_size=16)
         settings: list[Any] = [
             str(self.dtype),
             self._scale,
-            self._mean.flatten().tolist(),
-            self._std.flatten().tolist(),
+            self._mean.tolist(),
+            self._std.tolist(),
         ]
         for model in (self.visual, self.audio):
             config = model.config.to_dict()
@@ -175,9 +175,7 @@ def _load(folder: str | Path, kind: str, model_types: tuple[str, ...], model_cla
         raise ValueError(f"{folder}: config.json cannot be read ({error}). {fix}.") from error
     if config.model_type not in model_types:
         raise ValueError(f"{folder}: it holds a model of type {config.model_type!r}, not {kind}. {fix}.")
-    if (
-        config.model_type == "clip"
-    ):  # a whole CLIP: its image half is read, with the projection width of the outer config
+    if config.model_type == "clip":  # a whole CLIP: its image half, with the outer config's projection width
         projection_dim, config = config.projection_dim, config.vision_config
         config.projection_dim = projection_dim
 
@@ -185,17 +183,15 @@ def _load(folder: str | Path, kind: str, model_types: tuple[str, ...], model_cla
     logging.set_verbosity_error()  # the text half of a CLIP is left out on purpose; no need to list its weights
     try:
         model, info = model_class.from_pretrained(
-            folder, config=config, local_files_only=True, output_loading_info=True
+            folder, config=config, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except (RuntimeError, OSError, ValueError, SafetensorError, UnpicklingError) as error:
-        raise ValueError(
-            f"{folder}: its weights do not load ({str(error).strip().splitlines()[-1]}). {fix}."
-        ) from error
+        raise ValueError(f"{folder}: its weights do not load ({error}). {fix}.") from error
     finally:
         logging.set_verbosity(verbosity)
-    missing = [
-        name for name in info["missing_keys"] if name != "masked_spec_embed"
-    ]  # used by HuBERT's pre-training alone
+    for name, stored, expected in info["mismatched_keys"]:
+        raise ValueError(f"{folder}: {name} is {list(stored)}, but config.json asks for {list(expected)}. {fix}.")
+    missing = sorted(set(info["missing_keys"]) - {"masked_spec_embed"})  # that one is for HuBERT's pre-training alone
     if missing:
-        raise ValueError(f"{folder}: {len(missing)} weights are missing, {sorted(missing)[0]!r} first. {fix}.")
+        raise ValueError(f"{folder}: {len(missing)} weights are missing, {missing[0]!r} first. {fix}.")
     return model

@@ -1,7 +1,7 @@
 """Video frames, faces, sound and images, read from files into the arrays the encoders take.
 
-The sampling rules are AffectGPT's (MERTools, `MER2025_Track23/my_affectgpt`): 8 uniform frames by index, and 8 clips of two
-seconds. Everything raises `MediaError`, which names the file, what is wrong with it, and what to do.
+The sampling rules are AffectGPT's (MERTools, `MER2025_Track23/my_affectgpt`): 8 uniform frames by index, and 8 clips of
+two seconds. Everything raises `MediaError`, which names the file, what is wrong with it, and what to do.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class MediaError(Exception):
 
 
 def frame_indices(length: int, count: int = NUM_STEPS) -> np.ndarray:
-    """Which of `length` ≥ 1 frames are taken: int64 `[count]`, uniform from 0; the last is repeated when there are too few.
+    """Which of `length` ≥ 1 frames are taken: int64 `[count]`, uniform from 0; the last one again when there are too few.
 
-    `arange(0, L, L / min(count, L))` rounded down, as upstream's video processor. The last frame itself is not reached.
+    `arange(0, L, L / min(count, L))` rounded down, as upstream's video processor does.
     """
     taken = min(count, length)
     indices = np.arange(0, length, length / taken).astype(np.int64)[:taken]
@@ -45,8 +45,8 @@ def frame_indices(length: int, count: int = NUM_STEPS) -> np.ndarray:
 def read_frames(path: str | Path, count: int = NUM_STEPS, size: int = FRAME_SIZE) -> np.ndarray:
     """Uniform frames of a video: uint8 RGB `[count, size, size, 3]`.
 
-    Each frame is stretched to the square (aspect ignored) by swscale's bicubic filter, and turned as the file's rotation
-    says. Only the frames taken are kept, so memory does not grow with the length of the video.
+    Each frame is stretched to the square (aspect ignored) by swscale's bicubic filter, and turned as the file's
+    rotation says. Only the frames taken are kept, so memory does not grow with the length of the video.
 
     Raises:
         MediaError: missing or corrupt file, no video stream, no frame in it.
@@ -100,9 +100,9 @@ def read_waveform(path: str | Path) -> np.ndarray:
 def audio_clips(waveform: np.ndarray) -> np.ndarray:
     """Cut a 16 kHz waveform `[n]` into 8 clips of 2 s and normalise them: float32 `[8, 32000]`.
 
-    Clip i starts at i·(duration − 2)/7 seconds; a shorter waveform is zero-padded to 2 s. Each clip loses its own mean, then
-    the eight are brought to zero mean and unit variance together. (Upstream's feature extractor normalises over the whole
-    batch; over one sample is what it does in inference, and does not depend on the neighbours.)
+    Clip i starts at i·(duration − 2)/7 seconds; a shorter waveform is zero-padded to 2 s. Each clip loses its own mean,
+    then the eight are brought to zero mean and unit variance together. (Upstream's feature extractor normalises over
+    the whole batch; over one sample is what it does in inference, and does not depend on the neighbours.)
     """
     waveform = np.pad(waveform, (0, max(0, CLIP_SAMPLES - len(waveform))))
     starts = [i * (len(waveform) - CLIP_SAMPLES) // (NUM_STEPS - 1) for i in range(NUM_STEPS)]
@@ -115,10 +115,10 @@ def audio_clips(waveform: np.ndarray) -> np.ndarray:
 def read_faces(
     path: str | Path, channel_order: ChannelOrder = "rgb", count: int = NUM_STEPS, size: int = FRAME_SIZE
 ) -> np.ndarray:
-    """Cropped faces of a clip, from an .npy of uint8 `[T, H, W, 3]` (OpenFace: 112 × 112), as uint8 RGB `[count, size, size, 3]`.
+    """Cropped faces, from an .npy of uint8 `[T, H, W, 3]` (OpenFace: 112 × 112): uint8 RGB `[count, size, size, 3]`.
 
-    Taken by the rule of `frame_indices`, resized bilinearly (half-pixel centres, as OpenCV). `channel_order` is the order
-    *in the file*: some tools write OpenCV's BGR.
+    Taken by the rule of `frame_indices`, resized bilinearly (half-pixel centres, as OpenCV). `channel_order` is the
+    order *in the file*: some tools write OpenCV's BGR.
 
     Raises:
         MediaError: missing or corrupt file, another dtype or shape, no face in it.
@@ -190,7 +190,7 @@ def _count_packets(path: Path) -> int:
 
 
 def _decode_frames(path: Path, indices: np.ndarray, size: int) -> tuple[list[np.ndarray], int]:
-    """Decode the whole video, keeping the frames at `indices` as uint8 `[size, size, 3]`; also how many it has in all."""
+    """Decode a whole video: its frames at `indices`, uint8 `[size, size, 3]` each, and how many it has in all."""
     kept: dict[int, np.ndarray] = {}
     wanted, decoded = set(indices.tolist()), 0
     with _open(path) as container:

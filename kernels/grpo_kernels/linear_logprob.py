@@ -1,0 +1,195 @@
+"""Log-prob, entropy and exact KL of an LM head's softmax, without the `[T, V]` logits.
+
+    logits = hidden · weightᵀ + bias        fp32 accumulators, at most `chunk_bytes` of them at a time
+    logprob, entropy, kl                    `softmax_rows` says how, forward and backward
+
+Cost of T tokens, H hidden, V vocabulary, one GEMM being 2·T·H·V FLOP: the forward takes one GEMM. With a trainable
+head the backward recomputes a chunk's logits and takes two more (input and weight), four in all. With a frozen head
+(LoRA) the forward also takes the gradient of each row's log-prob with respect to its hidden state, `[T, H]`, which the
+backward only scales: two GEMMs in all, whatever the per-token gradient turns out to be.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from grpo_kernels.backend import Backend, choose_backend
+from grpo_kernels.head import Head, accumulator_dtype, check_head, check_softmax, check_targets, row_chunks
+from grpo_kernels.softmax_rows import RowStatistics, TorchRows, Transform
+
+
+class LinearLogprob(NamedTuple):
+    """`linear_logprob`'s result, each `[T]` and differentiable."""
+
+    logprob: Tensor
+    """log p(target), nats."""
+    entropy: Tensor | None
+    """Of the whole distribution, nats; None unless asked for."""
+    kl: Tensor | None
+    """KL(policy ‖ reference) over the whole vocabulary, nats; None without `reference_hidden`."""
+
+
+@dataclass(frozen=True)
+class _Options:
+    transform: Transform
+    entropy: bool
+    chunk_bytes: int | None
+    backend: Backend
+    grad: bool
+
+
+class _LinearLogprob(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, reference_hidden, targets, options):
+        kl = reference_hidden is not None
+        stats = RowStatistics.empty(
+            hidden.shape[0], hidden.device, accumulator_dtype(hidden, weight), entropy=options.entropy, kl=kl
+        )
+        head_frozen = not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2])
+        unit = None
+        if options.grad and ctx.needs_input_grad[0] and head_frozen and not kl:
+            unit = torch.empty_like(hidden)
+        head = Head(hidden, weight)
+        for rows, chunk in _chunks(head, hidden, bias, reference_hidden, targets, options):
+            chunk.statistics(stats.rows(rows))
+            if unit is not None:
+                grad, factor = chunk.gradient_(torch.ones_like(stats.logprob[rows]))
+                unit[rows] = head.grad_hidden(grad).mul_(factor[:, None])
+        ctx.options = options
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(hidden, weight, bias, reference_hidden, targets, unit)
+        return stats.logprob, stats.entropy, stats.kl
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_logprob, grad_entropy, grad_kl):
+        hidden, weight, bias, reference_hidden, targets, unit = ctx.saved_tensors
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        if grad_entropy is None and grad_kl is None:
+            if grad_logprob is None:
+                return (None,) * 6
+            if unit is not None:
+                return (unit * grad_logprob[:, None].to(unit.dtype), *(None,) * 5)
+        if grad_logprob is None:
+            grad_logprob = torch.zeros_like(targets, dtype=accumulator_dtype(hidden, weight))
+
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        dtype = accumulator_dtype(hidden, weight)
+        grad_weight = torch.zeros_like(weight, dtype=dtype) if need_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=dtype) if need_bias else None
+        options = ctx.options
+        if grad_entropy is None:
+            options = _Options(options.transform, False, options.chunk_bytes, options.backend, options.grad)
+        if grad_kl is None:
+            reference_hidden = None
+        head = Head(hidden, weight)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for rows, chunk in _chunks(head, hidden, bias, reference_hidden, targets, options):
+                grad, factor = chunk.gradient_(
+                    grad_logprob[rows],
+                    None if grad_entropy is None else grad_entropy[rows],
+                    None if grad_kl is None else grad_kl[rows],
+                )
+                if need_hidden:
+                    grad_hidden[rows] = head.grad_hidden(grad).mul_(factor[:, None])
+                if need_weight:
+                    scaled = head.operand_rows(hidden[rows]) * factor[:, None]
+                    head.add_grad_weight(grad_weight, grad, scaled, first=rows.start == 0)
+                if need_bias:
+                    grad_bias.addmv_(grad.t(), factor)
+        return (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def _chunks(head, hidden, bias, reference_hidden, targets, options):
+    """Yield `(rows, chunk)`: each chunk's logits overwrite the one before."""
+    total, vocabulary = hidden.shape[0], head.weight.shape[0]
+    streams = 1 if reference_hidden is None else 2
+    kept = options.entropy or reference_hidden is not None or options.transform.softcap is not None
+    row_bytes = vocabulary * head.accumulate.itemsize * (streams + kept)
+    buffer = None
+    for rows in row_chunks(total, row_bytes, hidden.device, options.chunk_bytes):
+        count = rows.stop - rows.start
+        if buffer is None:
+            buffer = hidden.new_empty(streams * count, vocabulary, dtype=head.accumulate)
+        stacked = hidden[rows] if streams == 1 else torch.cat([hidden[rows], reference_hidden[rows]])
+        logits = head.logits(stacked, buffer[: streams * count])
+        if bias is not None:
+            logits.add_(bias)
+        reference = logits[count:] if streams == 2 else None
+        yield (
+            rows,
+            TorchRows(
+                logits[:count], targets[rows], options.transform, entropy=options.entropy, reference_logits=reference
+            ),
+        )
+
+
+@torch.compiler.disable
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    entropy: bool = False,
+    reference_hidden: Tensor | None = None,
+    chunk_bytes: int | None = None,
+    backend: Backend | None = None,
+    validate: bool = False,
+) -> LinearLogprob:
+    """Log-probabilities of `targets` under `softmax(hidden · weightᵀ + bias)`, and on request entropy and KL.
+
+    Args:
+        hidden: `[T, H]`, float16, bfloat16, float32 or float64 (as are the other tensors; dtypes may differ).
+        weight: `[V, H]`, tied or not; a head without `requires_grad` costs half as much.
+        targets: int64 or int32 `[T]`, each in `[0, V)`.
+        bias: `[V]`.
+        temperature: divides the logits.
+        softcap: logits become `softcap · tanh(logits / softcap)` first (Gemma).
+        entropy: give the entropy too.
+        reference_hidden: `[T, H]`, hidden states of a reference model with the same head (LoRA switched off): give
+            KL(policy ‖ reference) too. The reference is a constant: no gradient flows into or through it.
+        chunk_bytes: most bytes of logits at a time; default 32 MiB on a CPU, 1/16 of a GPU's memory.
+        backend: 'triton', 'torch', or None for the device's own.
+        validate: check the range of `targets` on a GPU too, at the price of a synchronisation.
+
+    Returns:
+        `LinearLogprob`, float32 (float64 if an operand is), computed from float32 accumulators. T = 0 gives empty
+        results and gradients of zeros.
+
+    Raises:
+        ValueError, TypeError, IndexError: arguments that do not fit each other; the message says which and why.
+    """
+    check_head(hidden, weight, bias, reference_hidden)
+    check_targets(targets, hidden.shape[0], weight.shape[0], hidden.device, validate)
+    check_softmax(temperature, softcap, chunk_bytes)
+    options = _Options(
+        Transform(temperature, softcap),
+        entropy,
+        chunk_bytes,
+        choose_backend(hidden.device, backend),
+        torch.is_grad_enabled(),
+    )
+    if reference_hidden is not None:
+        reference_hidden = reference_hidden.detach()
+    with torch.autocast(hidden.device.type, enabled=False):
+        return LinearLogprob(*_LinearLogprob.apply(hidden, weight, bias, reference_hidden, targets, options))
+
+
+def linear_logprob_reference(hidden: Tensor, weight: Tensor, targets: Tensor, **options) -> LinearLogprob:
+    """`linear_logprob` in plain torch: chunked, bounded in memory, differentiable. The path taken on a CPU."""
+    return linear_logprob(hidden, weight, targets, backend="torch", **options)

@@ -1,0 +1,113 @@
+"""An optimiser's state and torch's generators as named tensors and plain options: a checkpoint needs no pickle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+NamedParameters = Iterable[tuple[str, Tensor]]
+
+
+def flatten_optimizer(
+    optimizer: Optimizer, named_parameters: NamedParameters
+) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """Take an optimiser apart.
+
+    Args:
+        named_parameters: name and parameter of, at least, everything the optimiser holds.
+
+    Returns:
+        tensors: `<parameter name>/<state name>`, e.g. `fusion.weight/exp_avg`; none for a parameter never stepped.
+        groups: for each parameter group its options (learning rate, betas, …) and its parameters' names and shapes.
+
+    Raises:
+        ValueError: a parameter has no name.
+    """
+    names = {parameter: name for name, parameter in named_parameters}
+    tensors: dict[str, Tensor] = {}
+    groups = []
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter not in names:
+                raise ValueError(f"named_parameters lacks an optimised parameter of shape {list(parameter.shape)}")
+            for kind, value in optimizer.state.get(parameter, {}).items():
+                tensors[f"{names[parameter]}/{kind}"] = torch.as_tensor(value).detach().contiguous()
+        options = {name: value for name, value in group.items() if name not in ("params", "param_names")}
+        groups.append(
+            {
+                "options": {name: v.item() if isinstance(v, Tensor) else v for name, v in options.items()},
+                "parameters": _described(group["params"], names),
+            }
+        )
+    return tensors, groups
+
+
+def restore_optimizer(
+    optimizer: Optimizer,
+    named_parameters: NamedParameters,
+    tensors: dict[str, Tensor],
+    groups: list[dict[str, Any]],
+) -> None:
+    """Undo `flatten_optimizer`, bit for bit: dtypes stay as saved, which `Optimizer.load_state_dict` does not promise.
+
+    Raises:
+        ValueError: names, shapes, groups or order of the parameters differ; the optimiser is then untouched.
+    """
+    names = {parameter: name for name, parameter in named_parameters}
+    _require_same_parameters(
+        [group["parameters"] for group in groups],
+        [_described(group["params"], names) for group in optimizer.param_groups],
+    )
+    states: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, kind = key.rpartition("/")
+        states.setdefault(name, {})[kind] = tensor
+    optimizer.state.clear()
+    for group, saved in zip(optimizer.param_groups, groups, strict=True):
+        for option, value in saved["options"].items():
+            group[option] = tuple(value) if isinstance(value, list) else value
+        counts_on_device = group.get("capturable") or group.get("fused")
+        for parameter in group["params"]:
+            state = states.get(names[parameter], {})
+            moved = {k: v if k == "step" and not counts_on_device else v.to(parameter.device) for k, v in state.items()}
+            if moved:
+                optimizer.state[parameter] = moved
+
+
+def rng_state() -> dict[str, Tensor]:
+    """States of torch's CPU generator (`cpu`) and, where CUDA is in use, of this process's CUDA generator (`cuda`)."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict[str, Tensor]) -> None:
+    """Undo what was drawn since `rng_state()`. A CUDA state is passed over where there is no CUDA."""
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _described(parameters: Iterable[Tensor], names: dict[Tensor, str]) -> list[list]:
+    return [[names.get(parameter, "(unnamed)"), list(parameter.shape)] for parameter in parameters]
+
+
+def _require_same_parameters(saved: list[list[list]], present: list[list[list]]) -> None:
+    """Compare per group the lists of (name, shape)."""
+    if saved == present:
+        return
+    was, now = ({name: shape for group in side for name, shape in group} for side in (saved, present))
+    differing = [
+        f"{name} is {was.get(name, 'absent')} in the checkpoint and {now.get(name, 'absent')} here"
+        for name in {**was, **now}
+        if was.get(name) != now.get(name)
+    ]
+    if not differing:
+        raise ValueError("the optimiser's groups hold the same parameters in another order or grouping")
+    more = f"; and {len(differing) - 4} more" if len(differing) > 4 else ""
+    raise ValueError(f"{'; '.join(differing[:4])}{more}. Resume with the configuration it was trained with")

@@ -1,0 +1,247 @@
+"""A checkpoint is whole or not there, and a run continued from one is the run that was never stopped."""
+
+import copy
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from grpo_core import checkpoint, training_state
+from grpo_core.checkpoint import CheckpointError, CheckpointManager, read_manifest
+
+
+class Run:
+    """A small training run with dropout, two parameter groups and a parameter that never has a gradient."""
+
+    def __init__(self):
+        torch.manual_seed(3)
+        self.model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 1))
+        self.model.register_parameter("unused", torch.nn.Parameter(torch.ones(2)))
+        weights = [p for p in self.model.parameters() if p.ndim == 2]
+        others = [p for p in self.model.parameters() if p.ndim == 1]
+        groups = [{"params": weights, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=0.01)
+
+    def train(self, steps):
+        for _ in range(steps):
+            self.optimizer.param_groups[0]["lr"] *= 0.9
+            self.model(torch.randn(5, 4)).square().mean().backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def save(self, manager, step, **others):
+        state = {"epoch": 0.1 + 0.2, "order": [3, 1]}
+        arguments = {"optimizer": self.optimizer, "named_parameters": self.model.named_parameters(), "state": state}
+        return manager.save(step, save_model=self.save_model, **arguments, **others)
+
+    def save_model(self, folder):
+        save_file(self.model.state_dict(), folder / "model.safetensors")
+
+    def load(self, manager, folder):
+        self.model.load_state_dict(load_file(folder / "model" / "model.safetensors"))
+        manager.load_optimizer(folder, self.optimizer, self.model.named_parameters())
+        manager.load_rng_state(folder)
+
+    def fingerprint(self):
+        tensors, groups = training_state.flatten_optimizer(self.optimizer, self.model.named_parameters())
+        values = {**self.model.state_dict(), **tensors}
+        return {name: (value.dtype, value.tolist()) for name, value in values.items()}, groups
+
+
+@pytest.fixture
+def manager(tmp_path):
+    return CheckpointManager(tmp_path / "checkpoints")
+
+
+def names(manager):
+    return sorted(path.name for path in manager.root.iterdir())
+
+
+def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(manager):
+    whole = Run()
+    whole.train(6)
+    first = Run()
+    first.train(3)
+    first.save(manager, 3)
+    resumed = Run()
+    torch.manual_seed(99)
+    resumed.load(manager, manager.latest())
+    resumed.train(3)
+    assert resumed.fingerprint() == whole.fingerprint()
+
+
+def test_state_comes_back_exactly(manager):
+    folder = Run().save(manager, 12, metric=1 / 3)
+    manifest = read_manifest(folder)
+    assert (folder.name, manifest["step"], manifest["metric"]) == ("step-000012", 12, 1 / 3)
+    assert manifest["state"] == {"epoch": 0.1 + 0.2, "order": [3, 1]}
+
+
+def test_moments_keep_a_dtype_other_than_the_parameters(manager):
+    parameter = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    optimizer = torch.optim.AdamW([parameter])
+    optimizer.state[parameter] = {"step": torch.tensor(5.0), "exp_avg": torch.tensor([1 / 3] * 3)}
+    named = [("w", parameter)]
+    folder = manager.save(1, save_model=lambda _: None, optimizer=optimizer, named_parameters=named, state={})
+    other = torch.optim.AdamW([parameter])
+    manager.load_optimizer(folder, other, named)
+    assert torch.equal(other.state[parameter]["exp_avg"], torch.tensor([1 / 3] * 3))
+
+
+def test_no_file_is_a_pickle(manager):
+    run = Run()
+    run.train(1)
+    folder = run.save(manager, 1)
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert files == {"trainer_state.json", "optimizer.safetensors", "rng.safetensors", "model/model.safetensors"}
+
+
+class Killed(BaseException):
+    """Stands for the process's end: nothing after it runs in the saver."""
+
+
+def kill_at(patch, moment):
+    """Let `moment` file operations happen, and die in place of the next."""
+    done = 0
+
+    def mortal(operation):
+        def run(*args, **kwargs):
+            nonlocal done
+            if done == moment:
+                raise Killed
+            done += 1
+            return operation(*args, **kwargs)
+
+        return run
+
+    operations = [(os, "fsync"), (Path, "rename"), (Path, "write_text"), (checkpoint, "save_file"), (shutil, "rmtree")]
+    for owner, name in operations:
+        patch.setattr(owner, name, mortal(getattr(owner, name)))
+
+
+@pytest.mark.parametrize("same_step", [False, True], ids=["a later step", "the same step again"])
+def test_a_kill_at_any_operation_of_a_save_leaves_a_whole_checkpoint(tmp_path, monkeypatch, same_step):
+    first, second = Run(), Run()
+    second.train(2)
+    states = [first.fingerprint(), second.fingerprint()]
+    kills = 0
+    for moment in range(1000):
+        manager = CheckpointManager(tmp_path / str(moment), keep_last=1)
+        first.save(manager, 1)
+        with monkeypatch.context() as patch:
+            kill_at(patch, moment)
+            try:
+                second.save(manager, 1 if same_step else 2)
+            except Killed:
+                kills += 1
+            else:
+                break
+        found = Run()
+        found.load(manager, manager.latest())
+        assert found.fingerprint() in states
+        second.save(manager, 3)
+        assert names(manager) == ["step-000003"]
+    assert kills > 10
+
+
+@pytest.mark.parametrize("name", ["trainer_state.json", "optimizer.safetensors", "model/model.safetensors"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "missing", "empty"])
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(manager, name, damage):
+    run = Run()
+    run.train(1)
+    good = run.save(manager, 1)
+    bad = run.save(manager, 2) / name
+    content = bytearray(bad.read_bytes())
+    if damage == "missing":
+        bad.unlink()
+    else:
+        content[len(content) // 2] ^= 1
+        cut = {"cut": content[: len(content) * 2 // 3], "flip": content, "empty": b""}[damage]
+        bad.write_bytes(cut)
+    if (name, damage) == ("trainer_state.json", "flip"):
+        bad.write_text(bad.read_text(errors="replace").replace('"step"', '"stop"'))
+    with pytest.warns(UserWarning, match=f"damaged checkpoint.*{Path(name).name}"):
+        assert manager.latest() == good
+
+
+def test_an_unfinished_folder_is_not_a_checkpoint(manager):
+    assert manager.latest() is None
+    (manager.root / ".writing-step-000009").mkdir(parents=True)
+    (manager.root / "step-notes").mkdir()
+    assert manager.latest() is None
+    Run().save(manager, 1)
+    assert names(manager) == ["step-000001", "step-notes"]
+
+
+def test_the_last_and_the_best_are_kept(manager):
+    run = Run()
+    for step, metric in enumerate([0.2, 0.9, math.nan, 0.9, 0.1, None], start=1):
+        run.save(manager, step, metric=metric)
+    assert names(manager) == ["step-000002", "step-000005", "step-000006"]
+    assert manager.best().name == "step-000002"
+    lowest = CheckpointManager(manager.root, higher_is_better=False)
+    assert lowest.best().name == "step-000005"
+
+
+def test_a_run_that_went_back_leaves_its_later_checkpoints_behind(manager):
+    run = Run()
+    for step in (2, 4, 6):
+        run.save(manager, step, metric=step)
+    run.save(manager, 5, metric=0)
+    assert names(manager) == ["step-000004", "step-000005"]
+
+
+def test_a_checkpoint_of_another_model_is_refused_naming_the_parameters(manager):
+    run = Run()
+    run.train(1)
+    folder = run.save(manager, 1)
+    other = copy.deepcopy(run)
+    other.model[2] = torch.nn.Linear(9, 1, bias=False)
+    other.optimizer = torch.optim.AdamW(other.model.parameters())
+    before = copy.deepcopy(other.fingerprint())
+    with pytest.raises(CheckpointError) as error:
+        manager.load_optimizer(folder, other.optimizer, other.model.named_parameters())
+    assert "step-000001 does not fit the model" in str(error.value)
+    assert "2.weight is [1, 8] in the checkpoint and [1, 9] here" in str(error.value)
+    assert "2.bias is [1] in the checkpoint and absent here" in str(error.value)
+    assert other.fingerprint() == before
+
+
+def test_regrouped_parameters_are_refused(manager):
+    run = Run()
+    folder = run.save(manager, 1)
+    regrouped = torch.optim.AdamW(run.model.parameters())
+    with pytest.raises(CheckpointError, match="another order or grouping"):
+        manager.load_optimizer(folder, regrouped, run.model.named_parameters())
+
+
+def test_a_parameter_without_a_name_is_refused(manager):
+    run = Run()
+    with pytest.raises(ValueError, match=r"lacks an optimised parameter of shape \[8, 4\]"):
+        manager.save(1, save_model=run.save_model, optimizer=run.optimizer, named_parameters=[], state={})
+
+
+def test_state_that_json_cannot_hold_is_refused_and_harms_nothing(manager):
+    run = Run()
+    run.save(manager, 1)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        manager.save(
+            2,
+            save_model=run.save_model,
+            optimizer=run.optimizer,
+            named_parameters=run.model.named_parameters(),
+            state={"kl": math.nan},
+        )
+    assert manager.latest().name == "step-000001"
+
+
+def test_manifest_describes_every_file(manager):
+    folder = Run().save(manager, 1)
+    files = json.loads((folder / "trainer_state.json").read_text())["files"]
+    assert {name: size for name, (size, _) in files.items()} == {name: (folder / name).stat().st_size for name in files}
+    assert len(files) == 3

@@ -137,6 +137,11 @@ class RunConfig:
     """Prompts of one step, over all ranks."""
     eval_steps: int = 0
     """Evaluate every so many steps. 0: never within training."""
+    metric_for_best_model: str = ""
+    """Metric of the evaluations, such as eval/f1, higher is better: the best evaluated policy is kept and is what
+    training ends with. Unset, the last one is."""
+    early_stopping_patience: int = 0
+    """Stop after so many evaluations without a new best. 0: never."""
     save_steps: int = 0
     """Write a checkpoint every so many steps. 0: never within training."""
     keep_checkpoints: int = 2
@@ -152,6 +157,10 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.prompts_per_step < 1:
             raise ValueError(f"run.prompts_per_step is {self.prompts_per_step}: set it to 1 or more")
+        if self.early_stopping_patience and not (self.metric_for_best_model and self.eval_steps):
+            raise ValueError(
+                "run.early_stopping_patience needs run.metric_for_best_model and run.eval_steps: set both, or set it to 0"
+            )
         if self.keep_checkpoints < 1:
             raise ValueError(f"run.keep_checkpoints is {self.keep_checkpoints}: set it to 1 or more")
 

@@ -41,7 +41,7 @@ class Encoders:
         dtype: torch.dtype = torch.float32,
         batch: int = 64,
     ) -> None:
-        """`image_processor`: the content of CLIP's `preprocessor_config.json`; absent entries are CLIP's own defaults."""
+        """`image_processor`: what CLIP's `preprocessor_config.json` holds; absent entries are CLIP's own defaults."""
         processor = image_processor or {}
         self.visual = visual.to(device, dtype).eval().requires_grad_(False)
         self.audio = audio.to(device, dtype).eval().requires_grad_(False)

@@ -33,7 +33,7 @@ class MediaError(Exception):
 
 
 def frame_indices(length: int, count: int = NUM_STEPS) -> np.ndarray:
-    """Which of `length` ≥ 1 frames are taken: int64 `[count]`, uniform from 0; the last one again when there are too few.
+    """Which of `length` ≥ 1 frames are taken: int64 `[count]`, uniform from 0; the last one again if too few.
 
     `arange(0, L, L / min(count, L))` rounded down, as upstream's video processor does.
     """
@@ -169,10 +169,10 @@ def _existing(path: str | Path) -> Path:
 def _open(path: Path) -> Iterator[av.container.InputContainer]:
     """Open with FFmpeg; whatever it complains of while the file is open becomes a MediaError."""
     try:
-        with av.open(str(path.absolute())) as container:
+        with av.open(str(path.absolute()), metadata_errors="replace") as container:
             yield container
-    except av.FFmpegError as error:
-        reason = f"corrupt or not a media file ({error.strerror})"
+    except (av.FFmpegError, ValueError, OSError) as error:
+        reason = f"corrupt or not a media file ({getattr(error, 'strerror', None) or error})"
         raise MediaError(path, reason, "Copy or download it again, or remove the sample") from error
 
 

@@ -1,0 +1,110 @@
+"""The projections that turn encoder outputs into the few vectors a prompt carries: one per placeholder."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Branch = Literal["image", "audio", "video", "multi"]
+
+
+@dataclass(frozen=True)
+class FusionInput:
+    """What one placeholder is made from.
+
+    Attributes:
+        branch: which projections apply; faces and frames share `video`.
+        visual: `[T, Dv]` CLIP vectors over time, for every branch but `audio`.
+        audio: `[T, Da]` HuBERT vectors over time, for `audio` and `multi`.
+    """
+
+    branch: Branch
+    visual: Tensor | None = None
+    audio: Tensor | None = None
+
+
+class Fusion(nn.Module):
+    """AffectGPT's attention fusion and multi (pre-)fusion: 10 linear layers, 20 tensors, named as upstream names them.
+
+    With h `[T, d]` the encoder's vectors of T time steps:
+
+    * one modality: weights w = Linear(d→1)(h), then Σₜ wₜ hₜ, then Linear(d→H). There is **no softmax**: the weights
+      are signed and unbounded and the result grows with |h|² and with T, so it is computed in fp32 whatever the LLM's
+      dtype.
+    * multi: visual and audio are averaged over time and projected to the width M of the audio encoder; their
+      concatenation, visual first, gives two weights, Linear(2M→M) then Linear(M→2) with nothing in between; the
+      weighted sum of the two goes through Linear(M→H).
+    * image: the mean over its rows, then Linear(Dv→H).
+
+    Each layer has PyTorch's default initialisation, as upstream. A fresh projection thus gives vectors of a larger norm
+    than token embeddings have; the decoder's first RMSNorm removes the scale, only the residual stream keeps it.
+
+    Args:
+        visual_dim: Dv, width of the visual encoder's projected output (CLIP ViT-L/14: 768).
+        audio_dim: Da = M, width of the audio encoder (HuBERT large: 1024).
+        hidden_size: H, width of the LLM (Qwen2.5-7B: 3584).
+    """
+
+    def __init__(self, visual_dim: int, audio_dim: int, hidden_size: int) -> None:
+        super().__init__()
+        multi_dim = audio_dim
+        self.visual_dim, self.audio_dim, self.hidden_size = visual_dim, audio_dim, hidden_size
+        self.image_llama_proj = nn.Linear(visual_dim, hidden_size)
+        self.video_attention_mlp = nn.Linear(visual_dim, 1)
+        self.affectgpt_proj = nn.Linear(visual_dim, hidden_size)
+        self.audio_attention_mlp = nn.Linear(audio_dim, 1)
+        self.audio_llama_proj = nn.Linear(audio_dim, hidden_size)
+        self.multi_audio_embs = nn.Linear(audio_dim, multi_dim)
+        self.multi_video_embs = nn.Linear(visual_dim, multi_dim)
+        self.attention_mlp = nn.Linear(2 * multi_dim, multi_dim)
+        self.fc_att = nn.Linear(multi_dim, 2)
+        self.multi_llama_proj = nn.Linear(multi_dim, hidden_size)
+
+    def forward(self, inputs: Sequence[FusionInput]) -> Tensor:
+        """One vector for each of S placeholders, of any mixture of branches: `[S, H]`, in the weights' dtype.
+
+        Placeholders of one branch are computed as one batch, whichever prompts they come from. Inputs of a branch must
+        agree on T; features are moved to the weights' device and dtype.
+        """
+        weight = self.image_llama_proj.weight
+        rows_of: defaultdict[Branch, list[int]] = defaultdict(list)
+        for row, item in enumerate(inputs):
+            rows_of[item.branch].append(row)
+        out = torch.empty(len(inputs), self.hidden_size, dtype=weight.dtype, device=weight.device)
+        with torch.autocast(weight.device.type, enabled=False):
+            for branch, rows in rows_of.items():
+                index = torch.tensor(rows, device=weight.device)
+                visual = self._stack([inputs[row].visual for row in rows]) if branch != "audio" else None
+                audio = self._stack([inputs[row].audio for row in rows]) if branch in ("audio", "multi") else None
+                out = out.index_copy(0, index, self._branch(branch, visual, audio))
+        return out
+
+    def _stack(self, features: Sequence[Tensor]) -> Tensor:
+        weight = self.image_llama_proj.weight
+        return torch.stack(list(features)).to(weight.device, weight.dtype)
+
+    def _branch(self, branch: Branch, visual: Tensor | None, audio: Tensor | None) -> Tensor:
+        """`[B, T, Dv]` and/or `[B, T, Da]` to `[B, H]`."""
+        match branch:
+            case "image":
+                return self.image_llama_proj(visual.mean(1))
+            case "video":
+                return self.affectgpt_proj(attend(visual, self.video_attention_mlp(visual)))
+            case "audio":
+                return self.audio_llama_proj(attend(audio, self.audio_attention_mlp(audio)))
+            case "multi":
+                heard = self.multi_audio_embs(audio.mean(1))
+                seen = self.multi_video_embs(visual.mean(1))
+                weights = self.fc_att(self.attention_mlp(torch.cat([seen, heard], dim=-1)))  # [B, 2]
+                return self.multi_llama_proj(attend(torch.stack([seen, heard], dim=1), weights.unsqueeze(-1)))
+        raise ValueError(f"unknown fusion branch {branch!r}")
+
+
+def attend(values: Tensor, weights: Tensor) -> Tensor:
+    """Σₜ wₜ vₜ: `[B, T, d]` and `[B, T, 1]` to `[B, d]`."""
+    return (values * weights).sum(1)

@@ -6,7 +6,7 @@ cache_dir/{fingerprint}/*.safetensors   features under keys made of content, mod
 ```
 
 A shard appears whole or not at all, under a name of its own: a run may be killed anywhere and goes on from the last
-shard, and several processes may fill one cache. A shard that does not match its checksum is thrown away and computed again.
+shard, and several processes may fill one cache. A shard that does not match its checksum is removed and computed again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -46,6 +45,7 @@ from affectgpt.media import (
     read_frames,
     read_image,
 )
+from grpo_core.distributed import Distributed, gather_objects
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ def extract_features(
     progress: bool = True,
     *,
     face_channel_order: ChannelOrder = "rgb",
-    distributed: bool = False,
+    dist: Distributed | None = None,
     threads: int = 2,
     batch: int = 16,
     shard_size: int = 256,
@@ -115,8 +115,8 @@ def extract_features(
         encoders: None when all is cached already (the cache then holds the features of one pair of encoders).
         modalities: which of `frame, face, audio, image`.
         face_channel_order: order of the channels in the face files, see `read_faces`.
-        distributed: every rank of torch.distributed's default group calls this with the same samples; each encodes its
-            share, and all return the same store. False: no communication.
+        dist: every rank calls this with the same samples; each encodes its share, and all return the same store. None:
+            this process encodes everything and talks to no other.
         threads: files decoded at a time.
         batch: files encoded together.
         shard_size: features written together; so many are lost at most when the run is killed.
@@ -132,29 +132,32 @@ def extract_features(
     cache_dir = Path(cache_dir)
     cache_dir.mkdir(parents=True, exist_ok=True)
     folder = cache_dir / encoders.fingerprint if encoders else _only_folder(cache_dir)
-    rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+    dist = dist or Distributed()
+    mine = slice(dist.rank, None, dist.world_size)
 
     # what each sample needs: a key per modality, from the content of the file
     sources = {sample.name: {m: path for m in modalities if (path := _source(sample, m))} for sample in samples}
     paths = list(dict.fromkeys(path for wanted in sources.values() for path in wanted.values()))
-    digests, unreadable = _gather(_digest_files(paths[rank::world], cache_dir, threads), distributed)
+    digests, unreadable = (_merge(part, dist) for part in _digest_files(paths[mine], cache_dir, threads))
     units: dict[tuple[str, Path], _Unit] = {}
     for wanted in sources.values():
         for modality, path in wanted.items():
-            if path in digests:
-                key = _key(modality, digests[path], face_channel_order)
+            if str(path) in digests:
+                key = _key(modality, digests[str(path)], face_channel_order)
                 units[modality, path] = _Unit(key, modality, path)
     unique = list({unit.key: unit for unit in units.values()}.values())
 
     # encode what is not there; then once more over what other ranks should have written but cannot be seen (yet)
     broken: dict[str, str] = {}
-    for share in [unique[rank::world], unique] if distributed else [unique]:
+    for share in [unique[mine], unique] if dist.world_size > 1 else [unique]:
         found = _find(folder, {unit.key for unit in share})
         missing = [unit for unit in share if unit.key not in found and unit.key not in broken]
         decoded = _decode_ahead(missing, face_channel_order, threads, 2 * batch)
-        with tqdm(total=len(missing), desc="features", unit="file", disable=not progress or not missing) as bar:
+        with tqdm(
+            total=len(missing), desc="features", unit="file", disable=not (progress and missing and dist.main_process)
+        ) as bar:
             fresh = _encode(decoded, encoders, folder, batch, shard_size, bar)
-        (broken,) = _gather(({**broken, **fresh},), distributed)
+        broken |= _merge(fresh, dist)
     shards = _find(folder, {unit.key for unit in unique})
 
     keys: dict[str, dict[str, str]] = {}
@@ -162,7 +165,7 @@ def extract_features(
     for name, wanted in sources.items():
         found_units = {modality: units.get((modality, path)) for modality, path in wanted.items()}
         reasons = [
-            unreadable[wanted[modality]] if unit is None else broken[unit.key]
+            unreadable[str(wanted[modality])] if unit is None else broken[unit.key]
             for modality, unit in found_units.items()
             if unit is None or unit.key in broken
         ]
@@ -170,7 +173,7 @@ def extract_features(
             skipped[name] = reasons[0]
         else:
             keys[name] = {modality: unit.key for modality, unit in found_units.items()}
-    if skipped and rank == 0:
+    if skipped and dist.main_process:
         for name, reason in skipped.items():
             logger.warning("skipped %s: %s", name, reason)
         logger.warning("skipped %d of %d samples", len(skipped), len(samples))
@@ -202,16 +205,12 @@ def _only_folder(cache_dir: Path) -> Path:
     return folders[0]
 
 
-def _gather(mine: tuple[dict, ...], distributed: bool) -> tuple[dict, ...]:
-    """Dictionaries of all ranks merged, position by position."""
-    if not distributed:
-        return mine
-    everyone: list[tuple[dict, ...]] = [()] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return tuple({k: v for d in dicts for k, v in d.items()} for dicts in zip(*everyone, strict=True))
+def _merge(mine: dict[str, str], dist: Distributed) -> dict[str, str]:
+    """The dictionaries of all ranks as one."""
+    return {key: value for part in gather_objects(mine, dist) for key, value in part.items()}
 
 
-def _digest_files(paths: list[Path], cache_dir: Path, threads: int) -> tuple[dict[Path, str], dict[Path, str]]:
+def _digest_files(paths: list[Path], cache_dir: Path, threads: int) -> tuple[dict[str, str], dict[str, str]]:
     """Content digests of `paths`, and why the others cannot be read.
 
     A file whose path, size and time of change stand in `digests.jsonl` is not read. One changed in the last two seconds
@@ -244,11 +243,11 @@ def _digest_files(paths: list[Path], cache_dir: Path, threads: int) -> tuple[dic
     with ThreadPoolExecutor(threads) as pool:
         for path, future in [(path, pool.submit(digest, path)) for path in paths]:
             try:
-                entry, digests[path] = future.result()
+                entry, digests[str(path)] = future.result()
                 if entry:
-                    news.append(json.dumps([*entry, digests[path]]) + "\n")
+                    news.append(json.dumps([*entry, digests[str(path)]]) + "\n")
             except MediaError as error:
-                unreadable[path] = str(error)
+                unreadable[str(path)] = str(error)
     if news:
         with ledger_file.open("a", encoding="utf-8") as file:
             file.write("".join(news))
@@ -349,7 +348,7 @@ def _find(folder: Path, wanted: set[str]) -> dict[str, Path]:
                     raise SafetensorError("checksum does not match")
         except FileNotFoundError:  # removed by another process just now
             continue
-        except (SafetensorError, OSError, ValueError) as error:
+        except SafetensorError as error:
             logger.warning("%s: broken cache shard (%s); its features are computed again", path, error)
             path.unlink(missing_ok=True)
             continue

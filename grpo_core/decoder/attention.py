@@ -1,0 +1,152 @@
+"""Attention of the decode side: prompts causally over themselves, rows over their group's prompt and their own tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_BLOCK, _SHORT, _LONG_BLOCK = 16, 256, 512
+_GRID_ROWS = 8
+
+
+def extent(length: int) -> int:
+    """Columns to attend to for `length` keys: the next size at which masked padding cannot change a result's bits.
+
+    CPU kernels sum keys in SIMD lanes of 16 and split long sums into blocks, so a row's value would depend on how far its
+    neighbours in the batch make it padded. With multiples of 16 up to 256, and of 512 above, it does not.
+    """
+    block = _BLOCK if length <= _SHORT else _LONG_BLOCK
+    return math.ceil(max(length, 1) / block) * block
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """Which group each of B rows belongs to, and the rows of N groups arranged as a `[N, W]` grid (W ≥ rows of any group).
+
+    The grid lets one batched product serve all queries of a group: its prompt's keys are read once, not once per row.
+
+    Attributes:
+        group_of_row: int64 `[B]`.
+        prefix_lengths: int64 `[N]`, tokens of each group's prompt.
+        to_grid: int64 `[N * K * W]` (K key/value heads), the flat (row, head) that fills each grid cell; unused cells take
+            row 0 and are never read.
+        from_grid: int64 `[B * K]`, the flat grid cell of each (row, head).
+        prefix_mask: `[N, 1, 1, E]`, 0 on the prompt's keys and -inf behind them.
+    """
+
+    group_of_row: Tensor
+    prefix_lengths: Tensor
+    to_grid: Tensor
+    from_grid: Tensor
+    prefix_mask: Tensor
+
+    @classmethod
+    def build(
+        cls,
+        group_of_row: np.ndarray,
+        prefix_lengths: Sequence[int],
+        kv_heads: int,
+        heads_per_kv: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> RowPlan:
+        """Arrange rows of `group_of_row` `[B]` (any order) over groups with the given prompt lengths `[N]`."""
+        groups = len(prefix_lengths)
+        order = np.argsort(group_of_row, kind="stable")
+        counts = np.bincount(group_of_row, minlength=groups)
+        starts = np.r_[0, np.cumsum(counts)[:-1]]
+        column = np.empty_like(group_of_row)
+        column[order] = np.arange(len(group_of_row)) - np.repeat(starts, counts)
+        # query rows in multiples of 8: matrix kernels treat a short remainder differently, to the last bit
+        step = _GRID_ROWS // math.gcd(_GRID_ROWS, heads_per_kv)
+        width = math.ceil(int(counts.max(initial=1)) / step) * step
+        grid = np.zeros((groups, width), dtype=np.int64)
+        grid[group_of_row, column] = np.arange(len(group_of_row))
+        heads = np.arange(kv_heads)
+        lengths = torch.tensor(prefix_lengths, device=device)
+        keys = torch.arange(extent(max(prefix_lengths)), device=device)
+        mask = torch.zeros(groups, 1, 1, len(keys), dtype=dtype, device=device)
+        mask.masked_fill_(keys >= lengths[:, None, None, None], -torch.inf)
+        return cls(
+            group_of_row=torch.from_numpy(group_of_row).to(device),
+            prefix_lengths=lengths,
+            to_grid=torch.from_numpy((grid[:, None, :] * kv_heads + heads[:, None]).ravel()).to(device),
+            from_grid=torch.from_numpy(
+                ((group_of_row[:, None] * kv_heads + heads) * width + column[:, None]).ravel()
+            ).to(device),
+            prefix_mask=mask,
+        )
+
+
+def decode_attention(
+    q: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    suffix_k: Tensor,
+    suffix_v: Tensor,
+    suffix_mask: Tensor,
+    plan: RowPlan,
+) -> Tensor:
+    """One query per row over its group's prompt and its own tokens; the two parts merge by their log-sum-exps.
+
+    Args:
+        q: `[B, K, R, D]`: B rows, K key/value heads, R query heads for each of them.
+        prefix_k, prefix_v: `[N, K, ≥ E, D]` of the groups' prompts.
+        suffix_k, suffix_v: `[B, K, S, D]` of the rows' own tokens.
+        suffix_mask: `[B, 1, 1, S]`, 0 on a row's own tokens and -inf behind them.
+        plan: where rows lie.
+
+    Returns:
+        `[B, K * R * D]`.
+    """
+    batch, kv_heads, heads_per_kv, width = q.shape
+    groups, keys = plan.prefix_mask.shape[0], plan.prefix_mask.shape[-1]
+    grid = q.reshape(batch * kv_heads, heads_per_kv * width).index_select(0, plan.to_grid)
+    grid = grid.view(groups, kv_heads, -1, width)
+    out, lse = _attend(grid, prefix_k[:, :, :keys], prefix_v[:, :, :keys], plan.prefix_mask)
+    prefix_out = out.reshape(-1, heads_per_kv * width).index_select(0, plan.from_grid).view(q.shape)
+    prefix_lse = lse.reshape(-1, heads_per_kv).index_select(0, plan.from_grid).view(q.shape[:3])
+    suffix_out, suffix_lse = _attend(q, suffix_k, suffix_v, suffix_mask)
+    # softmax over both parts = their own softmaxes weighted by exp(lse): weight of the prefix = sigmoid(difference)
+    share = torch.sigmoid(prefix_lse - suffix_lse).unsqueeze(-1).to(q.dtype)
+    return torch.lerp(suffix_out, prefix_out, share).reshape(batch, -1)
+
+
+def prefill_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], last_only: bool) -> Tensor:
+    """Causal attention within each of N packed prompts.
+
+    Args:
+        q: `[T, H, D]`, or `[N, H, D]` (each prompt's last row) with `last_only`.
+        k, v: `[T, K, D]`.
+        lengths: `[N]`, T = their sum.
+
+    Returns:
+        `[T, H * D]`, or `[N, H * D]` with `last_only`.
+    """
+    pieces = []
+    for qs, ks, vs in zip(q.split(1 if last_only else list(lengths)), k.split(lengths), v.split(lengths), strict=True):
+        heads = (x.transpose(0, 1).unsqueeze(0) for x in (qs, ks, vs))
+        out = F.scaled_dot_product_attention(*heads, is_causal=not last_only, enable_gqa=q.shape[1] != k.shape[1])
+        pieces.append(out[0].transpose(0, 1).flatten(1))
+    return torch.cat(pieces)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax attention and its log-sum-exp. q `[N, K, M, D]`, k and v `[N, K, S, D]`, mask `[N, 1, 1, S]`
+    → `[N, K, M, D]`, float32 `[N, K, M]`."""
+    if q.device.type == "cpu":
+        mask = mask.expand(-1, -1, q.shape[2], -1)
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, attn_mask=mask)
+    return _attend_reference(q, k, v, mask)
+
+
+def _attend_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5 + mask
+    lse = torch.logsumexp(scores, -1)
+    return torch.exp(scores - lse.unsqueeze(-1)).to(q.dtype) @ v, lse

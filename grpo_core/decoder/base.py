@@ -1,0 +1,80 @@
+"""What the sampler asks of a decoder, and which decoder serves which model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+from transformers import PreTrainedModel
+
+
+class Decoder(Protocol):
+    """Holds the caches of groups that are decoded together.
+
+    Rows are completions under way, numbered 0 … B - 1 in the order in which they were added; groups likewise.
+    """
+
+    def refresh(self) -> None:
+        """Take over the model's present weights."""
+
+    def plan(self, groups: int, group_size: int, prompt_tokens: int, new_tokens: int, budget: int) -> int:
+        """How many of `groups` groups fit `budget` bytes together, at least 1; sizes are the longest ones."""
+
+    def reserve(self, slots: int, group_size: int, prompt_tokens: int, new_tokens: int) -> None:
+        """Make empty caches for `slots` groups of `group_size` rows."""
+
+    def release(self) -> None:
+        """Give the caches' memory back."""
+
+    def prefill(self, embeds: Sequence[Tensor]) -> Tensor:
+        """Add N groups with prompts `[P_n, H]`, each with group_size rows: logits `[N, V]` that follow the prompts."""
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Append one token `[B]` to every row: logits `[B, V]` of the next ones."""
+
+    def keep(self, rows: np.ndarray) -> None:
+        """Make row `rows[i]` row i and drop all others, and every group that has no row left."""
+
+
+def make_decoder(model: PreTrainedModel) -> Decoder:
+    """The flat decoder for the families it knows, transformers' own forward for any other.
+
+    Raises:
+        NotImplementedError: the model caps its attention scores, which neither training nor sampling does here.
+    """
+    from grpo_core.decoder.flat import FlatDecoder
+    from grpo_core.decoder.transformers_decoder import TransformersDecoder
+
+    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if getattr(model.config, key, None) is not None:
+            raise NotImplementedError(
+                f"config.{key} is {getattr(model.config, key)}: models with capped logits cannot be sampled or trained; "
+                "use one of the Qwen2, Qwen3, Llama or Mistral families"
+            )
+    return FlatDecoder(model) if FlatDecoder.supports(model) else TransformersDecoder(model)
+
+
+def check_lengths(model: PreTrainedModel, prompt_tokens: int, new_tokens: int) -> None:
+    """Refuse sequences that the model has no positions for, or that its attention window would cut.
+
+    Raises:
+        ValueError: names the config key, the longest prompt and what to change.
+    """
+    total = prompt_tokens + new_tokens
+    for key in ("max_position_embeddings", "n_positions"):
+        limit = getattr(model.config, key, None)
+        if limit is not None and total > limit:
+            raise ValueError(
+                f"the longest prompt has {prompt_tokens} tokens and rollout.max_new_tokens is {new_tokens}: {total} is more "
+                f"than config.{key} {limit}; shorten the prompt or lower rollout.max_new_tokens"
+            )
+    window = getattr(model.config, "sliding_window", None)
+    layers = getattr(model.config, "layer_types", None)
+    if window is not None and total > window and (layers is None or "sliding_attention" in layers):
+        raise ValueError(
+            f"the longest prompt has {prompt_tokens} tokens and rollout.max_new_tokens is {new_tokens}: {total} is more "
+            f"than config.sliding_window {window}, and group attention has no window; shorten the prompt, lower "
+            "rollout.max_new_tokens, or set config.sliding_window to None"
+        )

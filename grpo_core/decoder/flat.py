@@ -1,0 +1,154 @@
+"""Decoding of Qwen2, Qwen3, Llama and Mistral models over flat weights: some twenty operations a layer, no Python modules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+
+from grpo_core.decoder.attention import decode_attention, prefill_attention
+from grpo_core.decoder.cache import GroupCache
+from grpo_core.decoder.weights import FlatLayer, FlatWeights
+
+_FAMILIES = ("qwen2", "qwen3", "llama", "mistral")
+_STATIC_ROPES = ("default", "linear", "llama3", "yarn")
+_PREFILL_TOKENS = 16384
+
+
+class FlatDecoder:
+    """`Decoder` of a model whose family and rotary embedding `supports` accepts.
+
+    Args:
+        model: the causal LM without its outer PEFT wrapper; adapters inside are merged at `refresh`.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        config = model.config
+        self.weights = FlatWeights(model)
+        self.rotary = model.base_model.rotary_emb
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.activation = ACT2FN[config.hidden_act]
+        self.eps = config.rms_norm_eps
+        self.vocabulary = config.vocab_size
+        self.cache: GroupCache | None = None
+
+    @staticmethod
+    def supports(model: PreTrainedModel) -> bool:
+        """Whether the model's layers are those of the four families, with rotations that depend on the position alone."""
+        config = model.config
+        rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+        return config.model_type in _FAMILIES and rope in _STATIC_ROPES
+
+    def refresh(self) -> None:
+        self.weights.refresh()
+
+    def plan(self, groups: int, group_size: int, prompt_tokens: int, new_tokens: int, budget: int) -> int:
+        dtype = self.weights.norm.dtype
+        cache = GroupCache.bytes_per_group(
+            len(self.weights.layers),
+            self.kv_heads,
+            self.head_dim,
+            group_size,
+            prompt_tokens,
+            new_tokens,
+            dtype.itemsize,
+        )
+        logits = 6 * 4 * self.vocabulary * group_size  # fp32 logits, log-probs, probabilities, their sums, and slack
+        return max(1, min(groups, budget // (cache + logits)))
+
+    def reserve(self, slots: int, group_size: int, prompt_tokens: int, new_tokens: int) -> None:
+        weight = self.weights.norm
+        heads_per_kv = self.heads // self.kv_heads
+        shape = (len(self.weights.layers), self.kv_heads, heads_per_kv, self.head_dim)
+        self.cache = GroupCache(*shape, slots, group_size, prompt_tokens, new_tokens, weight.dtype, weight.device)
+        positions = torch.arange(prompt_tokens + new_tokens, device=weight.device)
+        cos, sin = self.rotary(weight, positions[None])
+        half = self.head_dim // 2
+        self._cos, self._sin = cos[0, :, None], torch.cat((-sin[0, :, None, :half], sin[0, :, None, half:]), dim=-1)
+
+    def release(self) -> None:
+        self.cache = None
+
+    def prefill(self, embeds: Sequence[Tensor]) -> Tensor:
+        lengths = [len(embed) for embed in embeds]
+        first = self.cache.groups
+        logits, start = [], 0
+        while start < len(embeds):
+            end = start + 1
+            while end < len(embeds) and sum(lengths[start : end + 1]) <= _PREFILL_TOKENS:
+                end += 1
+            logits.append(self._prefill(torch.cat(list(embeds[start:end])), lengths[start:end], first + start))
+            start = end
+        self.cache.add_groups(lengths)
+        return torch.cat(logits)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        cache = self.cache
+        positions = cache.positions()
+        cos, sin = self._cos[positions], self._sin[positions]
+        index, mask = cache.append_index(), cache.suffix_mask(self.weights.norm.dtype)
+        columns = mask.shape[-1]
+        x = self.weights.embed(tokens)
+        for layer, prefix, suffix in zip(self.weights.layers, cache.prefix, cache.suffix, strict=True):
+            qkv = self._qkv(layer, x, cos, sin)
+            suffix.view(-1, self.head_dim).index_copy_(0, index, qkv[:, self.heads :].reshape(-1, self.head_dim))
+            attended = decode_attention(
+                qkv[:, : self.heads].view(len(tokens), self.kv_heads, -1, self.head_dim),
+                prefix[: cache.groups, 0],
+                prefix[: cache.groups, 1],
+                suffix[: cache.rows, 0, :, :columns],
+                suffix[: cache.rows, 1, :, :columns],
+                mask,
+                cache.plan,
+            )
+            x = self._mlp(layer, layer.out(attended, residual=x))
+        cache.advance()
+        return self._logits(x)
+
+    def keep(self, rows: np.ndarray) -> None:
+        self.cache.keep(rows)
+
+    def _prefill(self, x: Tensor, lengths: list[int], first_slot: int) -> Tensor:
+        """Packed prompts `[T, H]` into the slots from `first_slot` on: logits `[N, V]` after each prompt's last token."""
+        positions = torch.cat([torch.arange(length, device=x.device) for length in lengths])
+        last_rows = torch.tensor(lengths, device=x.device).cumsum(0) - 1
+        cos, sin = self._cos[positions], self._sin[positions]
+        for depth, (layer, prefix) in enumerate(zip(self.weights.layers, self.cache.prefix, strict=True)):
+            qkv = self._qkv(layer, x, cos, sin)
+            q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+            for slot, (ks, vs) in enumerate(zip(k.split(lengths), v.split(lengths), strict=True), start=first_slot):
+                prefix[slot, 0, :, : len(ks)] = ks.transpose(0, 1)
+                prefix[slot, 1, :, : len(vs)] = vs.transpose(0, 1)
+            last_layer = depth == len(self.weights.layers) - 1
+            if last_layer:  # nothing reads the other rows any more
+                q, x = q[last_rows], x[last_rows]
+            attended = prefill_attention(q, k, v, lengths, last_only=last_layer)
+            x = self._mlp(layer, layer.out(attended, residual=x))
+        return self._logits(x)
+
+    def _qkv(self, layer: FlatLayer, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Queries, keys (both rotated) and values of rows `[T, H]`, as heads `[T, heads + 2 K, D]`."""
+        qkv = layer.qkv(self._norm(x, layer.input_norm)).view(len(x), -1, self.head_dim)
+        rotated = qkv[:, : self.heads + self.kv_heads]
+        if layer.q_norm is not None:
+            rotated[:, : self.heads] = self._norm(rotated[:, : self.heads], layer.q_norm)
+            rotated[:, self.heads :] = self._norm(rotated[:, self.heads :], layer.k_norm)
+        left, right = rotated.chunk(2, dim=-1)
+        torch.addcmul(rotated * cos, torch.cat((right, left), dim=-1), sin, out=rotated)
+        return qkv
+
+    def _mlp(self, layer: FlatLayer, x: Tensor) -> Tensor:
+        gate, up = layer.gate_up(self._norm(x, layer.mlp_norm)).chunk(2, dim=-1)
+        return layer.down(self.activation(gate).mul_(up), residual=x)
+
+    def _norm(self, x: Tensor, weight: nn.Parameter) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), weight, self.eps)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return self.weights.head(self._norm(x, self.weights.norm))

@@ -1,0 +1,59 @@
+"""Decoding of any causal LM by transformers' own forward, one group at a time over its cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+
+class TransformersDecoder:
+    """`Decoder` for architectures that the flat one does not know. The prompt runs once; its cache is then expanded.
+
+    Args:
+        model: the causal LM without its outer PEFT wrapper.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        self.group_size = 0
+        self.cache: DynamicCache | None = None
+
+    def refresh(self) -> None:
+        """The model's weights are read where they are."""
+
+    def plan(self, groups: int, group_size: int, prompt_tokens: int, new_tokens: int, budget: int) -> int:
+        return 1
+
+    def reserve(self, slots: int, group_size: int, prompt_tokens: int, new_tokens: int) -> None:
+        self.group_size = group_size
+
+    def release(self) -> None:
+        self.cache = None
+
+    def prefill(self, embeds: Sequence[Tensor]) -> Tensor:
+        (embed,) = embeds
+        self.cache = DynamicCache(config=self.model.config)
+        logits = self._forward(inputs_embeds=embed[None])
+        self.cache.batch_repeat_interleave(self.group_size)
+        return logits
+
+    def step(self, tokens: Tensor) -> Tensor:
+        return self._forward(input_ids=tokens[:, None])
+
+    def keep(self, rows: np.ndarray) -> None:
+        if len(rows):
+            self.cache.batch_select_indices(torch.from_numpy(rows).to(self.model.device))
+
+    def _forward(self, **inputs: Tensor) -> Tensor:
+        """Logits `[batch, V]` of the last position, without dropout."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            output = self.model(**inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        finally:
+            self.model.train(was_training)
+        return output.logits[:, -1]

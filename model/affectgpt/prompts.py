@@ -187,7 +187,7 @@ def target_text(sample: Sample, mode: Mode = "no_think", answer_form: AnswerForm
     """
     if sample.labels is None:
         raise ValueError(f"sample {sample.name!r} has no labels: it cannot be a training target")
-    labels = ", ".join(parse_labels(sample.labels, "strict")) or "neutral"
+    labels = ", ".join(dict.fromkeys(label.lower() for label in parse_labels(sample.labels, "strict"))) or "neutral"
     if mode == "no_think":
         return _lookup({"list": "{labels}", "sentence": _SENTENCE}, answer_form, "answer form").format(labels=labels)
     question_text(mode, answer_form)  # refuses an unknown mode

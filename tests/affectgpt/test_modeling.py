@@ -291,7 +291,7 @@ def test_a_base_without_safetensors_is_refused(model, tiny_llm_folder, tmp_path)
     shutil.copytree(tiny_llm_folder, tmp_path / "llm")
     (tmp_path / "llm" / "model.safetensors").rename(tmp_path / "llm" / "pytorch_model.bin")
     model.save_pretrained(tmp_path / "saved")
-    with pytest.raises(FileNotFoundError, match="no .safetensors file"):
+    with pytest.raises(FileNotFoundError, match=r"no \.safetensors file"):
         AffectGPT.from_pretrained(tmp_path / "saved", llm=tmp_path / "llm")
 
 

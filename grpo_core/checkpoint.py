@@ -2,9 +2,10 @@
 
 A checkpoint is a folder `step-000123`:
 
-    trainer_state.json       step, metric, the trainer's own state, optimiser options, and size and SHA-256 of every
-    other file optimizer.safetensors    `<parameter name>/<state name>`, e.g. `layers.0.weight/exp_avg` rng.safetensors
-    torch's generator states model/                   whatever `save_model(folder)` writes
+    trainer_state.json       step, metric, the trainer's own state, optimiser options; size and SHA-256 of the other files
+    optimizer.safetensors    `<parameter name>/<state name>`, e.g. `layers.0.weight/exp_avg`
+    rng.safetensors          torch's generator states
+    model/                   whatever `save_model(folder)` writes
 
 It is written under a hidden name, flushed to the disk, and renamed: a kill at any moment leaves the earlier ones
 untouched. No file is a pickle.
@@ -61,8 +62,9 @@ class CheckpointManager:
         state: dict[str, Any],
         metric: float | None = None,
     ) -> Path:
-        """Write a checkpoint, then delete those that need not be kept: neither last nor best, or of a
-        later step (the run went back before them).
+        """Write a checkpoint, then delete those that need not be kept.
+
+        These are the ones neither among the last nor the best, and those of later steps: the run went back before them.
 
         Args:
             step: optimiser steps made so far.

@@ -22,22 +22,22 @@ _CPU_BUDGET = 2 << 30
 class GroupSampler:
     """Samples G completions for each of N prompts from the policy as it is at the call.
 
-    A completion depends on the seed, the step, its prompt and its index in the group alone. On a CPU, in fp32 and with layers
-    of up to 768 inputs, that holds bit for bit: whatever else is in the batch, in whichever order, on however many ranks.
-    Elsewhere rounding depends on the batch, and a draw that lies within rounding of two tokens may fall on either.
+    A completion depends on the seed, the step, its prompt and its index in the group alone. On a CPU, in fp32 and with
+    layers of up to 768 inputs, that holds bit for bit: whatever else is in the batch, in whichever order, on however many
+    ranks. Elsewhere rounding depends on the batch, and a draw within rounding of two tokens may fall on either.
     Prompts with the same id are the same draw.
 
     Args:
         policy: gives the model and the prompts' embeddings.
         tokenizer: decodes completions and tells the end-of-sequence token.
         seed: of the run.
-        forbidden_tokens: ids that are never sampled, such as the placeholders of a multimodal prompt. Ids that the tokenizer
-            does not have (spare rows of the head) never are.
+        forbidden_tokens: ids that are never sampled, such as the placeholders of a multimodal prompt. Ids that the
+            tokenizer does not have (spare rows of the head) never are.
         memory_budget: bytes for caches and logits; unset, 80 % of the device's free memory (2 GiB on a CPU).
 
     Attributes:
-        timings: of the last call: seconds of `refresh` (merging adapters), `embed`, `prefill`, `decode` and `text`, and the
-            counts `prompt_tokens`, `completion_tokens`, `steps` and `slots` (groups decoded at a time).
+        timings: of the last call: seconds of `refresh` (merging adapters), `embed`, `prefill`, `decode` and `text`, and
+            the counts `prompt_tokens`, `completion_tokens`, `steps` and `slots` (groups decoded at a time).
     """
 
     def __init__(
@@ -109,8 +109,8 @@ class GroupSampler:
         for prompt, embed in zip(prompts, embeds, strict=True):
             if embed.ndim != 2 or len(embed) != len(prompt.token_ids):
                 raise ValueError(
-                    f"prompt {prompt.id!r} has {len(prompt.token_ids)} tokens, but policy.embed gave {tuple(embed.shape)}: "
-                    "it must give one row per token"
+                    f"prompt {prompt.id!r} has {len(prompt.token_ids)} tokens, but policy.embed gave "
+                    f"{tuple(embed.shape)}: it must give one row per token"
                 )
         return [embed.detach().to(self.policy.device, self.policy.dtype) for embed in embeds]
 

@@ -1,4 +1,4 @@
-"""Attention of the decode side: prompts causally over themselves, rows over their group's prompt and their own tokens."""
+"""Attention in decoding: prompts causally over themselves, rows over their group's prompt and their own tokens."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _GRID_ROWS = 8
 def extent(length: int) -> int:
     """Columns to attend to for `length` keys: the next size at which masked padding cannot change a result's bits.
 
-    CPU kernels sum keys in SIMD lanes of 16 and split long sums into blocks, so a row's value would depend on how far its
-    neighbours in the batch make it padded. With multiples of 16 up to 256, and of 512 above, it does not.
+    CPU kernels sum keys in SIMD lanes of 16 and split long sums into blocks, so a row's value would depend on how far
+    its neighbours in the batch make it padded. With multiples of 16 up to 256, and of 512 above, it does not.
     """
     block = _BLOCK if length <= _SHORT else _LONG_BLOCK
     return math.ceil(max(length, 1) / block) * block
@@ -27,15 +27,15 @@ def extent(length: int) -> int:
 
 @dataclass(frozen=True)
 class RowPlan:
-    """Which group each of B rows belongs to, and the rows of N groups arranged as a `[N, W]` grid (W ≥ rows of any group).
+    """Which group each of B rows belongs to, and the rows of N groups as a `[N, W]` grid (W ≥ the rows of any group).
 
     The grid lets one batched product serve all queries of a group: its prompt's keys are read once, not once per row.
 
     Attributes:
         group_of_row: int64 `[B]`.
         prefix_lengths: int64 `[N]`, tokens of each group's prompt.
-        to_grid: int64 `[N * K * W]` (K key/value heads), the flat (row, head) that fills each grid cell; unused cells take
-            row 0 and are never read.
+        to_grid: int64 `[N * K * W]` (K key/value heads), the flat (row, head) that fills each grid cell; unused cells
+            take row 0 and are never read.
         from_grid: int64 `[B * K]`, the flat grid cell of each (row, head).
         prefix_mask: `[N, 1, 1, E]`, 0 on the prompt's keys and -inf behind them.
     """

@@ -50,8 +50,8 @@ def make_decoder(model: PreTrainedModel) -> Decoder:
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):
         if getattr(model.config, key, None) is not None:
             raise NotImplementedError(
-                f"config.{key} is {getattr(model.config, key)}: models with capped logits cannot be sampled or trained; "
-                "use one of the Qwen2, Qwen3, Llama or Mistral families"
+                f"config.{key} is {getattr(model.config, key)}: models with capped logits cannot be sampled or "
+                "trained; use one of the Qwen2, Qwen3, Llama or Mistral families"
             )
     return FlatDecoder(model) if FlatDecoder.supports(model) else TransformersDecoder(model)
 
@@ -67,14 +67,14 @@ def check_lengths(model: PreTrainedModel, prompt_tokens: int, new_tokens: int) -
         limit = getattr(model.config, key, None)
         if limit is not None and total > limit:
             raise ValueError(
-                f"the longest prompt has {prompt_tokens} tokens and rollout.max_new_tokens is {new_tokens}: {total} is more "
-                f"than config.{key} {limit}; shorten the prompt or lower rollout.max_new_tokens"
+                f"the longest prompt has {prompt_tokens} tokens and rollout.max_new_tokens is {new_tokens}: {total} is "
+                f"more than config.{key} {limit}; shorten the prompt or lower rollout.max_new_tokens"
             )
     window = getattr(model.config, "sliding_window", None)
     layers = getattr(model.config, "layer_types", None)
     if window is not None and total > window and (layers is None or "sliding_attention" in layers):
         raise ValueError(
-            f"the longest prompt has {prompt_tokens} tokens and rollout.max_new_tokens is {new_tokens}: {total} is more "
-            f"than config.sliding_window {window}, and group attention has no window; shorten the prompt, lower "
+            f"the longest prompt has {prompt_tokens} tokens and rollout.max_new_tokens is {new_tokens}: {total} is "
+            f"more than config.sliding_window {window}, and group attention has no window; shorten the prompt, lower "
             "rollout.max_new_tokens, or set config.sliding_window to None"
         )

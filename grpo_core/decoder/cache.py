@@ -101,7 +101,7 @@ class GroupCache:
         return (self._flat_heads[: self.rows] + self.own_lengths[: self.rows, None]).view(-1)
 
     def suffix_mask(self, dtype: torch.dtype) -> Tensor:
-        """`[B, 1, 1, S']`: 0 on a row's tokens, the one being appended included, -inf behind; S' covers the longest row."""
+        """`[B, 1, 1, S']`: 0 on a row's tokens, the one being appended included, -inf behind. S' covers all rows."""
         columns = min(extent(int(self.longest.max()) + 1), self.suffix.shape[4])
         behind = torch.arange(columns, device=self.suffix.device) > self.own_lengths[: self.rows, None]
         return torch.zeros_like(behind, dtype=dtype).masked_fill_(behind, -torch.inf)[:, None, None]

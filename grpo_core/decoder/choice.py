@@ -14,8 +14,8 @@ class TokenChooser:
     """Draws tokens by inverse CDF, or takes the most probable one at temperature 0.
 
     Args:
-        rollout: temperature, truncation and penalty. They apply in transformers' order: penalty, temperature, top-k, top-p
-            (of what top-k kept), min-p.
+        rollout: temperature, truncation and penalty. They apply in transformers' order: penalty, temperature, top-k,
+            top-p (of what top-k kept), min-p.
         forbidden: token ids that are never drawn.
         limit: ids from here on are never drawn: rows of the head that the tokenizer has no token for.
         device: where logits are.

@@ -1,4 +1,4 @@
-"""Decoding of Qwen2, Qwen3, Llama and Mistral models over flat weights: some twenty operations a layer, no Python modules."""
+"""Decoding of Qwen2, Qwen3, Llama and Mistral models over flat weights: some twenty operations a layer."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class FlatDecoder:
 
     @staticmethod
     def supports(model: PreTrainedModel) -> bool:
-        """Whether the model's layers are those of the four families, with rotations that depend on the position alone."""
+        """Whether the model's layers are those of the four families, and rotations depend on the position alone."""
         config = model.config
         rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
         return config.model_type in _FAMILIES and rope in _STATIC_ROPES
@@ -115,7 +115,7 @@ class FlatDecoder:
         self.cache.keep(rows)
 
     def _prefill(self, x: Tensor, lengths: list[int], first_slot: int) -> Tensor:
-        """Packed prompts `[T, H]` into the slots from `first_slot` on: logits `[N, V]` after each prompt's last token."""
+        """Packed prompts `[T, H]` into the slots from `first_slot` on: logits `[N, V]` after each prompt."""
         positions = torch.cat([torch.arange(length, device=x.device) for length in lengths])
         last_rows = torch.tensor(lengths, device=x.device).cumsum(0) - 1
         cos, sin = self._cos[positions], self._sin[positions]

@@ -80,8 +80,8 @@ class Rollout:
         self._reset_rows()
 
     def run(self, budget: int) -> None:
-        """Draw every completion within `budget` bytes of caches and logits. When memory runs out all the same, the groups
-        that are not whole start again, half as many at a time."""
+        """Draw every completion within `budget` bytes of caches and logits. When memory runs out all the same, the
+        groups that are not whole start again, half as many at a time."""
         sizes = (self.rollout.group_size, max(map(len, self.embeds)), self.rollout.max_new_tokens)
         slots = self.decoder.plan(len(self.embeds), *sizes, budget)
         while True:
@@ -178,7 +178,7 @@ class Rollout:
             self._ended[rows] = self.stopped[rows] | (self.lengths[rows] == self.rollout.max_new_tokens)
 
     def _drop_ended(self, refill: bool) -> None:
-        """Take ended rows out of the decoder once they are 1/16 of its rows, or at once where a group's slot is wanted."""
+        """Take ended rows out of the decoder once they are 1/16 of its rows, or a whole group's slot is wanted."""
         ended = self._ended[self.owner]
         whole = int(self._whole().sum())
         if ended.sum() * _DROP_SHARE >= len(ended) or (refill and whole > self.bar.n):

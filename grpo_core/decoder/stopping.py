@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 class StopConditions:
     """End tokens and stop strings of a rollout.
 
-    Decoding every row's text at every step would cost more than the model, so a table of the vocabulary tells which tokens
-    can complete a stop string at all: those whose text holds the last character of one.
+    Decoding every row's text at every step would cost more than the model, so a table of the vocabulary tells which
+    tokens can complete a stop string at all: those whose text holds the last character of one.
 
     Args:
         model: its generation config names end tokens.

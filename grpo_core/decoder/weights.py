@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 class FusedLinear:
     """Several linear layers that read the same input, side by side in one matrix `[in, sum of out]`.
 
-    On a CPU the matrix is stored input-major: matrix products then give each row the same bits whatever the number of rows
-    (for inputs of up to 768; above that, the same up to rounding).
+    On a CPU the matrix is stored input-major: matrix products then give each row the same bits whatever the number of
+    rows (for inputs of up to 768; above that, the same up to rounding).
     """
 
     def __init__(self, modules: Sequence[nn.Module]):

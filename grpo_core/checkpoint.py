@@ -2,7 +2,7 @@
 
 A checkpoint is a folder `step-000123`:
 
-    trainer_state.json       step, metric, the trainer's own state, optimiser options; size and SHA-256 of the other files
+    trainer_state.json       step, metric, the trainer's own state, optimiser options; size and SHA-256 of the others
     optimizer.safetensors    `<parameter name>/<state name>`, e.g. `layers.0.weight/exp_avg`
     rng.safetensors          torch's generator states
     model/                   whatever `save_model(folder)` writes

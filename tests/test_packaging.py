@@ -1,0 +1,91 @@
+"""The three packages depend on each other in one direction only, and each on no more than it may."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = {
+    "grpo_kernels": ROOT / "kernels/grpo_kernels",
+    "grpo_core": ROOT / "grpo_core",
+    "affectgpt": ROOT / "model/affectgpt",
+}
+KERNELS_MAY = {"torch", "triton", "grpo_kernels"}
+CORE_MAY = KERNELS_MAY | {"transformers", "peft", "numpy", "safetensors", "tqdm", "yaml", "grpo_core"}
+MAY = {"grpo_kernels": KERNELS_MAY, "grpo_core": CORE_MAY}
+OURS = {"grpo_kernels", "grpo_core", "affectgpt", "recipes", "bench", "tests", "kernels", "model"}
+
+
+def imports(path):
+    """(line, top-level module) of every absolute import in a file, inside functions too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name.partition(".")[0]) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.lineno, node.module.partition(".")[0]
+
+
+def test_the_import_reader_sees_imports_inside_functions(tmp_path):
+    path = tmp_path / "module.py"
+    path.write_text("import os.path\ndef f():\n    from torch.nn import Linear\n    from . import x\n")
+    assert list(imports(path)) == [(1, "os"), (3, "torch")]
+
+
+@pytest.mark.parametrize("package", MAY)
+def test_engine_and_kernels_import_only_what_a_gpu_image_has(package):
+    allowed = MAY[package] | sys.stdlib_module_names
+    files = sorted(PACKAGES[package].rglob("*.py"))
+    assert files
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {name}"
+        for path in files
+        for line, name in imports(path)
+        if name not in allowed
+    ]
+    assert not found, f"{package} may import {', '.join(sorted(MAY[package]))} only; found\n" + "\n".join(found)
+
+
+def test_affectgpt_imports_no_script():
+    allowed = {"grpo_kernels", "grpo_core", "affectgpt"}
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {name}"
+        for path in sorted(PACKAGES["affectgpt"].rglob("*.py"))
+        for line, name in imports(path)
+        if name in OURS - allowed
+    ]
+    assert not found
+
+
+def modules_after(statement):
+    """Top-level modules that a fresh interpreter holds after a statement."""
+    code = f"{statement}\nimport sys\nprint(*{{name.partition('.')[0] for name in sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_importing_all_of_grpo_kernels_brings_neither_transformers_nor_our_other_packages():
+    names = [path.stem for path in sorted(PACKAGES["grpo_kernels"].glob("*.py")) if path.stem != "__init__"]
+    loaded = modules_after("\n".join(["import grpo_kernels", *(f"import grpo_kernels.{name}" for name in names)]))
+    assert "grpo_kernels" in loaded
+    assert not loaded & {"transformers", "peft", "grpo_core", "affectgpt"}
+
+
+def test_configuration_needs_no_torch():
+    """So that `--help` and a misspelt key answer at once."""
+    assert "torch" not in modules_after("import grpo_core.cli")
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_folder_of_modules_is_a_package_that_setup_finds(package):
+    folders = {path.parent for path in PACKAGES[package].rglob("*.py")}
+    assert folders
+    assert not {str(folder) for folder in folders if not (folder / "__init__.py").is_file()}
+
+
+def test_no_folder_hides_another_project():
+    """A package `kernels` would shadow the one transformers imports, and `model` is nobody's to claim."""
+    assert not (ROOT / "kernels/__init__.py").exists()
+    assert not (ROOT / "model/__init__.py").exists()

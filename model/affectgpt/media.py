@@ -126,13 +126,15 @@ def read_faces(
     path = _existing(path)
     fix = "Faces are a numpy array uint8 [T, H, W, 3] with T ≥ 1, saved by numpy.save"
     try:
-        with path.open("rb") as file:  # the header alone first: a file of pickles or of no faces never gets mapped
+        with path.open("rb") as file:  # the header alone first: nothing of another type is mapped, no pickle is read
             shape, dtype = _npy_header(file)
-        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape:
-            raise MediaError(path, f"it holds {dtype} {list(shape)}, not faces", fix)
-        faces = np.lib.format.open_memmap(path, mode="r")
-    except (ValueError, OSError, EOFError) as error:
+        faces = None
+        if dtype == np.uint8 and len(shape) == 4 and shape[3] == 3 and 0 not in shape:
+            faces = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # numpy reads the header with Python's own parser, which raises what it likes
         raise MediaError(path, f"not a readable .npy file ({error})", fix) from error
+    if faces is None:
+        raise MediaError(path, f"it holds {dtype} {list(shape)}, not faces", fix)
     taken = np.asarray(faces[frame_indices(len(faces), count)])
     if channel_order == "bgr":
         taken = taken[..., ::-1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -393,7 +393,7 @@ def _visual_dim(folder: str | os.PathLike) -> int:
     return _config_value(folder, "projection_dim", "CLIP vision model")
 
 
-def _replace(path: Path, write) -> None:
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file beside `path`, then put it in its place in one step."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

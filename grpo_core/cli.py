@@ -43,28 +43,35 @@ class Given:
     source: str
 
 
-def load_config(cls: type[Config], argv: Sequence[str] | None = None, *, description: str = "") -> Config:
-    """Build a config from its defaults, then `--config FILE.yaml` (in the order given), then `--section.key value`
-    overrides.
+def load_config(
+    cls: type[Config],
+    argv: Sequence[str] | None = None,
+    *,
+    description: str = "",
+    default_config: Path | None = None,
+) -> Config:
+    """Build a config from its defaults, then `--config FILE.yaml` in the order given, then `--section.key value`.
 
     `section.key=value`, `--section.key=value`, and a bare `--key value` where only one section has that key, are the
     same; `--flag` alone sets a bool. `--help` prints every key with its type, default and doc.
 
     Args:
-        cls: a dataclass of bool, int, float, str, Path, Literal, `X | None`, tuple, list, `dict[str, X]` and
-        dataclasses. argv: arguments without the program's name. None takes the process's own and, on a mistake, prints
-        it and exits with
-            status 2; with `argv` given, mistakes are raised.
+        cls: a dataclass; its fields are bool, int, float, str, Path, Literal, `X | None`, tuple, list, `dict[str, X]`
+            or dataclasses.
+        argv: arguments without the program's name. None takes the process's own and, on a mistake, prints it and
+            exits with status 2; with `argv` given, mistakes are raised.
+        description: opens the help.
+        default_config: the file that is read where no `--config` is given.
 
     Raises:
         ConfigError: an unknown key, a value of the wrong type, or a combination that the dataclass refuses.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "--help" in arguments or "-h" in arguments:
-        print(help_text(cls, description))
+        print(help_text(cls, description, default_config))
         raise SystemExit(0)
     try:
-        return _load(cls, arguments)
+        return _load(cls, arguments, default_config)
     except ConfigError as error:
         if argv is not None:
             raise
@@ -89,15 +96,15 @@ def save_config(config: Any, path: Path) -> None:
     Path(path).write_text(text, encoding="utf-8")
 
 
-def _load(cls: type[Config], arguments: list[str]) -> Config:
+def _load(cls: type[Config], arguments: list[str], default_config: Path | None) -> Config:
     schema = options(cls)
     pairs = list(_pairs(arguments, schema))
+    files = [text for key, text in pairs if key == "config"] or ([str(default_config)] if default_config else [])
     given: dict[str, Given] = {}
-    for key, text in pairs:
-        if key == "config":
-            node = read_yaml(Path(text))
-            if node is not None:
-                _read_section(node, text, "", schema, given)
+    for file in files:
+        node = read_yaml(Path(file))
+        if node is not None:
+            _read_section(node, file, "", schema, given)
     for key, text in pairs:
         if key != "config":
             _read_override(key, text, schema, given)

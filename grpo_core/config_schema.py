@@ -68,14 +68,15 @@ def field_docs(cls: type) -> dict[str, str]:
     return docs
 
 
-def help_text(cls: type, description: str = "") -> str:
-    """What `--help` prints."""
-    head = f"{description}\n\n" if description else ""
+def help_text(cls: type, description: str = "", default_config: Path | None = None) -> str:
+    """What `--help` prints; the defaults it shows are the dataclasses'."""
+    head = f"{description.strip()}\n\n" if description else ""
     usage = (
         f"usage: {Path(sys.argv[0]).name} [--config FILE.yaml ...] [--section.key VALUE ...]\n\n"
         "Later config files override earlier ones, and the command line overrides files.\n"
     )
-    return head + usage + "\n".join(_help_lines(cls, options(cls), ""))
+    instead = f"Without --config, {default_config} is read.\n" if default_config else ""
+    return head + usage + instead + "\n".join(_help_lines(cls, options(cls), ""))
 
 
 def _help_lines(cls: type, schema: dict[str, Option], prefix: str) -> list[str]:

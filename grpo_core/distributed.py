@@ -170,7 +170,7 @@ def gather_objects(value: Any, dist: Distributed) -> list[Any]:
     padded = torch.zeros(max(sizes), dtype=torch.uint8, device=dist.device)
     padded[: data.numel()] = data
     rows = gather_rows(padded, dist).cpu()
-    return [json.loads(bytes(row[:size].tolist())) for row, size in zip(rows, sizes, strict=True)]
+    return [json.loads(row[:size].numpy().tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
 def require_same(what: str, value: Any, dist: Distributed) -> None:

@@ -142,6 +142,12 @@ def test_later_files_override_earlier_ones_and_the_command_line_overrides_both(w
     assert config.data.weights == {"format": 3.0, "dual": 4.0}
 
 
+def test_the_default_file_is_read_where_no_other_is_given(write):
+    default, other = Path(write("seed: 1\nname: given\n", "default.yaml")), write("seed: 2\n", "other.yaml")
+    assert load_config(Config, ["--name", "x"], default_config=default) == Config(seed=1, name="x")
+    assert load_config(Config, ["--config", other], default_config=default) == Config(seed=2)
+
+
 def test_empty_files_and_sections_change_nothing(write):
     assert load_config(Config, ["--config", write(""), "--config", write("optim:\n", "b.yaml")]) == Config()
 

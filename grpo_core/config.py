@@ -159,7 +159,7 @@ class RunConfig:
             raise ValueError(f"run.prompts_per_step is {self.prompts_per_step}: set it to 1 or more")
         if self.early_stopping_patience and not (self.metric_for_best_model and self.eval_steps):
             raise ValueError(
-                "run.early_stopping_patience needs run.metric_for_best_model and run.eval_steps: set both, or set it to 0"
+                "run.early_stopping_patience needs run.metric_for_best_model and run.eval_steps: set both, or 0"
             )
         if self.keep_checkpoints < 1:
             raise ValueError(f"run.keep_checkpoints is {self.keep_checkpoints}: set it to 1 or more")

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from grpo_core.checkpoint import CheckpointError, CheckpointManager, load_optimizer, read_manifest
+from grpo_core.checkpoint import CheckpointError, CheckpointManager, read_manifest
 from grpo_core.config import OptimConfig, RunConfig
 from grpo_core.distributed import Distributed, all_reduce_gradients, barrier, broadcast_parameters, require_same
 from grpo_core.metrics import MetricsWriter, StepMetrics, postfix
@@ -169,7 +169,7 @@ class TrainingLoop:
         if folder is None:
             return
         self.load_trained(folder)
-        load_optimizer(folder, self.optimizer, self.parameters.items())
+        self.checkpoints.load_optimizer(folder, self.optimizer, self.parameters.items())
         manifest = read_manifest(folder)
         self.step_index = manifest["step"]
         self.best = manifest["state"]["best"]

@@ -133,12 +133,16 @@ class Policy:
             layout: N groups on the policy's device.
             prompt_embeds: `[P_n, H]` for each of the N prompts.
         """
-        embeds = self.causal_lm.get_input_embeddings()(layout.token_ids)
-        pieces, row = [], 0
-        for start, prompt in zip(layout.spans.prompt_starts, prompt_embeds, strict=True):
-            pieces += [embeds[row:start], prompt.to(embeds.dtype)]
-            row = start + prompt.shape[0]
-        packed = torch.cat([*pieces, embeds[row:]])
+        # completion tokens alone are looked up: a prompt's placeholders may lie outside the vocabulary
+        embeds = self.causal_lm.get_input_embeddings()(layout.target_ids)
+        completions = embeds.split([sum(lengths) for lengths in layout.spans.completion_lengths])
+        packed = torch.cat(
+            [
+                part
+                for prompt, own in zip(prompt_embeds, completions, strict=True)
+                for part in (prompt.to(own.dtype), own)
+            ]
+        )
         output = self.causal_lm.base_model(
             inputs_embeds=packed[None],
             position_ids=layout.position_ids[None],

@@ -194,6 +194,7 @@ class GRPOTrainer(TrainingLoop):
         """Accumulate the gradient over micro-batches and ranks, and take one optimiser step."""
         algorithm = self.algorithm
         clip_low, clip_high = algorithm.clip_range
+        self.policy.module.train()  # gradient checkpointing asks for it; dropout is off
         for batch in batches:
             with self.phase("forward"):
                 result = self.policy.logprobs(
@@ -224,6 +225,7 @@ class GRPOTrainer(TrainingLoop):
             self.metrics.mean("clip_ratio/region_mean", surrogate.clipped_low | surrogate.clipped_high)
             if iteration == 0:
                 self.compare_with_sampler(result.logprob.detach(), batch.sampler_logprob)
+        self.policy.module.eval()
         with self.phase("optimizer"):
             iterations = self.algorithm.num_iterations
             self.optimizer_step(self.step_index * iterations + iteration, self.run.max_steps * iterations)

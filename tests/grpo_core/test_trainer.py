@@ -1,0 +1,139 @@
+"""The GRPO loop on a toy task: it learns, counts right however work is split, and resumes bit for bit."""
+
+import json
+
+import pytest
+import torch
+
+from .toy import make_trainer, weights
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_reward_rises_on_a_toy_task(tmp_path):
+    trainer = make_trainer(tmp_path, steps=40, lora=False, prompts_per_step=8, group_size=8)
+    trainer.train()
+    metrics = lines(tmp_path / "toy" / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == list(range(1, 41))
+    assert metrics[0]["reward"] < 0.2
+    assert sum(row["reward"] for row in metrics[-5:]) / 5 > 0.6
+
+
+def test_on_the_first_pass_the_ratio_is_one_and_the_sampler_agrees_with_the_trainer(tmp_path):
+    trainer = make_trainer(tmp_path, steps=2, beta=0.1, prompts_per_step=8, group_size=16)
+    trainer.train()
+    for row in lines(tmp_path / "toy" / "metrics.jsonl"):
+        assert row["clip_ratio/region_mean"] == 0
+        assert row["sampling/sampling_logp_difference/max"] < 1e-5
+        assert row["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-5)
+    first, second = lines(tmp_path / "toy" / "metrics.jsonl")
+    assert first["kl"] == 0  # the reference is a copy of the policy at the start
+    assert second["kl"] > 0
+
+
+def test_the_reference_stays_the_policy_at_the_start(tmp_path):
+    trainer = make_trainer(tmp_path, steps=3, beta=0.1)
+    before = weights(trainer).clone()
+    trainer.train()
+    frozen = torch.cat([trainer.policy._frozen[name].flatten() for name in trainer.parameters])
+    assert torch.equal(frozen, before)
+    assert not torch.equal(weights(trainer), before)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
+def test_micro_batches_change_nothing_but_memory(tmp_path, loss_type):
+    results = []
+    for budget in (1, 60, 10**6):
+        trainer = make_trainer(tmp_path / str(budget), loss_type=loss_type, beta=0.1, max_tokens_per_micro_batch=budget)
+        groups = trainer.sample(trainer.next_prompts())
+        trainer.score(groups)
+        trainer.compare(groups)
+        batches = trainer.pack(groups)
+        trainer.reference(batches)
+        trainer.optimizer_step = lambda *_: None
+        trainer.update(batches, 0)
+        gradient = torch.cat([p.grad.flatten() for p in trainer.parameters.values()])
+        results.append((len(batches), trainer.report()["loss"], gradient))
+    assert [count for count, _, _ in results] == [4, pytest.approx(2, abs=1), 1]
+    for _, loss, gradient in results[1:]:
+        assert loss == pytest.approx(results[0][1], abs=1e-6)
+        assert (gradient - results[0][2]).norm() <= 1e-5 * results[0][2].norm()
+
+
+@pytest.mark.parametrize("options", [{}, {"beta": 0.05, "num_iterations": 2}], ids=["plain", "beta-mu2"])
+def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(tmp_path, options):
+    whole = make_trainer(tmp_path / "whole", steps=6, save_steps=3, **options)
+    whole.train()
+    killed = make_trainer(tmp_path / "parts", steps=6, save_steps=3, **options)
+    step = killed.step
+
+    def die_in_the_fifth_step():
+        if killed.step_index == 4:
+            raise KeyboardInterrupt
+        return step()
+
+    killed.step = die_in_the_fifth_step
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    resumed = make_trainer(tmp_path / "parts", steps=6, save_steps=3, **options)
+    resumed.train()
+    assert torch.equal(weights(resumed), weights(whole))
+
+    def read(part, name):
+        rows = lines(tmp_path / part / "toy" / name)
+        return [
+            {
+                key: row[key]
+                for key in row
+                if not key.startswith("time/") and "step_time" not in key and "seconds" not in key
+            }
+            for row in rows
+        ]
+
+    for name in ("metrics.jsonl", "completions.jsonl"):
+        assert read("parts", name) == read("whole", name)
+
+
+def test_a_reward_weight_that_names_no_reward_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"algorithm.reward_weights.eights: no such reward, this run has sevens"):
+        make_trainer(tmp_path, reward_weights={"eights": 1.0})
+
+
+def test_more_prompts_a_step_than_there_are_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="prompts_per_step is 13, but the training set has 12"):
+        make_trainer(tmp_path, prompts_per_step=13)
+
+
+def test_an_infinite_reward_stops_the_run_and_names_the_prompt(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.rewards[0].__class__ = type(
+        "Broken",
+        (),
+        {
+            "name": "sevens",
+            "__call__": lambda self, groups: [[float("inf")] * len(group.completions) for group in groups],
+        },
+    )
+    with pytest.raises(ValueError, match="reward 'sevens' is infinite for prompt"):
+        trainer.train()
+
+
+def test_a_reward_that_cannot_judge_moves_nothing(tmp_path):
+    trainer = make_trainer(tmp_path, steps=1)
+    trainer.rewards[0].__class__ = type(
+        "Blind",
+        (),
+        {
+            "name": "sevens",
+            "__call__": lambda self, groups: [[float("nan")] * len(group.completions) for group in groups],
+        },
+    )
+    before = weights(trainer).clone()
+    trainer.train()
+    assert torch.equal(weights(trainer), before)
+    (row,) = lines(tmp_path / "toy" / "metrics.jsonl")
+    assert row["frac_reward_zero_std"] == 1
+    assert row["effective_groups"] == 0
+    assert row["reward"] is None

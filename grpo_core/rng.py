@@ -7,6 +7,7 @@ one that `triton.language.philox` computes. A draw takes two steps, so that a ke
     row key = words 0 and 1 (low, high) of   philox(key = seed,    counter = (prompt low, prompt high, step, member))
     draw    = word 0 of                      philox(key = row key, counter = (token, column, 0, 0))
     uniform = (draw + 0.5) / 2³²             exact in float64, in the open interval (0, 1)
+                                             (in float32 the largest 2⁻²⁵ of them round to 1)
 
 In Triton: `draw, _, _, _ = tl.philox(row_key, token, column, zero, zero)` with uint32 counters. `token` counts a
 completion's sampled tokens from 0. `column` is 0 for one draw per token (inverse CDF) and the vocabulary index for one

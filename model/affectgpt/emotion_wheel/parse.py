@@ -1,0 +1,128 @@
+"""Label strings → labels: the metric's own rule (`strict`) and a forgiving one for a model's answers (`tolerant`)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+PARSERS = ("strict", "tolerant")
+
+LabelText = str | Sequence[str] | float | None  # a label string, a list of labels, or a missing value
+
+MARK = "\0"  # stands before each text of a batch; no label holds it
+
+# --- tolerant: the tokens of an answer ----------------------------------------------------------------------------
+
+_SEPARATORS = '\n\r\v\f,;.!?|/\\&+()[]{}<>"`*_~#='
+_WIDE_SEPARATORS = "\u2028\u2029“”„«»•·▪◦●‣…、，；。！？／｜（）【】《》「」『』—–"
+_BLANKS = "\t \x1c\x1d\x1e\x1f"
+_WIDE_BLANKS = "\x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000"
+_NARROW = (
+    dict.fromkeys(_WIDE_SEPARATORS, ",") | dict.fromkeys(_WIDE_BLANKS, " ") | dict.fromkeys("’ʼ‘", "'") | {"：": ":"}
+)
+_WIDE = re.compile(f"[{''.join(_NARROW)}]")
+_LOWER = bytes(range(256)).lower()
+_TOLERANT = _LOWER.translate(
+    bytes.maketrans((_SEPARATORS + _BLANKS).encode(), b"," * len(_SEPARATORS) + b" " * len(_BLANKS))
+)
+_STRICT = _LOWER.translate(bytes.maketrans(b"'\"", b",,"))
+_TAG = re.compile(r"</?\w+>")
+# "Emotions:", "Final answer:" and the like before a list.
+_HEADING = re.compile(r"emotion|feeling|mood|label|answer|output|state|result|情绪|情感|标签|答案")
+# What introduces a label in a sentence: all up to the last of these goes ("he seems to be sad" → "sad").
+_LEAD = re.compile(
+    r".*\b(?<!')(?:is|are|was|were|am|be|been|being|feel|feels|felt|feeling|seem|seems|seemed|appear|appears|appeared|"
+    r"look|looks|looked|sound|sounds|sounded|show|shows|showing|express|expresses|expressing|include|includes|including|"
+    r"as|with|sense of)(?: (?:to|like))?(?= |$)"
+)
+# Articles, degrees and joining words before a label.
+_FILLER = re.compile(
+    r"(?:(?:a bit|a little|an?|the|and|or|but|also|both|then|very|quite|rather|somewhat|slightly|slight|so|too|"
+    r"extremely|really|deeply|mildly|highly|possibly|probably|likely|perhaps|maybe|his|her|their|some|etc)(?: |$))+"
+)
+
+
+def parse_labels(text: LabelText, parser: str = "strict") -> list[str]:
+    """Labels of one text, in order, duplicates kept.
+
+    ``strict`` is the metric's rule: one leading ``[`` and one trailing ``]`` go, quotes and commas separate, nothing
+    else does; case is kept (look-ups ignore it). A lone ``[``, on which the published code raises
+    IndexError, gives no label.
+    ``tolerant`` reads what models write: new lines, semicolons, full stops, slashes, bullets, "and", Chinese
+    punctuation separate too; tags, headings, a leading sentence, words of degree go; all is lower case. The labels it
+    gives, joined by ", ", give the same labels again.
+    A list is taken as it is by ``strict``; None and NaN have no labels.
+    """
+    if parser not in PARSERS:
+        raise ValueError(f"parser {parser!r}: choose one of {', '.join(PARSERS)}")
+    if not isinstance(text, str):
+        if text is None or isinstance(text, float):
+            return []
+        labels = [str(label) for label in text]
+        return labels if parser == "strict" else parse_labels(", ".join(labels), parser)
+    if parser == "tolerant":
+        return [label for label in map(clean_token, _separate(text).split(",")) if label]
+    text = text.removeprefix("[").removesuffix("]")
+    return [token for token in map(str.strip, text.replace("'", ",").replace('"', ",").split(",")) if token]
+
+
+def split_batch(texts: Sequence[LabelText], parser: str) -> list[str]:
+    """Raw tokens of many texts in one list, `MARK` before each text's and a last one, by whole-buffer operations.
+
+    Tokens are lower case, not yet cleaned: `str.strip` (strict) or `clean_token` (tolerant) of one gives the label,
+    "" where there is none. Empty tokens may stand anywhere.
+    """
+    between = ",\0,"
+    try:
+        joined = between + between.join(texts) + between
+    except TypeError:  # lists or missing values among them
+        return split_batch([_as_text(text, parser) for text in texts], parser)
+    if joined.count("\0") != len(texts) + 1:
+        return split_batch([text.replace("\0", "\ufffd") for text in texts], parser)
+    if parser == "tolerant":
+        return _separate(joined).split(",")
+    joined = joined if joined.isascii() else joined.lower()
+    # the brackets that open and close a text, replaced at equal length: a blank is stripped, an empty token is no label
+    buffer = joined.encode().replace(b"\0,[", b"\0, ").replace(b"],\0", b",,\0")
+    return buffer.translate(_STRICT).decode().split(",")
+
+
+def clean_token(token: str) -> str:
+    """The label in one raw token of a tolerant split, "" if there is none."""
+    if token.endswith(":"):
+        if _HEADING.search(token):
+            return ""
+        token = token.rstrip(": ")
+    before = None
+    while token != before:  # each rule may bare the next
+        before = token
+        token = token.strip(" '-")
+        for rule in (_LEAD, _FILLER):
+            if match := rule.match(token):
+                token = token[match.end() :]
+    return token if any(map(str.isalpha, token)) else ""
+
+
+def _separate(text: str) -> str:
+    """Lower-case `text` with every separator of the tolerant parser a comma, and single blanks."""
+    if "<" in text:
+        text = _TAG.sub(",", text)
+    if not text.isascii():
+        text = _WIDE.sub(lambda match: _NARROW[match[0]], text.lower())
+    buffer = text.encode().translate(_TOLERANT)
+    while b"  " in buffer:
+        buffer = buffer.replace(b"  ", b" ")
+    # the colon stays with what it ends; 'a' 'b' is how NumPy prints labels
+    for separator, comma in ((b":", b":,"), (b" and ", b","), (b" or ", b","), (b" - ", b","), (b"' '", b",")):
+        buffer = buffer.replace(separator, comma)
+    return buffer.decode()
+
+
+def _as_text(text: LabelText, parser: str) -> str:
+    """A list or missing value as a string that parses to the same labels."""
+    if isinstance(text, str):
+        return text
+    labels: Iterable[str] = parse_labels(text, parser)
+    if parser == "strict":  # inside a listed label quotes and commas do not separate: it is on no wheel then
+        labels = (re.sub("[,'\"\\[\\]]", "\ufffd", label) for label in labels)
+    return ",".join(labels)

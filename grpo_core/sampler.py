@@ -22,9 +22,9 @@ _CPU_BUDGET = 2 << 30
 class GroupSampler:
     """Samples G completions for each of N prompts from the policy as it is at the call.
 
-    A completion depends on the seed, the step, its prompt and its index in the group alone. On a CPU, in fp32 and with
-    layers of up to 768 inputs, that holds bit for bit: whatever else is in the batch, in whichever order, on however many
-    ranks. Elsewhere rounding depends on the batch, and a draw within rounding of two tokens may fall on either.
+    A completion depends on the seed, the step, its prompt and its index in the group alone: not on what else is in the
+    batch, in which order, or on how many ranks. In fp32 on one CPU thread, with layers of up to 768 inputs, that holds
+    bit for bit. Elsewhere rounding depends on the batch, and a draw within rounding of two tokens may fall on either.
     Prompts with the same id are the same draw.
 
     Args:

@@ -113,8 +113,9 @@ def decode_attention(
     prefix_out = out.reshape(-1, heads_per_kv * width).index_select(0, plan.from_grid).view(q.shape)
     prefix_lse = lse.reshape(-1, heads_per_kv).index_select(0, plan.from_grid).view(q.shape[:3])
     suffix_out, suffix_lse = _attend(q, suffix_k, suffix_v, suffix_mask)
-    # softmax over both parts = their own softmaxes weighted by exp(lse): weight of the prefix = sigmoid(difference)
-    share = torch.sigmoid(prefix_lse - suffix_lse).unsqueeze(-1).to(q.dtype)
+    # softmax over both parts = their own softmaxes weighted by exp(lse). A softmax of pairs and not a sigmoid of their
+    # difference: element-wise functions round the last few elements of a tensor by other code than the rest
+    share = torch.softmax(torch.stack((suffix_lse, prefix_lse), dim=-1), dim=-1)[..., 1:].to(q.dtype)
     return torch.lerp(suffix_out, prefix_out, share).reshape(batch, -1)
 
 

@@ -65,11 +65,7 @@ class TokenChooser:
         if rollout.top_k and rollout.top_k < scores.shape[1]:
             threshold = scores.topk(rollout.top_k, dim=-1).values[:, -1:]
             scores = scores.masked_fill(scores < threshold, -torch.inf)
-        truncated = rollout.top_p < 1 or rollout.min_p > 0
-        if not truncated:
-            return (scores - scores.amax(dim=-1, keepdim=True)).exp_()
-        weights = torch.softmax(scores, dim=-1)
-        kept = weights
+        kept = weights = torch.softmax(scores, dim=-1)
         if rollout.top_p < 1:
             ordered, order = weights.sort(dim=-1, descending=True, stable=True)
             before = ordered.cumsum(dim=-1) - ordered

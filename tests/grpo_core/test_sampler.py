@@ -1,0 +1,384 @@
+"""Group sampling against transformers, and the invariants that a rollout keeps."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from grpo_core.config import RolloutConfig
+from grpo_core.decoder.transformers_decoder import TransformersDecoder
+from grpo_core.groups import GroupLayout, Prompt
+from grpo_core.policy import Policy
+from grpo_core.sampler import GroupSampler
+
+from .conftest import make_lm
+from .sampling_models import PLACEHOLDER, VOCABULARY, CharTokenizer, FeaturePolicy, make_prompts
+
+LENGTHS = (5, 1, 17, 9, 30, 2)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def sampled(sampler, prompts, step=0, **rollout):
+    return sampler.sample(prompts, RolloutConfig(**rollout), step=step)
+
+
+def token_ids(groups):
+    return [[completion.token_ids for completion in group.completions] for group in groups]
+
+
+def generated(policy, prompt, new_tokens):
+    """Greedy tokens of transformers' own generate, from the prompt's embeddings."""
+    embeds = policy.embed([prompt])[0].detach()[None]
+    mask = torch.ones(embeds.shape[:2], dtype=torch.int64)
+    model = policy.model
+    return tuple(
+        model.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False)[
+            0
+        ].tolist()
+    )
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_greedy_decoding_equals_generate(family, lora):
+    lm = make_lm(family, lora)
+    lm.generation_config.eos_token_id = [1, *range(4, 97, 5)]  # many end tokens: rows end early, at different lengths
+    policy = FeaturePolicy(lm)
+    prompts = make_prompts(LENGTHS, features=True)
+    groups = sampled(GroupSampler(policy, CharTokenizer()), prompts, group_size=2, max_new_tokens=12, temperature=0.0)
+    expected = [generated(policy, prompt, 12) for prompt in prompts]
+    assert token_ids(groups) == [[tokens, tokens] for tokens in expected]
+    assert len({len(tokens) for tokens in expected}) > 1
+    for group, tokens in zip(groups, expected, strict=True):
+        ended = tokens[-1] in lm.generation_config.eos_token_id
+        assert [c.finish_reason for c in group.completions] == ["stop" if ended else "length"] * 2
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_log_probs_equal_the_policys(family, temperature):
+    policy = FeaturePolicy(make_lm(family, lora=True))
+    prompts = make_prompts(LENGTHS, features=True)
+    groups = sampled(
+        GroupSampler(policy, CharTokenizer()),
+        prompts,
+        group_size=3,
+        max_new_tokens=20,
+        temperature=temperature,
+        top_p=0.9,
+        repetition_penalty=1.2,
+    )
+    layout = GroupLayout.from_groups(groups)
+    with torch.no_grad():
+        expected = policy.logprobs(layout, prompts, temperature=temperature).logprob
+    ours = torch.from_numpy(np.concatenate([c.logprobs for group in groups for c in group.completions]))
+    assert len(ours) == sum(len(c.token_ids) for group in groups for c in group.completions)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+
+
+def test_completions_do_not_depend_on_the_batch():
+    """One prompt at a time, all at once in another order, few slots, two ranks: the same bits."""
+    policy = Policy(make_lm("qwen2", lora=True))
+    policy.model.generation_config.eos_token_id = [1, *range(60, 65)]
+    prompts = make_prompts((5, 1, 17, 40, 30, 2, 70, 9, 12, 130))
+    rollout = RolloutConfig(group_size=5, max_new_tokens=40)
+    whole = GroupSampler(policy, CharTokenizer(), seed=3).sample(prompts, rollout)
+    assert len({len(c.token_ids) for group in whole for c in group.completions}) > 10
+
+    few_slots = GroupSampler(policy, CharTokenizer(), seed=3, memory_budget=400_000)
+    others = {
+        "few slots": few_slots.sample(prompts, rollout),
+        "reversed": GroupSampler(policy, CharTokenizer(), seed=3).sample(prompts[::-1], rollout)[::-1],
+        "alone": [g for p in prompts for g in GroupSampler(policy, CharTokenizer(), seed=3).sample([p], rollout)],
+        "two ranks": [
+            group
+            for pair in zip(
+                GroupSampler(policy, CharTokenizer(), seed=3).sample(prompts[::2], rollout),
+                GroupSampler(policy, CharTokenizer(), seed=3).sample(prompts[1::2], rollout),
+                strict=True,
+            )
+            for group in pair
+        ],
+    }
+    assert 1 <= few_slots.timings["slots"] < len(prompts)
+    for name, groups in others.items():
+        assert token_ids(groups) == token_ids(whole), name
+        for ours, theirs in zip(groups, whole, strict=True):
+            for a, b in zip(ours.completions, theirs.completions, strict=True):
+                np.testing.assert_array_equal(a.logprobs, b.logprobs, err_msg=name)
+
+
+def test_seed_step_and_member_change_the_draw():
+    policy = Policy(make_lm())
+    prompts = make_prompts((4, 6))
+    base = sampled(GroupSampler(policy, CharTokenizer(), seed=0), prompts, group_size=4, max_new_tokens=8)
+    again = sampled(GroupSampler(policy, CharTokenizer(), seed=0), prompts, group_size=4, max_new_tokens=8)
+    seed = sampled(GroupSampler(policy, CharTokenizer(), seed=1), prompts, group_size=4, max_new_tokens=8)
+    step = sampled(GroupSampler(policy, CharTokenizer(), seed=0), prompts, step=1, group_size=4, max_new_tokens=8)
+    assert token_ids(base) == token_ids(again)
+    assert token_ids(base) != token_ids(seed)
+    assert token_ids(base) != token_ids(step)
+    assert len(set(token_ids(base)[0])) > 1
+
+
+def test_a_larger_group_begins_with_the_smaller_one():
+    policy = Policy(make_lm())
+    prompts = make_prompts((4, 6))
+    sampler = GroupSampler(policy, CharTokenizer())
+    small = token_ids(sampled(sampler, prompts, group_size=3, max_new_tokens=8))
+    large = token_ids(sampled(sampler, prompts, group_size=7, max_new_tokens=8))
+    assert [group[:3] for group in large] == small
+
+
+def test_sampled_frequencies_pass_chi_square():
+    policy = Policy(make_lm())
+    prompts = make_prompts((6,))
+    groups = sampled(GroupSampler(policy, CharTokenizer()), prompts, group_size=6000, max_new_tokens=2, temperature=1.5)
+    first = np.bincount([c.token_ids[0] for c in groups[0].completions], minlength=VOCABULARY)
+    with torch.no_grad():
+        logits = policy.causal_lm(torch.tensor([prompts[0].token_ids])).logits[0, -1]
+    expected = torch.softmax(logits.double() / 1.5, -1).numpy() * first.sum()
+    order = np.argsort(expected)
+    pooled = np.maximum(np.searchsorted(np.cumsum(expected[order]), 5), 1)  # rare tokens in one bin
+    observed = np.r_[first[order[:pooled]].sum(), first[order[pooled:]]]
+    expected = np.r_[expected[order[:pooled]].sum(), expected[order[pooled:]]]
+    assert len(observed) > 20
+    assert stats.chisquare(observed, expected * observed.sum() / expected.sum()).pvalue > 1e-3
+
+
+def test_the_policys_update_is_seen_at_the_next_call():
+    lm = make_lm("qwen3", lora=True)
+    policy = Policy(lm)
+    sampler = GroupSampler(policy, CharTokenizer())
+    prompts = make_prompts((8,))
+    before = sampled(sampler, prompts, group_size=1, max_new_tokens=12, temperature=0.0)
+    with torch.no_grad():
+        for name, parameter in lm.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
+        lm.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight.mul_(1.1)
+    after = sampled(sampler, prompts, group_size=1, max_new_tokens=12, temperature=0.0)
+    assert token_ids(after) == [[generated(policy, prompts[0], 12)]]
+    assert token_ids(after) != token_ids(before)
+
+
+def test_stop_string_ends_a_completion_and_is_cut_from_its_text():
+    policy = Policy(make_lm())
+    tokenizer = CharTokenizer()
+    prompts = make_prompts((4, 6, 11))
+    sampler = GroupSampler(policy, tokenizer)
+    free = sampled(sampler, prompts, group_size=4, max_new_tokens=30)
+    text = tokenizer.decode(free[1].completions[2].token_ids)
+    stop = text[10:12]  # a pair of characters that this completion holds
+    groups = sampled(sampler, prompts, group_size=4, max_new_tokens=30, stop_strings=(stop,))
+    completion = groups[1].completions[2]
+    at = text.index(stop)
+    assert completion.finish_reason == "stop"
+    assert completion.token_ids == free[1].completions[2].token_ids[: at + 2]
+    assert completion.text == text[:at]
+    for ours, theirs in zip(groups, free, strict=True):
+        for a, b in zip(ours.completions, theirs.completions, strict=True):
+            assert a.token_ids == b.token_ids[: len(a.token_ids)]
+            assert (stop in tokenizer.decode(b.token_ids)) == (len(a.token_ids) < len(b.token_ids)) or a == b
+
+
+def test_stop_strings_that_never_come_leave_the_length_limit():
+    policy = Policy(make_lm())
+    groups = sampled(
+        GroupSampler(policy, CharTokenizer(), forbidden_tokens=[1]),
+        make_prompts((4,)),
+        group_size=3,
+        max_new_tokens=9,
+        stop_strings=("never comes",),
+    )
+    assert [(len(c.token_ids), c.finish_reason) for c in groups[0].completions] == [(9, "length")] * 3
+
+
+def test_forbidden_tokens_and_spare_head_rows_are_never_sampled():
+    lm = make_lm()
+    with torch.no_grad():  # the head loves the placeholder and rows behind the tokenizer's end
+        lm.lm_head.weight[[PLACEHOLDER, 95, 96]] *= 10
+    policy = Policy(lm)
+    prompts = make_prompts((4, 6))
+    size = dict(group_size=16, max_new_tokens=16)
+    drawn = {
+        t
+        for group in token_ids(sampled(GroupSampler(policy, CharTokenizer()), prompts, **size))
+        for c in group
+        for t in c
+    }
+    assert {PLACEHOLDER, 95, 96} & drawn
+    sampler = GroupSampler(policy, CharTokenizer(95), forbidden_tokens=[PLACEHOLDER])
+    for temperature in (0.0, 1.0):
+        groups = sampled(sampler, prompts, temperature=temperature, **size)
+        drawn = {t for group in token_ids(groups) for c in group for t in c}
+        assert PLACEHOLDER not in drawn
+        assert max(drawn) < 95
+
+
+def test_repetition_penalty_equals_generate():
+    policy = Policy(make_lm())
+    prompts = make_prompts((4, 9))
+    groups = sampled(
+        GroupSampler(policy, CharTokenizer()),
+        prompts,
+        group_size=2,
+        max_new_tokens=20,
+        temperature=0.0,
+        repetition_penalty=1.6,
+    )
+    for group in groups:
+        embeds = policy.embed([group.prompt])[0].detach()[None]
+        expected = policy.model.generate(
+            inputs_embeds=embeds,
+            attention_mask=torch.ones(embeds.shape[:2], dtype=torch.int64),
+            max_new_tokens=20,
+            do_sample=False,
+            repetition_penalty=1.6,
+        )[0].tolist()
+        assert [list(c.token_ids) for c in group.completions] == [expected] * 2
+
+
+def test_out_of_memory_halves_the_batch_and_changes_nothing(monkeypatch):
+    policy = Policy(make_lm())
+    prompts = make_prompts((5, 1, 17, 9, 30))
+    expected = sampled(GroupSampler(policy, CharTokenizer()), prompts, group_size=3, max_new_tokens=15)
+    sampler = GroupSampler(policy, CharTokenizer())
+    step, calls = sampler.decoder.step, []
+
+    def failing(tokens):
+        calls.append(len(tokens))
+        if sampler.timings["slots"] > 2 and len(calls) % 4 == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(tokens)
+
+    monkeypatch.setattr(sampler.decoder, "step", failing)
+    groups = sampled(sampler, prompts, group_size=3, max_new_tokens=15)
+    assert sampler.timings["slots"] == 2
+    assert token_ids(groups) == token_ids(expected)
+    assert sampler.decoder.cache is None
+
+
+def test_out_of_memory_with_one_group_is_an_error(monkeypatch):
+    sampler = GroupSampler(Policy(make_lm()), CharTokenizer(), memory_budget=1)
+
+    def failing(tokens):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(sampler.decoder, "step", failing)
+    with pytest.raises(torch.OutOfMemoryError):
+        sampled(sampler, make_prompts((5, 4)), group_size=3, max_new_tokens=15)
+
+
+def test_cache_stays_within_the_budget():
+    policy = Policy(make_lm())
+    for budget in (200_000, 1_000_000):
+        sampler = GroupSampler(policy, CharTokenizer(), memory_budget=budget)
+        taken = []
+        reserve = sampler.decoder.reserve
+
+        def spy(*sizes, reserve=reserve, sampler=sampler, taken=taken):
+            reserve(*sizes)
+            cache = sampler.decoder.cache
+            taken.append(cache.prefix.nbytes + cache.suffix.nbytes)
+
+        sampler.decoder.reserve = spy
+        sampled(sampler, make_prompts([20] * 12), group_size=4, max_new_tokens=20)
+        assert len(taken) == 1
+        assert budget / 10 < taken[0] <= budget
+
+
+def test_other_architectures_run_through_transformers():
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=2, n_head=4, eos_token_id=1, bos_token_id=1
+    )
+    lm = GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        lm.transformer.wte.weight.mul_(4)
+    lm.generation_config.eos_token_id = [1, *range(4, 97, 5)]
+    policy = Policy(lm)
+    sampler = GroupSampler(policy, CharTokenizer())
+    assert isinstance(sampler.decoder, TransformersDecoder)
+    prompts = make_prompts((5, 1, 17))
+    greedy = sampled(sampler, prompts, group_size=2, max_new_tokens=12, temperature=0.0)
+    assert token_ids(greedy) == [[generated(policy, prompt, 12)] * 2 for prompt in prompts]
+    groups = sampled(sampler, prompts, group_size=5, max_new_tokens=12)
+    assert len({len(c.token_ids) for group in groups for c in group.completions}) > 1
+    for group in groups:
+        for completion in group.completions:
+            ids = torch.tensor([group.prompt.token_ids + completion.token_ids])
+            with torch.no_grad():
+                logprobs = torch.log_softmax(lm(ids).logits[0, -len(completion.token_ids) - 1 : -1], -1)
+            expected = logprobs.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0].numpy()
+            np.testing.assert_allclose(completion.logprobs, expected, atol=1e-5)
+
+
+def test_capped_logits_are_refused_by_config_key():
+    config = Gemma2Config(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16,
+    )  # fmt: skip
+    with pytest.raises(NotImplementedError, match=r"config\.attn_logit_softcapping"):
+        GroupSampler(Policy(Gemma2ForCausalLM(config)), CharTokenizer())
+
+
+def test_sequences_beyond_the_window_are_refused_and_shorter_ones_are_right():
+    lm = make_lm("mistral", sliding_window=24)
+    policy = Policy(lm)
+    sampler = GroupSampler(policy, CharTokenizer())
+    prompts = make_prompts((8,))
+    groups = sampled(sampler, prompts, group_size=1, max_new_tokens=16, temperature=0.0)
+    assert token_ids(groups) == [[generated(policy, prompts[0], 16)]]
+    with pytest.raises(ValueError, match=r"8 tokens.*config\.sliding_window 24"):
+        sampled(sampler, prompts, group_size=1, max_new_tokens=17)
+
+
+def test_a_prompt_beyond_the_models_positions_is_refused():
+    sampler = GroupSampler(Policy(make_lm(max_position_embeddings=32)), CharTokenizer())
+    sampled(sampler, make_prompts((24,)), group_size=1, max_new_tokens=8)
+    with pytest.raises(ValueError, match=r"25 tokens.*config\.max_position_embeddings 32.*rollout\.max_new_tokens"):
+        sampled(sampler, make_prompts((5, 25)), group_size=1, max_new_tokens=8)
+
+
+def test_embeddings_that_do_not_fit_the_prompt_are_refused():
+    policy = Policy(make_lm(), embed=lambda prompts: [torch.zeros(3, 32) for _ in prompts])
+    with pytest.raises(ValueError, match=r"'prompt-0-0' has 4 tokens.*\(3, 32\)"):
+        sampled(GroupSampler(policy, CharTokenizer()), make_prompts((4,)), group_size=2)
+
+
+def test_empty_prompts_groups_and_stop_strings_are_refused():
+    with pytest.raises(ValueError, match="no tokens"):
+        Prompt("empty", ())
+    with pytest.raises(ValueError, match=r"rollout\.group_size"):
+        RolloutConfig(group_size=0)
+    sampler = GroupSampler(Policy(make_lm()), CharTokenizer())
+    with pytest.raises(ValueError, match=r"rollout\.stop_strings"):
+        sampled(sampler, make_prompts((4,)), stop_strings=("",))
+    assert sampled(sampler, []) == []
+
+
+def test_timings_count_tokens():
+    sampler = GroupSampler(Policy(make_lm()), CharTokenizer(), forbidden_tokens=[1])
+    sampled(sampler, make_prompts((4, 7)), group_size=3, max_new_tokens=6)
+    timings = sampler.timings
+    assert timings["prompt_tokens"] == 11
+    assert timings["completion_tokens"] == 36
+    assert timings["steps"] == 5  # the first token comes from the prompt
+    assert all(timings[phase] > 0 for phase in ("refresh", "embed", "prefill", "decode", "text"))
+
+
+def test_sampling_leaves_no_gradient_state_behind():
+    lm = make_lm(lora=True).train()
+    policy = FeaturePolicy(lm)
+    groups = sampled(GroupSampler(policy, CharTokenizer()), make_prompts(LENGTHS, features=True), group_size=2)
+    assert lm.training
+    prompts = [group.prompt for group in groups]
+    policy.logprobs(GroupLayout.from_groups(groups), prompts).logprob.sum().backward()
+    assert all(p.grad is not None for p in lm.parameters() if p.requires_grad)

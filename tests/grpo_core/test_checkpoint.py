@@ -75,6 +75,37 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(manager):
     assert resumed.fingerprint() == whole.fingerprint()
 
 
+@pytest.mark.gpu
+def test_fused_optimizer_and_generator_on_cuda_resume_bit_for_bit(manager):
+    def run():
+        torch.manual_seed(0)
+        model = torch.nn.Linear(8, 8, device="cuda")
+        return model, torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+
+    def train(model, optimizer, steps):
+        for _ in range(steps):
+            model(torch.randn(4, 8, device="cuda")).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    whole, optimizer = run()
+    train(whole, optimizer, 2)
+    folder = manager.save(
+        2,
+        save_model=lambda path: save_file(whole.state_dict(), path / "model.safetensors"),
+        optimizer=optimizer,
+        named_parameters=whole.named_parameters(),
+        state={},
+    )
+    train(whole, optimizer, 2)
+    resumed, optimizer = run()
+    resumed.load_state_dict(load_file(folder / "model" / "model.safetensors"))
+    manager.load_optimizer(folder, optimizer, resumed.named_parameters())
+    manager.load_rng_state(folder)
+    train(resumed, optimizer, 2)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
 def test_state_comes_back_exactly(manager):
     folder = Run().save(manager, 12, metric=1 / 3)
     manifest = read_manifest(folder)

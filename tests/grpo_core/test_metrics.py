@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from grpo_core import metrics
+from grpo_core.distributed import Distributed
 from grpo_core.jsonlines import JsonLines
 from grpo_core.metrics import CompletionsWriter, MetricsWriter, StepMetrics
 
@@ -79,6 +80,25 @@ def test_reduce_is_one_collective(monkeypatch):
         getattr(step, ("mean", "sum", "max", "min")[i % 4])(f"metric {i}", torch.tensor([float(i)]))
     assert step.reduce() == {f"metric {i}": float(i) for i in range(60)}
     assert calls == [(1 + 2 * metrics.CAPACITY,)]
+
+
+@pytest.mark.gpu
+def test_adding_never_waits_for_the_device_and_reduce_waits_once(recwarn):
+    step = StepMetrics(Distributed(device=torch.device("cuda", 0)))
+    values = torch.arange(6.0, device="cuda")
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        for _ in range(2):
+            step.mean("masked", values, values > 3)
+            for kind in (step.mean, step.sum, step.max, step.min):
+                kind(kind.__name__, values)
+                kind(kind.__name__, 1.0)
+        torch.cuda.set_sync_debug_mode("warn")
+        reduced = step.reduce()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert reduced == {"masked": 4.5, "mean": 16 / 7, "sum": 32.0, "max": 5.0, "min": 0.0}
+    assert sum("called a synchronizing CUDA operation" in str(warning.message) for warning in recwarn) == 1
 
 
 def test_postfix_shows_only_what_was_reported():

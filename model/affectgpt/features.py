@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,7 +33,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from affectgpt.datasets import Sample
-from affectgpt.encoders import Encoders
 from affectgpt.media import (
     FRAME_SIZE,
     NUM_STEPS,
@@ -46,6 +45,9 @@ from affectgpt.media import (
     read_image,
 )
 from grpo_core.distributed import Distributed, gather_objects
+
+if TYPE_CHECKING:
+    from affectgpt.encoders import Encoders
 
 logger = logging.getLogger(__name__)
 
@@ -262,23 +264,31 @@ def _decode(unit: _Unit, face_channel_order: ChannelOrder) -> np.ndarray:
 
 def _decode_ahead(
     units: Iterable[_Unit], face_channel_order: ChannelOrder, threads: int, ahead: int
-) -> Iterator[tuple[_Unit, Future[np.ndarray]]]:
+) -> Iterator[tuple[_Unit, np.ndarray | MediaError]]:
     """Decode in order, in threads, never more than `ahead` files before they are asked for."""
+
+    def result(future: Future[np.ndarray]) -> np.ndarray | MediaError:
+        try:
+            return future.result()
+        except MediaError as error:
+            return error
+
     waiting: deque[tuple[_Unit, Future[np.ndarray]]] = deque()
     pool = ThreadPoolExecutor(threads)
     try:
         for unit in units:
             waiting.append((unit, pool.submit(_decode, unit, face_channel_order)))
             if len(waiting) == ahead:
-                yield waiting.popleft()
-        while waiting:
-            yield waiting.popleft()
+                unit, future = waiting.popleft()
+                yield unit, result(future)
+        for unit, future in waiting:
+            yield unit, result(future)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _encode(
-    decoded: Iterator[tuple[_Unit, Future[np.ndarray]]],
+    decoded: Iterator[tuple[_Unit, np.ndarray | MediaError]],
     encoders: Encoders | None,
     folder: Path,
     batch: int,
@@ -290,12 +300,8 @@ def _encode(
     shard: dict[str, Tensor] = {}
     try:
         while group := list(islice(decoded, batch)):
-            arrays: dict[_Unit, np.ndarray] = {}
-            for unit, future in group:
-                try:
-                    arrays[unit] = future.result()
-                except MediaError as error:
-                    broken[unit.key] = str(error)
+            broken |= {unit.key: str(result) for unit, result in group if isinstance(result, MediaError)}
+            arrays = {unit: result for unit, result in group if not isinstance(result, MediaError)}
             if arrays and encoders is None:
                 path = next(iter(arrays)).path
                 raise ValueError(f"{path}: its features are not in {folder}; pass encoders to compute them")

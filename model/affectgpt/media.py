@@ -157,7 +157,7 @@ def read_image(path: str | Path, size: int = FRAME_SIZE) -> np.ndarray:
             pixels = ImageOps.exif_transpose(image).convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise MediaError(path, f"not a readable image ({error})", "Save it again as PNG or JPEG") from error
-    return np.asarray(pixels)[None]
+    return np.array(pixels)[None]
 
 
 def _existing(path: str | Path) -> Path:

@@ -42,14 +42,15 @@ def main() -> None:
     evaluations = {}
     if config.cold_start.max_steps:
         evaluations["untrained"] = stages.evaluate_test("untrained")
-        stages.supervised("cold_start", config.cold_start.max_steps, config.cold_start.early_stopping_patience)
+        cold = config.cold_start
+        stages.supervised(config.supervised("cold_start", cold.max_steps, cold.early_stopping_patience))
     evaluations["cold_start"] = stages.evaluate_test("cold_start")
     if config.controls:
         before_grpo = stages.folder / "cold_start" / "model" if config.cold_start.max_steps else config.model.path
-        stages.supervised("sft_continued", config.run.max_steps, patience=0)
+        stages.supervised(config.supervised("sft_continued", config.run.max_steps, patience=0))
         evaluations["sft_continued"] = stages.evaluate_test("sft_continued")
         stages.load(before_grpo)
-    stages.grpo()
+    stages.grpo(config.algorithm, config.optim)
     evaluations["grpo"] = stages.evaluate_test("grpo")
     if config.controls and stages.test:
         swapped = stages.prompts(shuffle_media([prompt.sample for prompt in stages.test], config.run.seed))

@@ -42,6 +42,14 @@ class Evaluation:
     scored: list[int]
     samples: list[SampleScore]
 
+    def table(self) -> str:
+        """The scores as lines of text."""
+        rows = [f"{self.name} on {len(self.samples)} samples, level {self.level}", "             F        P        R"]
+        per_wheel = zip(*(self.per_wheel[key] for key in ("f1", "precision", "recall")), strict=True)
+        for number, (f1, precision, recall) in enumerate(per_wheel, 1):
+            rows.append(f"wheel {number} {f1:8.2f} {precision:8.2f} {recall:8.2f}   ({self.scored[number - 1]} scored)")
+        return "\n".join([*rows, f"mean    {self.f1:8.2f} {self.precision:8.2f} {self.recall:8.2f}"])
+
     def save(self, folder: Path) -> Path:
         """Write `folder/<name>.json`."""
         folder.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,6 @@ from affectgpt.datasets import LOADERS, Sample
 from affectgpt.emotion_wheel import EmotionWheel
 from affectgpt.encoders import Encoders
 from affectgpt.features import FeatureStore, extract_features
-from affectgpt.metrics import Evaluation, score_answers
 from affectgpt.modeling import AffectGPT
 from affectgpt.prompts import AnswerForm, Mode, Template, build_prompt, build_target, required_features, stop_strings
 from affectgpt.rewards import AccuracyReward, FormatReward
@@ -112,8 +111,8 @@ class MetricConfig:
         return EmotionWheel.default() if self.emotion_wheel is None else EmotionWheel.from_published(self.emotion_wheel)
 
 
-def load_samples(data: DataConfig, labels: str | None = None) -> list[Sample]:
-    """The samples of a label table, `data.labels` unless given.
+def load_samples(data: DataConfig, labels: str | None = None, labelled: bool = True) -> list[Sample]:
+    """The samples of a label table, `data.labels` unless given; with `labelled=False`, of a table of names alone.
 
     Raises:
         ValueError: no root is given; FileNotFoundError, ValueError: as the layout's loader.
@@ -125,8 +124,10 @@ def load_samples(data: DataConfig, labels: str | None = None) -> list[Sample]:
     options: dict[str, Any] = {"labels": labels or data.labels}
     if data.format in ("mer2025", "mer2026", "synthetic"):
         options["subtitle_language"] = data.subtitle_language
-    if data.format != "folder":
-        options["reasons"] = data.reasons
+    if data.format == "folder":
+        options["labels"] = options["labels"] if labelled else None
+    else:
+        options |= {"reasons": data.reasons, "labelled": labelled}
     return LOADERS["mer2025" if data.format == "synthetic" else data.format](data.root, **options)
 
 
@@ -228,30 +229,16 @@ def with_stop_strings(rollout: RolloutConfig, prompt: PromptConfig) -> RolloutCo
     return replace(rollout, stop_strings=tuple(dict.fromkeys((*rollout.stop_strings, *stop_strings(prompt.template)))))
 
 
-def evaluate(
+def answer(
     sampler: GroupSampler,
     prompts: Sequence[Prompt],
     rollout: RolloutConfig,
-    wheel: EmotionWheel,
-    *,
-    name: str,
-    split: str,
-    mode: Mode,
-    level: Literal[1, 2] = 1,
     dist: Distributed,
     progress: bool = False,
-) -> Evaluation:
-    """Answer every prompt once, greedily, each rank its share, and score the answers; the same result on all ranks."""
+) -> list[str]:
+    """Greedy answers to all prompts, in order; each rank answers its share, and all ranks get all."""
     greedy = replace(rollout, group_size=1, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0)
     mine = shard(prompts, dist.rank, dist.world_size)
     groups = sampler.sample(mine, greedy, progress=progress and dist.main_process)
     parts = gather_objects([group.completions[0].text for group in groups], dist)
-    return score_answers(
-        wheel,
-        [prompt.sample for prompt in prompts],
-        [text for part in parts for text in part],
-        name=name,
-        split=split,
-        mode=mode,
-        level=level,
-    )
+    return [text for part in parts for text in part]

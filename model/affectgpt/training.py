@@ -14,15 +14,15 @@ from affectgpt import synthetic
 from affectgpt.datasets import Sample
 from affectgpt.emotion_wheel import EmotionWheel, parse_labels
 from affectgpt.encoders import Encoders
-from affectgpt.metrics import Evaluation
+from affectgpt.metrics import Evaluation, score_answers
 from affectgpt.prompts import PLACEHOLDERS, answer_text
 from affectgpt.task import (
     DataConfig,
     MetricConfig,
     ModelConfig,
     PromptConfig,
+    answer,
     encode,
-    evaluate,
     load_samples,
     make_encoders,
     make_examples,
@@ -43,6 +43,18 @@ from grpo_core.trainer import GRPOTrainer
 
 
 @dataclass
+class TaskConfig:
+    """What every recipe needs: a model, clips, how they are shown and judged, and where to write."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    metric: MetricConfig = field(default_factory=MetricConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+@dataclass
 class ColdStartConfig:
     """Supervised training of fresh adapters, before GRPO."""
 
@@ -59,26 +71,35 @@ class ColdStartConfig:
 
 
 @dataclass
-class R1Config:
+class R1Config(TaskConfig):
     """AffectGPT-R1: what recipes/affectgpt_r1.py runs."""
 
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    prompt: PromptConfig = field(default_factory=PromptConfig)
-    metric: MetricConfig = field(default_factory=MetricConfig)
     cold_start: ColdStartConfig = field(default_factory=ColdStartConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
-    run: RunConfig = field(default_factory=RunConfig)
     controls: bool = False
     """Also train the control, supervised training for as long as GRPO, and score GRPO's model on swapped clips."""
 
     def __post_init__(self) -> None:
         GRPOConfig(self.algorithm, self.rollout, self.optim, self.run)  # refuses what GRPO refuses
         make_rewards(self.metric, self.prompt.mode)
-        if self.cold_start.max_steps and not self.data.validation_fraction:
-            raise ValueError("cold_start.max_steps needs validation samples to stop by: set data.validation_fraction")
+        if (self.cold_start.max_steps or self.controls) and not self.data.validation_fraction:
+            raise ValueError("cold_start and controls stop by validation samples: set data.validation_fraction above 0")
+
+    def supervised(self, name: str, max_steps: int, patience: int) -> SFTConfig:
+        """A supervised stage within this run, in a folder of its own, that ends with its best validated model."""
+        cold = self.cold_start
+        run = replace(
+            self.run,
+            name=name,
+            output_dir=self.run.folder,
+            max_steps=max_steps,
+            prompts_per_step=cold.prompts_per_step,
+            eval_steps=cold.eval_steps,
+            early_stopping_patience=patience,
+            metric_for_best_model="eval/f1",
+        )
+        return SFTConfig(cold.optim, run)
 
 
 class Stages:
@@ -87,24 +108,29 @@ class Stages:
     Args:
         config: of the whole run.
         dist: this process's place among the ranks.
+        splits: load the config's clips for training, validation and test; False leaves the three empty.
 
     Attributes:
         model: what the stages train.
         training, validation, test: prompts of the three splits; clips that could not be read are left out.
     """
 
-    def __init__(self, config: R1Config, dist: Distributed):
+    def __init__(self, config: TaskConfig, dist: Distributed, splits: bool = True):
         self.dist = dist
         self.config = config = _with_synthetic_parts(config, dist)
         self.wheel: EmotionWheel = config.metric.wheel()
         self.rollout = with_stop_strings(config.rollout, config.prompt)
         torch.manual_seed(config.run.seed)  # fresh adapters are drawn from it
         self.model = make_model(config.model, dist.device)
-        training, validation = split_samples(
-            load_samples(config.data), config.data.validation_fraction, config.run.seed
-        )
-        test = load_samples(config.data, config.data.test_labels) if config.data.test_labels else []
-        encoders = make_encoders(self.model, dist)
+        self.training, self.validation, self.test = [], [], []
+        if splits:
+            self._load_splits()
+
+    def _load_splits(self) -> None:
+        data = self.config.data
+        training, validation = split_samples(load_samples(data), data.validation_fraction, self.config.run.seed)
+        test = load_samples(data, data.test_labels) if data.test_labels else []
+        encoders = make_encoders(self.model, self.dist)
         self.training, self.validation, self.test = (
             self.prompts(part, encoders) for part in (training, validation, test)
         )
@@ -141,16 +167,14 @@ class Stages:
 
     def score(self, sampler: GroupSampler, prompts: Sequence[Prompt], name: str, split: str) -> Evaluation:
         """Score the sampler's policy on prompts."""
-        return evaluate(
-            sampler,
-            prompts,
-            self.rollout,
+        return score_answers(
             self.wheel,
+            [prompt.sample for prompt in prompts],
+            answer(sampler, prompts, self.rollout, self.dist),
             name=name,
             split=split,
             mode=self.config.prompt.mode,
             level=self.config.metric.level,
-            dist=self.dist,
         )
 
     def evaluate_test(self, name: str, prompts: Sequence[Prompt] | None = None) -> Evaluation | None:
@@ -170,40 +194,29 @@ class Stages:
             return None
         return lambda: {"eval/f1": self.score(sampler, self.validation, "validation", "validation").f1}
 
-    def supervised(self, name: str, max_steps: int, patience: int) -> None:
-        """Train on the labels; ends with the model that scores best on the validation samples."""
-        cold = self.config.cold_start
+    def supervised(self, config: SFTConfig) -> None:
+        """Train on the labels; saves the model in the stage's folder."""
         policy, sampler = self.policy()
-        run = replace(
-            self.config.run,
-            name=name,
-            output_dir=self.folder,
-            max_steps=max_steps,
-            prompts_per_step=cold.prompts_per_step,
-            eval_steps=cold.eval_steps,
-            early_stopping_patience=patience,
-            metric_for_best_model="eval/f1",
-        )
         SFTTrainer(
             policy,
             make_examples(self.training, self.model, self.config.prompt),
-            SFTConfig(cold.optim, run),
+            config,
             dist=self.dist,
             save_model=self.model.save_pretrained,
             evaluate=self.evaluate_validation(sampler),
         ).train()
-        self.save(self.folder / name / "model")
+        self.save(config.run.folder / "model")
 
-    def grpo(self) -> None:
+    def grpo(self, algorithm: AlgorithmConfig, optim: OptimConfig) -> None:
         """Train on the rewards; saves the model in the run's folder."""
         config = self.config
-        policy, sampler = self.policy(config.algorithm.reference if config.algorithm.beta > 0 else None)
+        policy, sampler = self.policy(algorithm.reference if algorithm.beta > 0 else None)
         GRPOTrainer(
             policy,
             sampler,
             self.training,
             make_rewards(config.metric, config.prompt.mode),
-            GRPOConfig(config.algorithm, self.rollout, config.optim, config.run),
+            GRPOConfig(algorithm, self.rollout, optim, config.run),
             dist=self.dist,
             save_model=self.model.save_pretrained,
             evaluate=self.evaluate_validation(sampler),
@@ -217,7 +230,7 @@ class Stages:
         return {"labels": parse_labels(answer, "tolerant"), "ground_truth": group.prompt.sample.labels}
 
 
-def open_run(config: R1Config, dist: Distributed) -> None:
+def open_run(config: TaskConfig, dist: Distributed) -> None:
     """Make the run's folder and write its config; a finished run, or one of another config, is moved aside first.
 
     It goes to `<name>.previous` (whatever was there before is removed), so a run continues only its own progress.
@@ -241,7 +254,7 @@ def open_run(config: R1Config, dist: Distributed) -> None:
     barrier(dist)
 
 
-def _with_synthetic_parts(config: R1Config, dist: Distributed) -> R1Config:
+def _with_synthetic_parts(config: TaskConfig, dist: Distributed) -> TaskConfig:
     """Make the clips, and tiny models unless some are named, that `data.format: synthetic` stands for."""
     if config.data.format != "synthetic":
         return config

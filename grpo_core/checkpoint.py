@@ -20,7 +20,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -93,13 +93,13 @@ class CheckpointManager:
             "files": _describe(temporary),
         }
         (temporary / STATE_FILE).write_text(json.dumps(manifest, indent=1, allow_nan=False))
-        _sync(temporary)
+        _flush([*temporary.rglob("*"), temporary])
         replaced = folder.with_name(folder.name + ".replaced")
         if folder.exists():
             shutil.rmtree(replaced, ignore_errors=True)
             folder.rename(replaced)
         temporary.rename(folder)
-        _sync_folder(self.root)
+        _flush([self.root])
         shutil.rmtree(replaced, ignore_errors=True)
         self._prune(step)
         return folder
@@ -109,18 +109,11 @@ class CheckpointManager:
 
         Damaged ones are passed over with a warning.
         """
-        for folder in reversed(self._folders()):
-            try:
-                verify(folder)
-            except CheckpointError as error:
-                warnings.warn(f"passing over a damaged checkpoint: {error}", stacklevel=2)
-            else:
-                return folder
-        return None
+        return _first_whole(reversed(self._folders()))
 
     def best(self) -> Path | None:
-        """The checkpoint with the best metric among those kept; the earliest of equals."""
-        return next(iter(self._ranked()), None)
+        """The whole checkpoint with the best metric among those kept, checked like `latest`; the earliest of equals."""
+        return _first_whole(self._ranked())
 
     def load_optimizer(self, folder: Path, optimizer: Optimizer, named_parameters: NamedParameters) -> None:
         """Give an optimiser the state and the options it had when the checkpoint was written.
@@ -197,6 +190,17 @@ def verify(folder: Path) -> None:
             raise CheckpointError(f"{path} is not what was written ({found} instead of {written})")
 
 
+def _first_whole(folders: Iterable[Path]) -> Path | None:
+    for folder in folders:
+        try:
+            verify(folder)
+        except CheckpointError as error:
+            warnings.warn(f"passing over a damaged checkpoint: {error}", stacklevel=3)
+        else:
+            return folder
+    return None
+
+
 def _describe(folder: Path) -> dict[str, list]:
     return {path.relative_to(folder).as_posix(): _digest(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
@@ -206,15 +210,11 @@ def _digest(path: Path) -> list:
         return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
 
 
-def _sync(folder: Path) -> None:
-    """Wait until a folder's files are on the disk."""
-    for path in [*folder.rglob("*"), folder]:
-        _sync_folder(path)
-
-
-def _sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _flush(paths: Iterable[Path]) -> None:
+    """Wait until files and folders are on the disk."""
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

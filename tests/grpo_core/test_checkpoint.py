@@ -219,6 +219,15 @@ def test_the_last_and_the_best_are_kept(manager):
     assert lowest.best().name == "step-000005"
 
 
+def test_the_best_is_a_whole_one(manager):
+    run = Run()
+    for step, metric in enumerate([0.5, 0.9, 0.1], start=1):
+        run.save(CheckpointManager(manager.root, keep_last=3), step, metric=metric)
+    (manager.root / "step-000002" / "optimizer.safetensors").write_bytes(b"")
+    with pytest.warns(UserWarning, match="step-000002"):
+        assert manager.best().name == "step-000001"
+
+
 def test_a_run_that_went_back_leaves_its_later_checkpoints_behind(manager):
     run = Run()
     for step in (2, 4, 6):

@@ -236,6 +236,8 @@ def _read_table(path: Path, columns: tuple[str, ...]) -> dict[str, dict[str, str
             raise ValueError(f"{path}: not a csv in UTF-8 ({error}). Save it as one.") from error
     for row in rows:
         row["name"] = row["name"].strip()
+        if not row["name"]:
+            raise ValueError(f"{path}: a row without a name, {row}. Fill it in, or remove the row.")
     _unique((row["name"] for row in rows), path)
     return {row["name"]: row for row in rows}
 

@@ -137,57 +137,48 @@ def extract_features(
     dist = dist or Distributed()
     mine = slice(dist.rank, None, dist.world_size)
 
-    # what each sample needs: a key per modality, from the content of the file
     sources = {sample.name: {m: path for m in modalities if (path := _source(sample, m))} for sample in samples}
-    paths = list(dict.fromkeys(path for wanted in sources.values() for path in wanted.values()))
+    paths = list(dict.fromkeys(path for parts in sources.values() for path in parts.values()))
     digests, unreadable = (_merge(part, dist) for part in _digest_files(paths[mine], cache_dir, threads))
-    units: dict[tuple[str, Path], _Unit] = {}
-    for wanted in sources.values():
-        for modality, path in wanted.items():
-            if str(path) in digests:
-                key = _key(modality, digests[str(path)], face_channel_order)
-                units[modality, path] = _Unit(key, modality, path)
-    unique = list({unit.key: unit for unit in units.values()}.values())
+    needed = {
+        name: [_Unit(_key(m, digests[path], face_channel_order), m, Path(path)) for m, path in parts.items()]
+        for name, parts in sources.items()
+        if unreadable.keys().isdisjoint(parts.values())
+    }
+    units = list({unit.key: unit for some in needed.values() for unit in some}.values())
 
     # encode what is not there; then once more over what other ranks should have written but cannot be seen (yet)
+    found: dict[str, Path] = {}
     broken: dict[str, str] = {}
-    for share in [unique[mine], unique] if dist.world_size > 1 else [unique]:
-        found = _find(folder, {unit.key for unit in share})
+    for share in [units[mine], units] if dist.world_size > 1 else [units]:
+        found |= _find(folder, {unit.key for unit in share} - found.keys())
         missing = [unit for unit in share if unit.key not in found and unit.key not in broken]
         decoded = _decode_ahead(missing, face_channel_order, threads, 2 * batch)
-        with tqdm(
-            total=len(missing), desc="features", unit="file", disable=not (progress and missing and dist.main_process)
-        ) as bar:
-            fresh = _encode(decoded, encoders, folder, batch, shard_size, bar)
-        broken |= _merge(fresh, dist)
-    shards = _find(folder, {unit.key for unit in unique})
+        quiet = not (progress and missing and dist.main_process)
+        with tqdm(total=len(missing), desc="features", unit="file", disable=quiet) as bar:
+            broken |= _merge(_encode(decoded, encoders, folder, batch, shard_size, bar), dist)
 
-    keys: dict[str, dict[str, str]] = {}
     skipped: dict[str, str] = {}
-    for name, wanted in sources.items():
-        found_units = {modality: units.get((modality, path)) for modality, path in wanted.items()}
-        reasons = [
-            unreadable[str(wanted[modality])] if unit is None else broken[unit.key]
-            for modality, unit in found_units.items()
-            if unit is None or unit.key in broken
-        ]
+    for name, parts in sources.items():
+        reasons = [unreadable[path] for path in parts.values() if path in unreadable]
+        reasons += [broken[unit.key] for unit in needed.get(name, []) if unit.key in broken]
         if reasons:
             skipped[name] = reasons[0]
-        else:
-            keys[name] = {modality: unit.key for modality, unit in found_units.items()}
     if skipped and dist.main_process:
         for name, reason in skipped.items():
             logger.warning("skipped %s: %s", name, reason)
         logger.warning("skipped %d of %d samples", len(skipped), len(samples))
-    if skipped and not keys:
+    if skipped and len(skipped) == len(samples):
         raise ValueError(f"none of the {len(samples)} samples is readable. The first: {next(iter(skipped.values()))}")
-    return FeatureStore(keys, shards, skipped)
+    found |= _find(folder, {unit.key for unit in units} - found.keys())
+    keys = {name: {unit.modality: unit.key for unit in some} for name, some in needed.items() if name not in skipped}
+    return FeatureStore(keys, found, skipped)
 
 
-def _source(sample: Sample, modality: str) -> Path | None:
-    if modality == "audio":
-        return sample.audio or sample.video
-    return {"frame": sample.video, "face": sample.face, "image": sample.image}[modality]
+def _source(sample: Sample, modality: str) -> str | None:
+    """The file a modality is read from."""
+    sources = {"frame": sample.video, "face": sample.face, "audio": sample.audio or sample.video, "image": sample.image}
+    return str(sources[modality]) if sources[modality] else None
 
 
 def _key(modality: str, digest: str, face_channel_order: str) -> str:
@@ -212,7 +203,7 @@ def _merge(mine: dict[str, str], dist: Distributed) -> dict[str, str]:
     return {key: value for part in gather_objects(mine, dist) for key, value in part.items()}
 
 
-def _digest_files(paths: list[Path], cache_dir: Path, threads: int) -> tuple[dict[str, str], dict[str, str]]:
+def _digest_files(paths: list[str], cache_dir: Path, threads: int) -> tuple[dict[str, str], dict[str, str]]:
     """Content digests of `paths`, and why the others cannot be read.
 
     A file whose path, size and time of change stand in `digests.jsonl` is not read. One changed in the last two seconds
@@ -228,13 +219,13 @@ def _digest_files(paths: list[Path], cache_dir: Path, threads: int) -> tuple[dic
             except (ValueError, TypeError):  # the end of a line may be missing after a crash
                 continue
 
-    def digest(path: Path) -> tuple[tuple[str, int, int] | None, str]:
+    def digest(path: str) -> tuple[tuple[str, int, int] | None, str]:
         try:
-            stat = path.stat()
-            entry = (str(path.absolute()), stat.st_size, stat.st_mtime_ns)
+            stat = os.stat(path)
+            entry = (os.path.abspath(path), stat.st_size, stat.st_mtime_ns)
             if entry in ledger:
                 return None, ledger[entry]
-            with path.open("rb") as file:
+            with open(path, "rb") as file:
                 content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
         except OSError as error:
             fix = "Check the dataset's root and that its archives are unpacked"
@@ -245,11 +236,11 @@ def _digest_files(paths: list[Path], cache_dir: Path, threads: int) -> tuple[dic
     with ThreadPoolExecutor(threads) as pool:
         for path, future in [(path, pool.submit(digest, path)) for path in paths]:
             try:
-                entry, digests[str(path)] = future.result()
+                entry, digests[path] = future.result()
                 if entry:
-                    news.append(json.dumps([*entry, digests[str(path)]]) + "\n")
+                    news.append(json.dumps([*entry, digests[path]]) + "\n")
             except MediaError as error:
-                unreadable[str(path)] = str(error)
+                unreadable[path] = str(error)
     if news:
         with ledger_file.open("a", encoding="utf-8") as file:
             file.write("".join(news))

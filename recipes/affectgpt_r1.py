@@ -63,7 +63,7 @@ def main() -> None:
 
 def finish(config: R1Config, stages: Stages, evaluations: dict) -> None:
     """Write `summary.json` and `report.html`, and print the table."""
-    summary = {f"{name}_f1": scored.f1 for name, scored in evaluations.items()} | {"seed": config.run.seed}
+    summary = {f"{name}_f1": 100 * scored.f1 for name, scored in evaluations.items()} | {"seed": config.run.seed}
     (config.run.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     report = write_report(
         config.run.folder,
@@ -74,7 +74,8 @@ def finish(config: R1Config, stages: Stages, evaluations: dict) -> None:
         clips = f"{len(stages.test)} held-out clips (level {config.metric.level}, seed {config.run.seed})"
         print(f"\nemotion-wheel F on {clips}")
         for name, scored in evaluations.items():
-            print(f"  {ROWS[name]:34}{scored.f1:6.2f}   P {scored.precision:6.2f}   R {scored.recall:6.2f}")
+            f1, precision, recall = (100 * value for value in (scored.f1, scored.precision, scored.recall))
+            print(f"  {ROWS[name]:34}{f1:6.2f}   P {precision:6.2f}   R {recall:6.2f}")
     print(f"\n{report}")
 
 

@@ -1,6 +1,6 @@
 """Name the emotions of clips, labelled or not: writes `name,openset` rows and the full answers.
 
-    python recipes/predict.py --model.path runs/demo/model --data.format folder --data.root my_clips --output answers.csv
+    python recipes/predict.py --model.path runs/demo/model --data.format folder --data.root CLIPS --output answers.csv
     python recipes/predict.py --model.path DIR --data.root MER2025 --data.labels track_all_candidates.csv
 
 The csv has the form of the MER challenges' label tables; `<output>.jsonl` beside it has each clip's whole answer.

@@ -18,7 +18,7 @@ from grpo_core.jsonlines import jsonable
 
 @dataclass(frozen=True)
 class SampleScore:
-    """One sample's answer. `f1` is the mean over the wheels its ground truth is on, in percent; NaN if on none."""
+    """One sample's answer. `f1`, 0…1, is the mean over the wheels that its ground truth is on; NaN if on none."""
 
     name: str
     ground_truth: str
@@ -29,7 +29,7 @@ class SampleScore:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Corpus scores in percent (F is that of mean precision and mean recall, per wheel, then the mean over wheels)."""
+    """Corpus scores, 0…1 (F is that of mean precision and mean recall, per wheel, then the mean over wheels)."""
 
     name: str
     mode: Mode
@@ -43,12 +43,13 @@ class Evaluation:
     samples: list[SampleScore]
 
     def table(self) -> str:
-        """The scores as lines of text."""
-        rows = [f"{self.name} on {len(self.samples)} samples, level {self.level}", "             F        P        R"]
+        """The scores as lines of text, in percent."""
+        rows = [f"{self.name} on {len(self.samples)} samples, level {self.level}", "          F %      P %      R %"]
         per_wheel = zip(*(self.per_wheel[key] for key in ("f1", "precision", "recall")), strict=True)
         for number, (f1, precision, recall) in enumerate(per_wheel, 1):
-            rows.append(f"wheel {number} {f1:8.2f} {precision:8.2f} {recall:8.2f}   ({self.scored[number - 1]} scored)")
-        return "\n".join([*rows, f"mean    {self.f1:8.2f} {self.precision:8.2f} {self.recall:8.2f}"])
+            scores = f"{100 * f1:8.2f} {100 * precision:8.2f} {100 * recall:8.2f}"
+            rows.append(f"wheel {number} {scores}   ({self.scored[number - 1]} scored)")
+        return "\n".join([*rows, f"mean    {100 * self.f1:8.2f} {100 * self.precision:8.2f} {100 * self.recall:8.2f}"])
 
     def save(self, folder: Path) -> Path:
         """Write `folder/<name>.json`."""
@@ -90,16 +91,15 @@ def score_answers(
         mode=mode,
         split=split,
         level=level,
-        f1=100 * corpus.f1,
-        precision=100 * corpus.precision,
-        recall=100 * corpus.recall,
+        f1=corpus.f1,
+        precision=corpus.precision,
+        recall=corpus.recall,
         per_wheel={
-            key: (100 * np.asarray(getattr(corpus, f"per_wheel_{key}"))).tolist()
-            for key in ("f1", "precision", "recall")
+            key: np.asarray(getattr(corpus, f"per_wheel_{key}")).tolist() for key in ("f1", "precision", "recall")
         },
         scored=np.asarray(corpus.scored).tolist(),
         samples=[
-            SampleScore(sample.name, sample.labels, text, parse_labels(answer, "tolerant"), 100 * float(f1))
+            SampleScore(sample.name, sample.labels, text, parse_labels(answer, "tolerant"), float(f1))
             for sample, text, answer, f1 in zip(samples, completions, answers, each, strict=True)
         ],
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from affectgpt import synthetic
 from affectgpt.datasets import Sample
@@ -32,7 +33,7 @@ from affectgpt.task import (
     split_samples,
     with_stop_strings,
 )
-from grpo_core.cli import save_config
+from grpo_core.cli import save_config, to_dict
 from grpo_core.config import AlgorithmConfig, GRPOConfig, OptimConfig, RolloutConfig, RunConfig, SFTConfig
 from grpo_core.distributed import Distributed, barrier
 from grpo_core.groups import Group, Prompt
@@ -230,21 +231,23 @@ class Stages:
         return {"labels": parse_labels(answer, "tolerant"), "ground_truth": group.prompt.sample.labels}
 
 
+_MAY_CHANGE = ("max_steps", "eval_steps", "save_steps", "keep_checkpoints", "resume")
+
+
 def open_run(config: TaskConfig, dist: Distributed) -> None:
     """Make the run's folder and write its config; a finished run, or one of another config, is moved aside first.
 
-    It goes to `<name>.previous` (whatever was there before is removed), so a run continues only its own progress.
+    It goes to `<name>.previous` (what was there before is removed), so a run continues only its own progress. A run that
+    is longer, or saves at other steps, than the one it finds unfinished is still the same.
     """
     folder = config.run.folder
     written = folder / "config.yaml"
     if dist.main_process:
-        unfinished = written.is_file() and not (folder / "summary.json").is_file()
-        if unfinished and config.run.resume:
-            probe = folder / ".config.new.yaml"
-            save_config(config, probe)
-            unfinished = probe.read_text() == written.read_text()
-            probe.unlink()
-        if folder.exists() and any(folder.iterdir()) and not (unfinished and config.run.resume):
+        continues = config.run.resume and written.is_file() and not (folder / "summary.json").is_file()
+        if continues:
+            before = yaml.safe_load(written.read_text(encoding="utf-8"))
+            continues = _identity(before) == _identity(to_dict(config))
+        if folder.exists() and any(folder.iterdir()) and not continues:
             previous = folder.with_name(folder.name + ".previous")
             shutil.rmtree(previous, ignore_errors=True)
             folder.rename(previous)
@@ -252,6 +255,12 @@ def open_run(config: TaskConfig, dist: Distributed) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         save_config(config, written)
     barrier(dist)
+
+
+def _identity(config: dict[str, Any]) -> dict[str, Any]:
+    """A config without what may change between the parts of one run."""
+    run = {key: value for key, value in config.get("run", {}).items() if key not in _MAY_CHANGE}
+    return config | {"run": run}
 
 
 def _with_synthetic_parts(config: TaskConfig, dist: Distributed) -> TaskConfig:
@@ -262,7 +271,8 @@ def _with_synthetic_parts(config: TaskConfig, dist: Distributed) -> TaskConfig:
     root = config.data.root or home / "clips"
     model = config.model
     if dist.main_process:
-        synthetic.make_dataset(root, seed=config.run.seed)
+        train, test = config.data.synthetic_clips
+        synthetic.make_dataset(root, seed=config.run.seed, train=train, test=test)
         if model.path is None and model.llm is None:
             synthetic.make_tiny_models(home / "models", seed=config.run.seed)
     barrier(dist)

@@ -59,17 +59,20 @@ def wheel() -> EmotionWheel:
 
 
 def evaluate(wheel: EmotionWheel, answers: list[tuple[str, list[str], list[str]]], mode: str = "no_think") -> dict:
-    """What a run writes for (name, ground truth, predicted labels)."""
+    """What a run writes for (name, ground truth, predicted labels); scores in percent."""
     truth, said = [f"[{', '.join(g)}]" for _, g, _ in answers], [p for _, _, p in answers]
     corpus, scores = wheel.corpus(truth, said), wheel.score(truth, said)
-    f1 = scores.mean("skip")
+    f1 = 100 * scores.mean("skip")
     return {
         "mode": mode,
-        "split": "held-out",
-        "f1": corpus.f1,
-        "precision": corpus.precision,
-        "recall": corpus.recall,
-        "per_wheel": {kind: getattr(corpus, f"per_wheel_{kind}").tolist() for kind in ("f1", "precision", "recall")},
+        "split": "test",
+        "level": 1,
+        "f1": 100 * corpus.f1,
+        "precision": 100 * corpus.precision,
+        "recall": 100 * corpus.recall,
+        "per_wheel": {
+            kind: (100 * getattr(corpus, f"per_wheel_{kind}")).tolist() for kind in ("f1", "precision", "recall")
+        },
         "samples": [
             {
                 "name": name,
@@ -105,7 +108,7 @@ def write_run(folder: Path, wheel: EmotionWheel, steps: int = 120, clips: int = 
             said += list(rng.choice(words, size=rng.poisson(ANSWERS[name] * (1 - right)), replace=False))
             answers.append((clip, list(map(str, truth)), list(map(str, dict.fromkeys(said)))))
         evaluation = evaluate(wheel, answers) | {"name": name}
-        summary[f"{name}_f1"] = 100 * evaluation["f1"]
+        summary[f"{name}_f1"] = evaluation["f1"]
         (folder / "evaluations" / f"{name}.json").write_text(json.dumps(evaluation))
     (folder / "summary.json").write_text(json.dumps(summary))
     (folder / "config.yaml").write_text(
@@ -132,25 +135,27 @@ def write_run(folder: Path, wheel: EmotionWheel, steps: int = 120, clips: int = 
             "completions/mean_length": 14 - 4 * x + rng.normal(0, 0.4),
             "completions/clipped_ratio": max(0.0, 0.05 - 0.06 * x),
             "sampling/sampling_logp_difference/mean": abs(rng.normal(2e-7, 5e-8)),
-            "time/encode": 0.02,
             "time/sample": 0.52 - 0.1 * x + rng.normal(0, 0.02),
             "time/reward": 0.004,
-            "time/old": 0.12,
             "time/reference": 0.11,
-            "time/update": 0.40 + rng.normal(0, 0.02),
+            "time/forward": 0.18 + rng.normal(0, 0.01),
+            "time/backward": 0.30 + rng.normal(0, 0.02),
+            "time/optimizer": 0.01,
         }
         if step % 20 == 0:
-            row["eval/f1"] = 0.45 + 0.2 * x
+            row["eval/f1"] = 60 + 16 * x
         rows.append(row)
-    rows[steps // 2]["grad_norm"] = float("nan")
+    rows[steps // 2]["grad_norm"] = None
     write_lines(folder / "metrics.jsonl", rows)
     sft = [
         {"step": s, "loss": 3.2 * np.exp(-s / 60) + 0.9 + rng.normal(0, 0.08), "learning_rate": 1e-3}
         for s in range(1, 201)
     ]
     for row in sft[19::20]:
-        row |= {"eval/loss": row["loss"] + 0.1, "eval/f1": 0.45 * (1 - np.exp(-row["step"] / 50))}
-    write_lines(folder / "sft_metrics.jsonl", sft)
+        row["eval/f1"] = 45 + 17 * (1 - np.exp(-row["step"] / 50)) + rng.normal(0, 0.4)
+    for stage in ("cold_start", "sft_continued"):
+        (folder / stage).mkdir()
+        write_lines(folder / stage / "metrics.jsonl", sft)
 
     rows = []
     for step in range(1, steps + 1, 10):
@@ -256,7 +261,7 @@ def test_every_colour_of_a_picture_follows_the_theme(page: str) -> None:
 
 def test_all_sections_of_a_whole_run_are_there(page: str) -> None:
     assert sections_of(page) == {
-        "result", "wheels", "held-out", "training", "completions", "cold-start", "time", "settings",
+        "result", "wheels", "held-out", "training", "completions", "supervised", "time", "settings",
     }  # fmt: skip
     assert page.count('class="wheel"') == 5
     assert set(re.findall(r'<a href="#([\w-]+)"', page)) == sections_of(page)
@@ -326,7 +331,7 @@ def test_half_a_last_line_is_dropped_and_broken_lines_are_named(tmp_path: Path, 
     (folder / "summary.json").write_text("[1, 2]")
     page = write_report(folder, samples={}, wheel=wheel).read_text()
     assert read_run(folder).metrics.steps.tolist() == [1, 2, 4]
-    assert "metrics.jsonl: 1 unreadable line skipped." in page
+    assert "run/metrics.jsonl: 1 unreadable line skipped." in page
     assert "grpo.json is not valid JSON" in page
     assert "summary.json is not a JSON object" in page
 
@@ -346,12 +351,12 @@ def test_curves_keep_gaps_and_the_last_row_of_a_step() -> None:
     assert "kl" in curves
     assert "loss" not in curves
     assert "flag" not in curves
-    assert curves.non_finite("loss") == 2
-    assert curves.non_finite("kl") == 0
+    assert curves.missing("loss") == 2
+    assert curves.missing("kl") == 1
 
 
-def test_values_that_are_not_finite_are_counted_on_the_page(page: str) -> None:
-    assert page.count("1 value not finite, not drawn.") == 1
+def test_values_that_are_missing_are_counted_on_the_page(page: str) -> None:
+    assert page.count("1 value missing or not finite.") == 1
 
 
 def test_running_mean_is_the_mean_of_the_finite_values_in_reach() -> None:
@@ -396,7 +401,7 @@ def test_intervals_hold_the_corpus_score_and_pair_the_differences(run_dir: Path,
     evaluations = read_run(run_dir).evaluations
     bounds, changes = compare.intervals(evaluations, wheel, draws=200)
     for name, bound in bounds.items():
-        assert bound.f1 == pytest.approx(100 * evaluations[name]["f1"], abs=1e-9)
+        assert bound.f1 == pytest.approx(evaluations[name]["f1"], abs=1e-9)
         assert bound.low < bound.f1 < bound.high
     assert changes["grpo"].f1 == pytest.approx(bounds["grpo"].f1 - bounds["cold_start"].f1, abs=1e-9)
     _, same = compare.intervals({"cold_start": evaluations["grpo"], "grpo": evaluations["grpo"]}, wheel, draws=20)
@@ -419,12 +424,12 @@ def test_chosen_clips_are_the_extremes_of_distinct_truths() -> None:
         return compare.Pair({"name": name, "f1": before}, {"name": name, "f1": after, "ground_truth": truth})
 
     candidates = [
-        pair("a", 0.0, 1.0, "[happy]"),
-        pair("b", 0.0, 1.0, "[happy]"),
-        pair("c", 0.2, 0.9, "[sad]"),
-        pair("d", 0.9, 0.1, "[angry]"),
-        pair("e", 0.0, 0.0, "[worried]"),
-        pair("f", 0.8, 0.8, "[sad]"),
+        pair("a", 0, 100, "[happy]"),
+        pair("b", 0, 100, "[happy]"),
+        pair("c", 20, 90, "[sad]"),
+        pair("d", 90, 10, "[angry]"),
+        pair("e", 0, 0, "[worried]"),
+        pair("f", 80, 80, "[sad]"),
     ]
     best, failed = compare.choose(candidates, count=2)
     assert [p.name for p in best] == ["a", "c"]
@@ -457,7 +462,7 @@ def test_hostile_text_stays_text(tmp_path: Path, wheel: EmotionWheel) -> None:
     evil = '<script>alert("x")</script>\x00\ud800 & \'"'
     folder = bare_run(tmp_path / "run", [{"step": 1, "reward": 0.5, f"rewards/{evil}/mean": 1.0, f"time/{evil}": 1.0}])
     (folder / "evaluations").mkdir()
-    for name, f1 in (("cold_start", 0.1), ("grpo", 0.9), ("odd<b>", 0.5)):
+    for name, f1 in (("cold_start", 10), ("grpo", 90), ("odd<b>", 50)):
         evaluation = evaluate(wheel, [(evil, ["happy"], ["sad"])])
         evaluation["samples"][0] |= {"answer": evil, "labels": [evil, "sad"], "f1": f1}
         (folder / "evaluations" / f"{name}.json").write_text(json.dumps(evaluation))

@@ -24,7 +24,7 @@ _TITLES = {
     "held-out": "Held-out clips",
     "training": "GRPO training",
     "completions": "Completions",
-    "cold-start": "Cold start",
+    "supervised": "Supervised training",
     "time": "Time",
     "settings": "Settings",
 }
@@ -34,8 +34,7 @@ def write_report(run_dir: str | Path, *, samples: Mapping[str, Sample], wheel: E
     """Write `report.html` into a run folder, from the files that the run left there.
 
     Only `metrics.jsonl` is required; a section whose files are absent is left out, and lines or files that cannot be
-    read are named on the page. Scores in `evaluations/*.json` and `eval/f1` are fractions, those in `summary.json`
-    percent. The same files give the same page, byte for byte.
+    read are named on the page. All scores are in percent. The same files give the same page, byte for byte.
 
     Args:
         samples: the clips by name; those that are missing or cannot be decoded get a placeholder.
@@ -52,7 +51,7 @@ def write_report(run_dir: str | Path, *, samples: Mapping[str, Sample], wheel: E
         sections.held_out(run, samples, wheel),
         sections.curves(run),
         sections.completions(run, wheel),
-        sections.cold_start(run),
+        sections.supervised(run),
         sections.time(run),
         sections.settings(run),
     ]

@@ -11,7 +11,7 @@ import numpy as np
 if TYPE_CHECKING:
     from affectgpt.emotion_wheel import EmotionWheel
 
-LEVEL = 1  # the level that reward and headline score are computed at
+LEVEL = 1  # of the sectors that are drawn; level 2 has too many to tell apart
 
 
 @dataclass
@@ -120,6 +120,7 @@ class Interval:
 def intervals(
     evaluations: Mapping[str, Mapping[str, Any]],
     wheel: EmotionWheel,
+    level: int = 1,
     baseline: str = "cold_start",
     draws: int = 1000,
     seed: int = 0,
@@ -145,7 +146,8 @@ def intervals(
         scores = wheel.score(
             [sample.get("ground_truth") or "" for sample in samples],
             [list(map(str, sample.get("labels") or [])) for sample in samples],
-            level=LEVEL,
+            level=level,
+            parse="tolerant",
         )
         scored = np.isfinite(scores.precision)
         precision, recall = (np.where(scored, values, 0.0) for values in (scores.precision, scores.recall))
@@ -170,7 +172,7 @@ def _corpus_f1(weights: np.ndarray, precision: np.ndarray, recall: np.ndarray, s
 
 @dataclass(frozen=True)
 class Pair:
-    """One held-out clip before and after; f1 as fractions, change = after − before."""
+    """One held-out clip before and after; change = after − before, in points of F."""
 
     before: Mapping[str, Any]
     after: Mapping[str, Any]
@@ -199,7 +201,7 @@ def choose(candidates: Sequence[Pair], count: int = 4) -> tuple[list[Pair], list
     gains = sorted((p for p in candidates if p.change > 0), key=lambda p: (-p.change, p.name))
     best = _spread(gains, count)
     shown = {pair.name for pair in best}
-    rest = [p for p in candidates if p.name not in shown and (p.change < 0 or p.after["f1"] < 0.5)]
+    rest = [p for p in candidates if p.name not in shown and (p.change < 0 or p.after["f1"] < 50)]
     losses = sorted(rest, key=lambda p: (min(p.change, 0.0), p.after["f1"], p.name))
     return best, _spread(losses, count)
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 Row = dict[str, Any]
+STAGES = ("cold_start", "sft_continued")  # folders of a run's supervised stages
 
 
 class Curves:
@@ -35,9 +36,9 @@ class Curves:
         values = (row.get(name) for row in self._rows)
         return np.array([value if _is_number(value) else np.nan for value in values], dtype=np.float64)
 
-    def non_finite(self, name: str) -> int:
-        """Steps that logged this name as NaN or infinite (a step that did not log it is not counted)."""
-        return sum(_is_number(row.get(name)) and not np.isfinite(row[name]) for row in self._rows)
+    def missing(self, name: str) -> int:
+        """Steps that logged this name without a finite value: null, NaN, infinite (not those that did not log it)."""
+        return sum(name in row and not (_is_number(row[name]) and np.isfinite(row[name])) for row in self._rows)
 
 
 @dataclass
@@ -45,10 +46,11 @@ class Run:
     """The files of one run folder.
 
     Attributes:
-        summary: `summary.json`; F-scores in percent.
-        metrics, sft: step curves of GRPO and of the cold start.
+        summary: `summary.json`.
+        metrics: step curves of GRPO.
+        supervised: step curves of the stages before it and beside it, `<stage>/metrics.jsonl`, where they are.
         completions: rows of `completions.jsonl`, one per sampled completion.
-        evaluations: `evaluations/<name>.json` by name; scores as fractions.
+        evaluations: `evaluations/<name>.json` by name.
         notes: what could not be read, in words for the reader of the report.
     """
 
@@ -56,7 +58,7 @@ class Run:
     config: str = ""
     summary: Row = field(default_factory=dict)
     metrics: Curves = field(default_factory=lambda: Curves([]))
-    sft: Curves = field(default_factory=lambda: Curves([]))
+    supervised: dict[str, Curves] = field(default_factory=dict)
     completions: list[Row] = field(default_factory=list)
     evaluations: dict[str, Row] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -72,7 +74,8 @@ def read_run(folder: Path) -> Run:
         raise FileNotFoundError(f"{folder / 'metrics.jsonl'} is missing: give the folder that a training run wrote")
     run = Run(folder.resolve().name)
     run.metrics = Curves(_read_lines(folder / "metrics.jsonl", run.notes))
-    run.sft = Curves(_read_lines(folder / "sft_metrics.jsonl", run.notes))
+    stages = {stage: Curves(_read_lines(folder / stage / "metrics.jsonl", run.notes)) for stage in STAGES}
+    run.supervised = {stage: curves for stage, curves in stages.items() if len(curves)}
     run.completions = [
         row
         for row in _read_lines(folder / "completions.jsonl", run.notes)
@@ -119,7 +122,7 @@ def _read_lines(path: Path, notes: list[str]) -> list[Row]:
         if isinstance(row, dict):
             rows.append(row)
     if broken:
-        notes.append(f"{path.name}: {broken} unreadable line{'s' if broken > 1 else ''} skipped.")
+        notes.append(f"{path.parent.name}/{path.name}: {broken} unreadable line{'s' if broken > 1 else ''} skipped.")
     return rows
 
 

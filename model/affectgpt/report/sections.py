@@ -32,7 +32,7 @@ MODELS = {
         "control",
     ),
 }
-PHASES = ("encode", "sample", "reward", "old", "reference", "update")
+PHASES = ("encode", "sample", "reward", "old", "reference", "forward", "backward", "optimizer")
 
 
 def headline(run: Run, wheel: EmotionWheel) -> str:
@@ -54,8 +54,8 @@ def headline(run: Run, wheel: EmotionWheel) -> str:
     held_out = {len(evaluation.get("samples") or []) for evaluation in run.evaluations.values()}
     clips = f", {plural(held_out.pop(), 'clip')}" if len(held_out) == 1 else ""
     out.append(
-        f'<p class="sub">Emotion-wheel F on held-out clips, level 1, mean over {len(wheel.names)} wheels, in percent'
-        f"{clips}.</p>"
+        f'<p class="sub">Emotion-wheel F on held-out clips, level {_level(run)}, mean over {len(wheel.names)} wheels, '
+        f"in percent{clips}.</p>"
     )
     drawn = [value for value in scores.values() if math.isfinite(value)] + [bound.high for bound in bounds.values()]
     scale = min(100.0, 1.12 * max(drawn, default=0.0)) or 1.0
@@ -76,8 +76,8 @@ def headline(run: Run, wheel: EmotionWheel) -> str:
             f'<td class="bars"><div class="bar">{bar}</div></td>'
             f'<td class="n"><b>{number(f1)}</b>{interval}</td>'
             f'<td class="n {tone(change) if name == "grpo" else ""}">{number(change, sign=True)}</td>'
-            f'<td class="n wide">{number(_percent(evaluation.get("precision")))}</td>'
-            f'<td class="n wide">{number(_percent(evaluation.get("recall")))}</td></tr>'
+            f'<td class="n wide">{number(evaluation.get("precision"))}</td>'
+            f'<td class="n wide">{number(evaluation.get("recall"))}</td></tr>'
         )
     head = ["<th>Model</th>", "<th></th>", '<th class="n">F</th>', '<th class="n">against<br>cold start</th>']
     head += ['<th class="n wide">Precision</th>', '<th class="n wide">Recall</th>']
@@ -101,7 +101,7 @@ def _scores(run: Run) -> dict[str, float]:
     }
     for name, evaluation in run.evaluations.items():
         if isinstance(evaluation.get("f1"), (int, float)):
-            found.setdefault(name, _percent(evaluation["f1"]))
+            found.setdefault(name, evaluation["f1"])
     return {name: found[name] for name in _in_order(found)}
 
 
@@ -109,8 +109,9 @@ def _in_order(names: Sequence[str] | Mapping[str, Any]) -> list[str]:
     return [name for name in MODELS if name in names] + sorted(name for name in names if name not in MODELS)
 
 
-def _percent(fraction: Any) -> float:
-    return 100.0 * fraction if isinstance(fraction, (int, float)) else math.nan
+def _level(run: Run) -> int:
+    """The level of the wheels that the run was scored at."""
+    return next((evaluation["level"] for evaluation in run.evaluations.values() if "level" in evaluation), 1)
 
 
 def _checked_intervals(
@@ -118,7 +119,7 @@ def _checked_intervals(
 ) -> tuple[dict[str, compare.Interval], dict[str, compare.Interval]]:
     """Bootstrap intervals, only where the F recomputed from the answers is the F that was reported."""
     evaluations = {name: run.evaluations[name] for name in scores if run.evaluations.get(name, {}).get("samples")}
-    bounds, changes = compare.intervals(evaluations, wheel)
+    bounds, changes = compare.intervals(evaluations, wheel, _level(run))
     wrong = {name for name, bound in bounds.items() if not abs(bound.f1 - scores[name]) < 0.02}
     for name in sorted(wrong):
         run.notes.append(
@@ -167,14 +168,14 @@ def curves(run: Run) -> str:
     metrics = run.metrics
     if not len(metrics):
         return '<section id="training"><h2>Training</h2><p>No step has been logged.</p></section>'
-    window = max(1, len(metrics) // 20) if len(metrics) >= 30 else 1
+    window = _window(metrics)
     by_name = [
         name for name in metrics.names if name.startswith("rewards/") and name.endswith("/mean") and name in metrics
     ]
     panels = [
         _panel(metrics, "Reward", {"reward": "mean ± std over a group"}, window, band="reward_std"),
         _panel(metrics, "Rewards by name", {name: name[8:-5] for name in by_name}, window),
-        _validation_panel(run),
+        _validation_panel(metrics),
         _panel(metrics, "KL to the reference", {"kl": "nats per token"}, window, floor=0),
         _panel(metrics, "Entropy", {"entropy": "nats per token"}, window, floor=0),
         _panel(metrics, "Completion length", {"completions/mean_length": "mean, tokens"}, window),
@@ -225,12 +226,13 @@ def _panel(
     window: int,
     band: str | None = None,
     floor: float | None = None,
+    colour: str = "after",
 ) -> str:
     """One figure of the named metrics that can be drawn; empty where there is none."""
     names = {name: label for name, label in names.items() if name in metrics}
     if not names:
         return ""
-    colours = figures.colours(list(names)) if len(names) > 1 else dict.fromkeys(names, "after")
+    colours = figures.colours(list(names)) if len(names) > 1 else dict.fromkeys(names, colour)
     spread = metrics[band] if band and band in metrics else None
     lines = [Line(label, metrics[name], colours[name], spread) for name, label in names.items()]
     if len(names) > 1:
@@ -240,45 +242,41 @@ def _panel(
         legend = (
             f'<span class="note">{escape(label if spread is not None or not band else label.split(" ±")[0])}</span>'
         )
-    bad = sum(metrics.non_finite(name) for name in names)
-    note = f"{plural(bad, 'value')} not finite, not drawn." if bad else ""
+    missing = sum(metrics.missing(name) for name in names)
+    note = f"{plural(missing, 'value')} missing or not finite." if missing else ""
     return figure(title, figures.curve(title, metrics.steps, lines, window, floor), legend, note)
 
 
-def _validation_panel(run: Run) -> str:
-    metrics = run.metrics
+def _validation_panel(metrics: Curves, colour: str = "after") -> str:
     if "eval/f1" not in metrics:
         return ""
     title = "Validation F"
-    line = Line("F", 100 * metrics["eval/f1"], "after", sparse=True)
+    line = Line("F", metrics["eval/f1"], colour, sparse=True)
     return figure(title, figures.curve(title, metrics.steps, [line]), '<span class="note">percent</span>')
 
 
-def cold_start(run: Run) -> str:
-    """The supervised curves that GRPO starts from."""
-    sft = run.sft
-    if not len(sft):
-        return ""
-    lines, legend = [], ""
-    for name, label, colour, sparse in (
-        ("loss", "training", "before", False),
-        ("eval/loss", "validation", "ink", True),
-    ):
-        if name in sft:
-            lines.append(Line(label, sft[name], colour, sparse=sparse))
-            legend += key(label, colour)
-    window = max(1, len(sft) // 20) if len(sft) >= 30 else 1
-    panels = []
-    if lines:
-        title = "Loss, nats per token"
-        panels.append(figure(title, figures.curve(title, sft.steps, lines, window), legend))
-    if "eval/f1" in sft:
-        title = "Validation F"
-        line = Line("F", 100 * sft["eval/f1"], "before", sparse=True)
-        panels.append(figure(title, figures.curve(title, sft.steps, [line]), '<span class="note">percent</span>'))
-    panels.append(_panel(sft, "Gradient norm", {"grad_norm": "before clipping"}, window, floor=0))
-    panels.append(_panel(sft, "Learning rate", {"learning_rate": "after the schedule"}, 1, floor=0))
-    return f'<section id="cold-start"><h2>Cold start</h2><div class="grid panels">{"".join(panels)}</div></section>'
+def _window(metrics: Curves) -> int:
+    """Steps that a bold curve averages; 1 where there are too few to blur."""
+    return max(1, len(metrics) // 20) if len(metrics) >= 30 else 1
+
+
+def supervised(run: Run) -> str:
+    """The supervised curves: the cold start that GRPO begins from, and the control that went on without it."""
+    out = ""
+    for stage, colour in (("cold_start", "before"), ("sft_continued", "muted")):
+        if stage not in run.supervised:
+            continue
+        metrics = run.supervised[stage]
+        panels = [
+            _panel(metrics, "Loss", {"loss": "nats per target token"}, _window(metrics), colour=colour),
+            _validation_panel(metrics, colour),
+            _panel(
+                metrics, "Gradient norm", {"grad_norm": "before clipping"}, _window(metrics), floor=0, colour=colour
+            ),
+        ]
+        title, what, _ = MODELS[stage]
+        out += f'<h3>{title} <span class="note">{what}</span></h3><div class="grid panels">{"".join(panels)}</div>'
+    return f'<section id="supervised"><h2>Supervised training</h2>{out}</section>' if out else ""
 
 
 def time(run: Run) -> str:
@@ -364,8 +362,9 @@ def _wheel_caption(run: Run, index: int, counts: compare.SectorCounts, models: S
     for name in models:
         values = (run.evaluations[name].get("per_wheel") or {}).get("f1") or []
         if index < len(values):
-            scores.append(number(_percent(values[index]), 1))
-    change = f"F {' → '.join(scores)}, " if scores else ""
+            scores.append(number(values[index], 1))
+    level = f" at level {_level(run)}" if _level(run) != compare.LEVEL else ""
+    change = f"F{level} {' → '.join(scores)}, " if scores else ""
     return f'<span class="note">{change}{plural(counts.scored, "clip")} scored</span>'
 
 
@@ -385,8 +384,7 @@ def _per_wheel(run: Run, wheel: EmotionWheel) -> str:
         columns.append([evaluation.get(kind) for kind in ("f1", "precision", "recall")])
         for f1, precision, recall in columns:
             cells.append(
-                f'<td class="n"><b>{number(_percent(f1), 1)}</b>'
-                f"<small>{number(_percent(precision), 1)} / {number(_percent(recall), 1)}</small></td>"
+                f'<td class="n"><b>{number(f1, 1)}</b><small>{number(precision, 1)} / {number(recall, 1)}</small></td>'
             )
         rows.append(f"<tr><td>{escape(MODELS.get(name, (name,))[0])}</td>{''.join(cells)}</tr>")
     if not rows:
@@ -441,7 +439,7 @@ def _clip(pair: compare.Pair, sample: Sample | None, lookup: compare.SectorLooku
         text = str(answer.get("answer") or "")
         # the words themselves, where they say more than the labels taken from them
         raw = "" if _plain_list(text, labels) else f'<div class="raw">{escape(shorten(text))}</div>'
-        f1 = f'<span class="note">F</span> {number(_percent(answer["f1"]), 1)}'
+        f1 = f'<span class="note">F</span> {number(answer["f1"], 1)}'
         lines += f'<dt>{title}</dt><dd>{chips}{raw}</dd><dd class="f">{f1}</dd>'
     return (
         f'<div class="clip"><div>{_frames(sample)}<div class="id">{escape(pair.name)}</div></div>'

@@ -70,7 +70,7 @@ figure {{ margin: 0; min-width: 0; break-inside: avoid; display: flex; flex-dire
 .panels figure {{ justify-content: space-between; }}
 figcaption {{ font-size: 13px; line-height: 1.4; margin-bottom: 4px; }}
 figcaption b {{ display: block; font-size: 14px; }}
-.key {{ display: inline-block; margin-right: 12px; }}
+.key {{ display: inline-block; white-space: nowrap; margin-right: 12px; }}
 .key::before {{ content: ""; display: inline-block; width: 10px; height: 10px; margin-right: 5px; vertical-align: -1px;
   background: var(--k); }}
 .key.truth::before {{ background: color-mix(in srgb, var(--muted) 25%, transparent);
@@ -101,6 +101,7 @@ dd.f {{ text-align: right; white-space: nowrap; }}
 .label.unknown {{ border-style: dashed; color: var(--muted); }}
 .group {{ margin: 18px 0 22px; break-inside: avoid; }}
 .group td:first-child {{ min-width: 220px; }}
+.group td:nth-child(2) {{ min-width: 150px; }}
 
 pre {{ font: 12px/1.5 var(--mono); background: var(--wash); padding: 14px 16px; margin: 8px 0; white-space: pre-wrap;
   overflow-wrap: anywhere; columns: 2 340px; column-gap: 32px; }}

@@ -1,13 +1,28 @@
 """Fused operations for GRPO: LM-head log-prob, group attention, sampling. Needs torch and triton alone."""
 
 from grpo_kernels.group_attention import group_attention
+from grpo_kernels.grpo_loss import GRPOLoss, grpo_loss, grpo_loss_reference
+from grpo_kernels.interpreter import interpreted, repair_bfloat16
+from grpo_kernels.linear_grpo_loss import linear_grpo_loss, linear_grpo_loss_reference
 from grpo_kernels.linear_logprob import LinearLogprob, linear_logprob, linear_logprob_reference
+from grpo_kernels.selective_logprob import SelectiveLogprob, selective_logprob, selective_logprob_reference
 from grpo_kernels.spans import GroupSpans
 
+if interpreted():  # TRITON_INTERPRET=1
+    repair_bfloat16()
+
 __all__ = [
+    "GRPOLoss",
     "GroupSpans",
     "LinearLogprob",
+    "SelectiveLogprob",
     "group_attention",
+    "grpo_loss",
+    "grpo_loss_reference",
+    "linear_grpo_loss",
+    "linear_grpo_loss_reference",
     "linear_logprob",
     "linear_logprob_reference",
+    "selective_logprob",
+    "selective_logprob_reference",
 ]

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import os
 from typing import Literal
 
 import torch
 
+from grpo_kernels.interpreter import interpreted
+
 Backend = Literal["triton", "torch"]
 
 
-def interpreted() -> bool:
-    """Whether Triton kernels run in its interpreter, on the CPU (`TRITON_INTERPRET=1`, read by Triton at import)."""
-    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+def choose_backend(device: torch.device, backend: Backend | None, dtype: torch.dtype) -> Backend:
+    """The backend of a call: the argument if given, else Triton for CUDA tensors (or interpreted), else torch.
 
-
-def choose_backend(device: torch.device, backend: Backend | None = None) -> Backend:
-    """The backend of a call on `device`: the argument if given, else Triton on CUDA (or interpreted), else torch.
+    float64, which is for oracles, is torch's on every device.
 
     Raises:
-        ValueError: an unknown name, or Triton asked for on tensors that it cannot reach.
+        ValueError: an unknown name, or Triton asked for on tensors that it cannot take.
     """
+    able = dtype != torch.float64 and (device.type == "cuda" or interpreted())
     if backend is None:
-        return "triton" if device.type == "cuda" or interpreted() else "torch"
+        return "triton" if able else "torch"
     if backend not in ("triton", "torch"):
         raise ValueError(f"unknown backend {backend!r}: choose 'triton', 'torch' or None")
-    if backend == "triton" and device.type != "cuda" and not interpreted():
-        raise ValueError(f"backend='triton' needs CUDA tensors, got {device}; on a CPU set TRITON_INTERPRET=1")
+    if backend == "triton" and not able:
+        raise ValueError(
+            f"backend='triton' takes float16 to float32 on CUDA, got {dtype} on {device}; "
+            "on a CPU set TRITON_INTERPRET=1 for the interpreter"
+        )
     return backend

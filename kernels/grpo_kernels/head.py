@@ -1,88 +1,22 @@
-"""What the LM-head operations share: argument checks, chunks of rows, and GEMMs that keep their fp32 accumulators."""
+"""What the LM-head operations share: chunks of rows, and GEMMs that keep their fp32 accumulators."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial
+
+from grpo_kernels.backend import Backend
+from grpo_kernels.checks import accumulator_dtype
+from grpo_kernels.softmax_rows import RowStatistics, TorchRows, Transform, TritonRows, make_rows
 
 CPU_CHUNK_BYTES = 32 << 20
 """Default size of the logits that exist at a time on a CPU: about a last-level cache, and still a good GEMM."""
 CUDA_CHUNK_SHARE = 16
 """By default logits take at most 1/16 of a GPU's memory: one chunk up to T = 14,000 at V = 152,064 on an H200."""
-LIVE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def accumulator_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 if any operand is float64, else float32."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
-def check_targets(targets: Tensor, rows: int, vocabulary: int, device: torch.device, validate: bool) -> None:
-    """Refuse targets of a wrong shape, dtype, device, or (where it costs no device synchronisation) range.
-
-    Raises:
-        ValueError, TypeError: as said; IndexError: a target outside `[0, V)`.
-    """
-    if targets.shape != (rows,):
-        raise ValueError(f"targets must have shape [{rows}], one id per row, got {list(targets.shape)}")
-    if targets.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"targets must be int64 or int32, got {targets.dtype}")
-    if targets.device != device:
-        raise ValueError(f"targets are on {targets.device}, the other tensors on {device}")
-    if rows and (validate or device.type == "cpu"):
-        low, high = (int(bound) for bound in torch.aminmax(targets))
-        if low < 0 or high >= vocabulary:
-            raise IndexError(
-                f"targets must lie in [0, {vocabulary}), got {low}..{high}; "
-                "drop ignored rows, or give any valid id a weight of 0"
-            )
-
-
-def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, reference_hidden: Tensor | None = None) -> None:
-    """Refuse a hidden state and a head that do not fit each other.
-
-    Raises:
-        ValueError: shapes or devices differ. TypeError: dtypes that are not floating point.
-    """
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"need hidden [T, H] and weight [V, H], got {list(hidden.shape)} and {list(weight.shape)}; "
-            "flatten batch and sequence first"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must have shape [{weight.shape[0]}], got {list(bias.shape)}")
-    if reference_hidden is not None and reference_hidden.shape != hidden.shape:
-        raise ValueError(
-            f"reference_hidden must have hidden's shape {list(hidden.shape)}, got {list(reference_hidden.shape)}"
-        )
-    for name, tensor in (
-        ("hidden", hidden),
-        ("weight", weight),
-        ("bias", bias),
-        ("reference_hidden", reference_hidden),
-    ):
-        if tensor is None:
-            continue
-        if tensor.dtype not in LIVE_DTYPES:
-            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
-        if tensor.device != hidden.device:
-            raise ValueError(f"{name} is on {tensor.device}, hidden on {hidden.device}")
-
-
-def check_softmax(temperature: float, softcap: float | None, chunk_bytes: int | None = None) -> None:
-    """Refuse a temperature, softcap or chunk size that is not positive.
-
-    Raises:
-        ValueError: as said.
-    """
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}; greedy decoding has no distribution")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive or None, got {softcap}")
-    if chunk_bytes is not None and not chunk_bytes > 0:
-        raise ValueError(f"chunk_bytes must be positive or None, got {chunk_bytes}")
 
 
 def row_chunks(rows: int, row_bytes: int, device: torch.device, chunk_bytes: int | None) -> Iterator[slice]:
@@ -99,54 +33,188 @@ def row_chunks(rows: int, row_bytes: int, device: torch.device, chunk_bytes: int
         yield slice(start, min(start + size, rows))
 
 
+def replicated(parameter: Tensor | None) -> Tensor | None:
+    """A `DTensor` parameter (FSDP2, outside its module's forward) gathered; any other tensor as it is.
+
+    Each rank is taken to hold different tokens, as in data parallelism: the gradient is averaged over the mesh on its
+    way back to the shards, as FSDP2 does.
+    """
+    if not isinstance(parameter, DTensor):
+        return parameter
+    return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
+
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """What a pass over an LM head's rows needs to know besides tensors."""
+
+    transform: Transform
+    entropy: bool
+    chunk_bytes: int | None
+    backend: Backend
+    grad: bool = True
+    """Whether autograd was recording when the operation was called."""
+
+
 class Head:
-    """The GEMMs of one LM head, `weight [V, H]`, with results in accumulator precision whatever the operands are.
+    """The GEMMs of one LM head, `weight [V, H]`, with fp32 accumulators whatever the operands are.
 
     Three ways, one meaning. Operands already in accumulator precision: a plain `mm`. Half precision on CUDA: cuBLAS
-    multiplies half-precision operands and exports its fp32 accumulators (`out_dtype`). Half precision on a CPU, which
-    has no such export: float32 copies, a slab of the vocabulary at a time.
+    multiplies half-precision operands and exports its accumulators (`out_dtype`). Half precision on a CPU, which has no
+    such export: float32 copies, a slab of the vocabulary at a time.
     """
 
     def __init__(self, hidden: Tensor, weight: Tensor, slab_bytes: int = CPU_CHUNK_BYTES):
-        self.accumulate = accumulator_dtype(hidden, weight)
-        self.operand = torch.promote_types(hidden.dtype, weight.dtype)
-        self.exports = weight.is_cuda and self.operand != self.accumulate
-        self.weight = weight.detach()
-        if self.exports:
-            self.weight = self.weight.to(self.operand)
+        self.accumulator = accumulator_dtype(hidden, weight)
+        operand = torch.promote_types(hidden.dtype, weight.dtype)
+        self.exports = weight.is_cuda and operand != self.accumulator
+        self.operand = operand if self.exports else self.accumulator
+        self.weight, self.weight_dtype = weight.detach(), weight.dtype
         vocabulary, width = weight.shape
-        whole = self.exports or weight.dtype == self.accumulate
-        size = vocabulary if whole else max(256, slab_bytes // max(1, width * self.accumulate.itemsize))
+        size = vocabulary
+        if self.exports:
+            self.weight = self.weight.to(operand)
+        elif weight.dtype != self.accumulator:
+            size = max(256, slab_bytes // max(1, width * self.accumulator.itemsize))
         self.slabs = [slice(v, min(v + size, vocabulary)) for v in range(0, vocabulary, max(1, size))]
 
-    def operand_rows(self, hidden: Tensor) -> Tensor:
-        """`hidden` in the dtype that it is multiplied in."""
-        return hidden.detach().to(self.operand if self.exports else self.accumulate)
-
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
-        """`out[r, V] = hidden[r, H] · weightᵀ`; `out` is contiguous, in accumulator precision."""
-        rows = self.operand_rows(hidden)
+        """`out[r, V] = hidden[r, H] · weightᵀ`, in accumulator precision."""
+        hidden = hidden.to(self.operand)
         if self.exports:
-            return torch.mm(rows, self.weight.t(), out_dtype=self.accumulate, out=out)
+            return torch.mm(hidden, self.weight.t(), out_dtype=self.accumulator, out=out)
         for slab in self.slabs:
-            torch.mm(rows, self.weight[slab].to(self.accumulate).t(), out=out[:, slab])
+            torch.mm(hidden, self.weight[slab].to(self.accumulator).t(), out=out[:, slab])
         return out
 
-    def grad_hidden(self, grad: Tensor) -> Tensor:
-        """`grad[r, V] · weight`: `[r, H]`, in accumulator precision."""
-        if self.exports:
-            return torch.mm(grad, self.weight, out_dtype=self.accumulate)
-        result = grad.new_zeros(grad.shape[0], self.weight.shape[1])
-        for slab in self.slabs:
-            result.addmm_(grad[:, slab], self.weight[slab].to(self.accumulate))
-        return result
+    def grad_place(self, logits: Tensor) -> Tensor:
+        """Where the gradient of logits `[r, V]` goes: over them, a narrower operand into the front of each row."""
+        if self.operand == self.accumulator:
+            return logits
+        return logits.view(self.operand)[:, : logits.shape[1]]
 
-    def add_grad_weight(self, total: Tensor, grad: Tensor, hidden: Tensor, first: bool) -> None:
-        """`total[V, H] (+)= grad[r, V]ᵀ · hidden[r, H]`; `total` is in accumulator precision, garbage if `first`."""
+    def grad_hidden(self, grad: Tensor, factor: Tensor | None, out: Tensor) -> None:
+        """`out[r, H] = factor[:, None] · grad[r, V] · weight`, rounded once to `out`'s precision."""
         if self.exports:
-            if first:
-                torch.mm(grad.t(), hidden, out_dtype=self.accumulate, out=total)
+            grad = self._half(grad, factor)
+            if out.dtype == self.operand:
+                torch.mm(grad, self.weight, out=out)
             else:
-                torch.addmm(total, grad.t(), hidden, out_dtype=self.accumulate, out=total)
+                out.copy_(torch.mm(grad, self.weight, out_dtype=self.accumulator))
+            return
+        if len(self.slabs) == 1:
+            result = torch.mm(grad, self.weight.to(self.accumulator))
         else:
-            torch.addmm(total, grad.t(), hidden, beta=0 if first else 1, out=total)
+            result = grad.new_zeros(grad.shape[0], self.weight.shape[1])
+            for slab in self.slabs:
+                result.addmm_(grad[:, slab], self.weight[slab].to(self.accumulator))
+        out.copy_(result if factor is None else result.mul_(factor[:, None]))
+
+    def add_grad_weight(
+        self, grad: Tensor, factor: Tensor | None, hidden: Tensor, total: Tensor | None, only: bool
+    ) -> Tensor:
+        """`total[V, H] + (factor[:, None] · grad[r, V])ᵀ · hidden[r, H]`, in place unless total is None.
+
+        Totals are kept in accumulator precision over several chunks; the `only` chunk's is rounded as it is written.
+        """
+        hidden = hidden.to(self.operand)
+        if self.exports:
+            grad = self._half(grad, factor)
+            if total is not None:
+                return torch.addmm(total, grad.t(), hidden, out_dtype=self.accumulator, out=total)
+            if only and self.weight_dtype == self.operand:
+                return torch.mm(grad.t(), hidden)
+            return torch.mm(grad.t(), hidden, out_dtype=self.accumulator)
+        if factor is not None:
+            hidden = hidden * factor[:, None]
+        return torch.mm(grad.t(), hidden) if total is None else total.addmm_(grad.t(), hidden)
+
+    def _half(self, grad: Tensor, factor: Tensor | None) -> Tensor:
+        """The gradient as an operand: Triton writes it in half precision, torch leaves it and a factor in float32."""
+        return grad if grad.dtype == self.operand else grad.mul_(factor[:, None]).to(self.operand)
+
+
+class HeadGradients:
+    """Gradients of an LM head's inputs, summed over chunks of rows. Those not needed are not computed."""
+
+    def __init__(
+        self,
+        head: Head,
+        hidden: Tensor,
+        bias: Tensor | None,
+        need_hidden: bool,
+        need_weight: bool,
+        need_bias: bool,
+    ):
+        self.head, self.hidden_input = head, hidden.detach()
+        self.bias_dtype = None if bias is None else bias.dtype
+        self.hidden = torch.empty_like(self.hidden_input) if need_hidden else None
+        self.need_weight = need_weight
+        self.weight: Tensor | None = None
+        self.bias = torch.zeros_like(bias, dtype=head.accumulator) if need_bias else None
+
+    def add(self, rows: slice, grad: Tensor, factor: Tensor | None) -> None:
+        """Take in the gradient `factor[:, None] · grad` in the logits of `rows`."""
+        if self.bias is not None:
+            if factor is None:
+                self.bias.add_(grad.sum(0, dtype=self.bias.dtype))
+            else:
+                self.bias.addmv_(grad.t(), factor)
+        if self.hidden is not None:
+            self.head.grad_hidden(grad, factor, out=self.hidden[rows])
+        if self.need_weight:
+            hidden = self.hidden_input[rows]
+            only = hidden.shape[0] == self.hidden_input.shape[0]
+            self.weight = self.head.add_grad_weight(grad, factor, hidden, self.weight, only)
+
+    def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of hidden, weight and bias in their dtypes; zeros where no row came."""
+        weight = self.weight
+        if self.need_weight:
+            weight = torch.zeros_like(self.head.weight) if weight is None else weight
+            weight = weight.to(self.head.weight_dtype)
+        return self.hidden, weight, None if self.bias is None else self.bias.to(self.bias_dtype)
+
+
+def head_rows(
+    head: Head,
+    hidden: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    stats: RowStatistics,
+    options: HeadOptions,
+    *,
+    saved: bool = False,
+    reference_hidden: Tensor | None = None,
+    keep: bool | None = None,
+) -> Iterator[tuple[slice, TritonRows | TorchRows]]:
+    """Yield `(rows, chunk)`, each chunk's logits over the last one's; `chunk_bytes` bounds all that is `[r, V]`."""
+    vocabulary = head.weight.shape[0]
+    streams = 1 if reference_hidden is None else 2
+    copies = streams
+    if options.backend == "torch":  # TorchRows keeps z beside exp(z)
+        keep = options.entropy if keep is None else keep
+        copies += keep or streams == 2 or options.transform.softcap is not None
+    row_bytes = vocabulary * head.accumulator.itemsize * copies
+    buffer = None
+    for rows in row_chunks(hidden.shape[0], row_bytes, hidden.device, options.chunk_bytes):
+        count = rows.stop - rows.start
+        if buffer is None:
+            buffer = hidden.new_empty(streams * count, vocabulary, dtype=head.accumulator)
+        stacked = hidden[rows] if streams == 1 else torch.cat([hidden[rows], reference_hidden[rows]])
+        logits = head.logits(stacked, buffer[: streams * count])
+        if bias is not None:
+            logits.add_(bias)
+        yield (
+            rows,
+            make_rows(
+                options.backend,
+                logits[:count],
+                targets[rows],
+                options.transform,
+                stats.rows(rows),
+                saved=saved,
+                reference_logits=logits[count:] if streams == 2 else None,
+                out=head.grad_place(logits[:count]) if options.backend == "triton" else None,
+            ),
+        )

@@ -11,7 +11,6 @@ backward only scales: two GEMMs in all, whatever the per-token gradient turns ou
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -19,8 +18,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from grpo_kernels.backend import Backend, choose_backend
-from grpo_kernels.head import Head, accumulator_dtype, check_head, check_softmax, check_targets, row_chunks
-from grpo_kernels.softmax_rows import RowStatistics, TorchRows, Transform
+from grpo_kernels.checks import accumulator_dtype, check_head, check_softmax, check_targets
+from grpo_kernels.head import Head, HeadGradients, HeadOptions, head_rows, replicated
+from grpo_kernels.softmax_rows import RowStatistics, Transform
 
 
 class LinearLogprob(NamedTuple):
@@ -34,41 +34,36 @@ class LinearLogprob(NamedTuple):
     """KL(policy ‖ reference) over the whole vocabulary, nats; None without `reference_hidden`."""
 
 
-@dataclass(frozen=True)
-class _Options:
-    transform: Transform
-    entropy: bool
-    chunk_bytes: int | None
-    backend: Backend
-    grad: bool
-
-
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, reference_hidden, targets, options):
-        kl = reference_hidden is not None
         stats = RowStatistics.empty(
-            hidden.shape[0], hidden.device, accumulator_dtype(hidden, weight), entropy=options.entropy, kl=kl
+            hidden.shape[0],
+            hidden.device,
+            accumulator_dtype(hidden, weight),
+            entropy=options.entropy,
+            kl=reference_hidden is not None,
         )
         head_frozen = not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2])
         unit = None
-        if options.grad and ctx.needs_input_grad[0] and head_frozen and not kl:
+        if options.grad and ctx.needs_input_grad[0] and head_frozen and reference_hidden is None:
             unit = torch.empty_like(hidden)
         head = Head(hidden, weight)
-        for rows, chunk in _chunks(head, hidden, bias, reference_hidden, targets, options):
-            chunk.statistics(stats.rows(rows))
-            if unit is not None:
-                grad, factor = chunk.gradient_(torch.ones_like(stats.logprob[rows]))
-                unit[rows] = head.grad_hidden(grad).mul_(factor[:, None])
+        for rows, chunk in head_rows(head, hidden, bias, targets, stats, options, reference_hidden=reference_hidden):
+            if unit is None:
+                chunk.statistics_()
+            else:
+                head.grad_hidden(*chunk.gradient_(None), out=unit[rows])
         ctx.options = options
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(hidden, weight, bias, reference_hidden, targets, unit)
+        ctx.save_for_backward(hidden, weight, bias, reference_hidden, targets, unit, *stats.tensors())
         return stats.logprob, stats.entropy, stats.kl
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logprob, grad_entropy, grad_kl):
-        hidden, weight, bias, reference_hidden, targets, unit = ctx.saved_tensors
+        hidden, weight, bias, reference_hidden, targets, unit, *stats = ctx.saved_tensors
+        stats = RowStatistics(*stats)
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         if grad_entropy is None and grad_kl is None:
             if grad_logprob is None:
@@ -76,64 +71,26 @@ class _LinearLogprob(torch.autograd.Function):
             if unit is not None:
                 return (unit * grad_logprob[:, None].to(unit.dtype), *(None,) * 5)
         if grad_logprob is None:
-            grad_logprob = torch.zeros_like(targets, dtype=accumulator_dtype(hidden, weight))
-
-        grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        dtype = accumulator_dtype(hidden, weight)
-        grad_weight = torch.zeros_like(weight, dtype=dtype) if need_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=dtype) if need_bias else None
-        options = ctx.options
-        if grad_entropy is None:
-            options = _Options(options.transform, False, options.chunk_bytes, options.backend, options.grad)
+            grad_logprob = torch.zeros_like(stats.logprob)
         if grad_kl is None:
             reference_hidden = None
         head = Head(hidden, weight)
+        gradients = HeadGradients(head, hidden, bias, need_hidden, need_weight, need_bias)
         with torch.autocast(hidden.device.type, enabled=False):
-            for rows, chunk in _chunks(head, hidden, bias, reference_hidden, targets, options):
-                grad, factor = chunk.gradient_(
-                    grad_logprob[rows],
-                    None if grad_entropy is None else grad_entropy[rows],
-                    None if grad_kl is None else grad_kl[rows],
-                )
-                if need_hidden:
-                    grad_hidden[rows] = head.grad_hidden(grad).mul_(factor[:, None])
-                if need_weight:
-                    scaled = head.operand_rows(hidden[rows]) * factor[:, None]
-                    head.add_grad_weight(grad_weight, grad, scaled, first=rows.start == 0)
-                if need_bias:
-                    grad_bias.addmv_(grad.t(), factor)
-        return (
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None else grad_bias.to(bias.dtype),
-            None,
-            None,
-            None,
-        )
-
-
-def _chunks(head, hidden, bias, reference_hidden, targets, options):
-    """Yield `(rows, chunk)`: each chunk's logits overwrite the one before."""
-    total, vocabulary = hidden.shape[0], head.weight.shape[0]
-    streams = 1 if reference_hidden is None else 2
-    kept = options.entropy or reference_hidden is not None or options.transform.softcap is not None
-    row_bytes = vocabulary * head.accumulate.itemsize * (streams + kept)
-    buffer = None
-    for rows in row_chunks(total, row_bytes, hidden.device, options.chunk_bytes):
-        count = rows.stop - rows.start
-        if buffer is None:
-            buffer = hidden.new_empty(streams * count, vocabulary, dtype=head.accumulate)
-        stacked = hidden[rows] if streams == 1 else torch.cat([hidden[rows], reference_hidden[rows]])
-        logits = head.logits(stacked, buffer[: streams * count])
-        if bias is not None:
-            logits.add_(bias)
-        reference = logits[count:] if streams == 2 else None
-        yield (
-            rows,
-            TorchRows(
-                logits[:count], targets[rows], options.transform, entropy=options.entropy, reference_logits=reference
-            ),
-        )
+            for rows, chunk in head_rows(
+                head,
+                hidden,
+                bias,
+                targets,
+                stats,
+                ctx.options,
+                saved=True,
+                reference_hidden=reference_hidden,
+                keep=grad_entropy is not None,
+            ):
+                upstream = (None if g is None else g[rows] for g in (grad_logprob, grad_entropy, grad_kl))
+                gradients.add(rows, *chunk.gradient_(*upstream))
+        return *gradients.results(), None, None, None
 
 
 @torch.compiler.disable
@@ -174,15 +131,16 @@ def linear_logprob(
     Raises:
         ValueError, TypeError, IndexError: arguments that do not fit each other; the message says which and why.
     """
+    weight, bias = replicated(weight), replicated(bias)
     check_head(hidden, weight, bias, reference_hidden)
     check_targets(targets, hidden.shape[0], weight.shape[0], hidden.device, validate)
     check_softmax(temperature, softcap, chunk_bytes)
-    options = _Options(
-        Transform(temperature, softcap),
-        entropy,
-        chunk_bytes,
-        choose_backend(hidden.device, backend),
-        torch.is_grad_enabled(),
+    options = HeadOptions(
+        transform=Transform(temperature, softcap),
+        entropy=entropy,
+        chunk_bytes=chunk_bytes,
+        backend=choose_backend(hidden.device, backend, accumulator_dtype(hidden, weight)),
+        grad=torch.is_grad_enabled(),
     )
     if reference_hidden is not None:
         reference_hidden = reference_hidden.detach()

@@ -18,7 +18,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+
+from grpo_kernels.backend import Backend
+from grpo_kernels.interpreter import interpreted
+from grpo_kernels.token_loss import LossConfig, LossInputs, expm1, log1p, token_loss_slope
 
 
 class Transform(NamedTuple):
@@ -43,24 +49,263 @@ class RowStatistics:
     log_sum: Tensor
     entropy: Tensor | None
     kl: Tensor | None
+    reference_lse: Tensor | None
 
     @classmethod
     def empty(cls, rows: int, device: torch.device, dtype: torch.dtype, *, entropy: bool, kl: bool) -> RowStatistics:
         """Room for the statistics of `rows` rows."""
-        wanted = (True, True, True, entropy, kl)
+        wanted = (True, True, True, entropy, kl, kl)
         return cls(*(torch.empty(rows, device=device, dtype=dtype) if want else None for want in wanted))
 
     def rows(self, rows: slice) -> RowStatistics:
         """A view of some rows."""
-        fields = (self.logprob, self.row_max, self.log_sum, self.entropy, self.kl)
-        return RowStatistics(*(None if field is None else field[rows] for field in fields))
+        return RowStatistics(*(None if tensor is None else tensor[rows] for tensor in self.tensors()))
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The fields, in order."""
+        return self.logprob, self.row_max, self.log_sum, self.entropy, self.kl, self.reference_lse
 
 
-class TorchRows:
-    """A chunk of logits, worked on in place by plain torch operations: statistics first, then the gradient.
+@triton.jit
+def softmax_rows_kernel(
+    logits,
+    grad,  # where the gradient goes: over the logits, each row's from the row's start on
+    targets,
+    reference_logits,
+    # statistics: read if SAVED, else written
+    logprob_ptr,
+    row_max_ptr,
+    log_sum_ptr,
+    entropy_ptr,
+    kl_ptr,
+    reference_lse_ptr,
+    # upstream gradient of logprob, entropy and KL (UPSTREAM), or what a GRPO loss is made of (LOSS)
+    grad_logprob_ptr,
+    grad_entropy_ptr,
+    grad_kl_ptr,
+    loss_weight_ptr,
+    advantage_ptr,
+    old_logprob_ptr,
+    reference_logprob_ptr,
+    # shapes and strides
+    V,
+    logits_stride,
+    grad_stride,
+    reference_stride,
+    # numbers
+    inverse_temperature,
+    softcap,
+    clip_low,
+    clip_high,
+    dual_clip,
+    beta,
+    entropy_coef,
+    # what to do
+    SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    KL: tl.constexpr,
+    SAVED: tl.constexpr,
+    GRAD: tl.constexpr,
+    UPSTREAM_LOGPROB: tl.constexpr,
+    UPSTREAM_ENTROPY: tl.constexpr,
+    UPSTREAM_KL: tl.constexpr,
+    LOSS: tl.constexpr,
+    CISPO: tl.constexpr,
+    OLD: tl.constexpr,
+    KL_ESTIMATOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One row a program. Pass 1 reads the row for its statistics, pass 2 (from L2) writes the gradient over it."""
+    t = tl.program_id(0).to(tl.int64)  # T·V passes 2³¹ at T = 14,123 for V = 152,064
+    z_row = logits + t * logits_stride
+    g_row = grad + t * grad_stride
+    q_row = z_row
+    if KL:
+        q_row = reference_logits + t * reference_stride
+    lanes = tl.arange(0, BLOCK)
+    y = tl.load(targets + t)
 
-    Between the two, `logits` holds exp(z − m); z − m itself is kept beside it only where something needs it (entropy,
-    KL, the softcap's derivative).
+    if LOSS:
+        weight = tl.load(loss_weight_ptr + t)
+        if weight == 0.0:  # a row that does not count: defined values, no gradient, no work
+            tl.store(logprob_ptr + t, 0.0)
+            tl.store(row_max_ptr + t, 0.0)
+            tl.store(log_sum_ptr + t, 0.0)
+            if ENTROPY:
+                tl.store(entropy_ptr + t, 0.0)
+            if GRAD:
+                for v0 in range(0, V, BLOCK):
+                    zero = tl.zeros((BLOCK,), tl.float32).to(grad.dtype.element_ty)
+                    tl.store(g_row + v0 + lanes, zero, v0 + lanes < V)
+            return
+
+    z_y = _transform(tl.load(z_row + y).to(tl.float32), inverse_temperature, softcap, SOFTCAP)
+
+    if SAVED:
+        row_max = tl.load(row_max_ptr + t)
+        log_sum = tl.load(log_sum_ptr + t)
+        logprob = tl.load(logprob_ptr + t)
+        entropy = 0.0
+        if UPSTREAM_ENTROPY:
+            entropy = tl.load(entropy_ptr + t)
+    else:
+        row_max, others, moment = _online(z_row, y, V, lanes, inverse_temperature, softcap, SOFTCAP, ENTROPY, BLOCK)
+        highest = tl.maximum(row_max, z_y)
+        shrink = tl.exp(row_max - highest)
+        moment = (moment + others * (row_max - highest)) * shrink
+        others = others * shrink
+        row_max = highest
+        e_y = tl.exp(z_y - row_max)
+        log_sum = tl.log(others + e_y)
+        gap = tl.log(others) + row_max - z_y
+        logprob = -(tl.maximum(gap, 0.0) + log1p(tl.exp(-tl.abs(gap))))
+        entropy = log_sum - (moment + e_y * (z_y - row_max)) / (others + e_y)
+        tl.store(logprob_ptr + t, logprob)
+        tl.store(row_max_ptr + t, row_max)
+        tl.store(log_sum_ptr + t, log_sum)
+        if ENTROPY:
+            tl.store(entropy_ptr + t, entropy)
+
+    if KL:
+        if SAVED:
+            reference_lse = tl.load(reference_lse_ptr + t)
+            kl = tl.load(kl_ptr + t)
+        else:
+            q_max, q_sum, _ = _online(q_row, -1, V, lanes, inverse_temperature, softcap, SOFTCAP, False, BLOCK)
+            reference_lse = q_max + tl.log(q_sum)
+            total = tl.zeros((BLOCK,), tl.float32)
+            for v0 in range(0, V, BLOCK):
+                live = v0 + lanes < V
+                z = _load(z_row + v0 + lanes, live, inverse_temperature, softcap, SOFTCAP)
+                q = _load(q_row + v0 + lanes, live, inverse_temperature, softcap, SOFTCAP)
+                logp = (z - row_max) - log_sum
+                total += tl.where(live, tl.exp(logp) * (logp - (q - reference_lse)), 0.0)
+            kl = tl.sum(total, 0)
+            tl.store(reference_lse_ptr + t, reference_lse)
+            tl.store(kl_ptr + t, kl)
+
+    if GRAD:
+        g_logprob = 1.0
+        g_entropy = 0.0
+        g_kl = 0.0
+        if LOSS:
+            old = 0.0
+            reference = 0.0
+            if OLD:
+                old = tl.load(old_logprob_ptr + t)
+            if KL_ESTIMATOR > 0:
+                reference = tl.load(reference_logprob_ptr + t)
+            slope = token_loss_slope(
+                logprob,
+                tl.load(advantage_ptr + t),
+                old,
+                reference,
+                clip_low,
+                clip_high,
+                dual_clip,
+                beta,
+                CISPO,
+                OLD,
+                KL_ESTIMATOR,
+            )
+            g_logprob = weight * slope
+            g_entropy = -weight * entropy_coef
+        if UPSTREAM_LOGPROB:
+            g_logprob = tl.load(grad_logprob_ptr + t)
+        if UPSTREAM_ENTROPY:
+            g_entropy = tl.load(grad_entropy_ptr + t)
+        if UPSTREAM_KL:
+            g_kl = tl.load(grad_kl_ptr + t)
+        one_minus_p = -expm1(logprob)
+        tl.debug_barrier()  # every lane has read z_y before the row is overwritten
+        for v0 in range(0, V, BLOCK):
+            v = v0 + lanes
+            live = v < V
+            raw = tl.load(z_row + v, live, other=-1e30).to(tl.float32)
+            z = _transform(raw, inverse_temperature, softcap, SOFTCAP)
+            logp = (z - row_max) - log_sum
+            bracket = -g_logprob - g_entropy * (logp + entropy)
+            if UPSTREAM_KL:
+                q = _load(q_row + v, live, inverse_temperature, softcap, SOFTCAP)
+                bracket += g_kl * (logp - (q - reference_lse) - kl)
+            dz = tl.exp(logp) * bracket
+            # at the target, −g p and +g join to g (1 − p), which is not formed by subtraction
+            dz = tl.where(v == y, tl.exp(logp) * (bracket + g_logprob) + g_logprob * one_minus_p, dz)
+            if SOFTCAP:
+                tanh = z / (softcap * inverse_temperature)
+                dz *= 1.0 - tanh * tanh
+            # a narrow gradient's block i lies inside the logits' blocks ≤ i: all lanes must have read theirs
+            tl.debug_barrier()
+            tl.store(g_row + v, (dz * inverse_temperature).to(grad.dtype.element_ty), live)
+
+
+@triton.jit
+def _transform(x, inverse_temperature, softcap, SOFTCAP: tl.constexpr):
+    """Raw logits to the softmax's; −∞ becomes a number so small that its probability is 0 and 0·z is 0."""
+    if SOFTCAP:
+        decay = tl.exp(-2.0 * tl.abs(x) / softcap)
+        tanh = (1.0 - decay) / (1.0 + decay)
+        x = tl.where(x < 0, -tanh, tanh) * softcap
+    x = x * inverse_temperature
+    return tl.where(x < -1e30, -1e30, x)
+
+
+@triton.jit
+def _load(pointers, live, inverse_temperature, softcap, SOFTCAP: tl.constexpr):
+    x = _transform(tl.load(pointers, live, other=0.0).to(tl.float32), inverse_temperature, softcap, SOFTCAP)
+    return tl.where(live, x, -1e30)
+
+
+@triton.jit
+def _online(
+    row, y, V, lanes, inverse_temperature, softcap, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr
+):
+    """`(m, Σ exp(z − m), Σ exp(z − m)(z − m))` of a row, the target y left out; one cross-lane reduction a row."""
+    m = tl.full((BLOCK,), -1e30, tl.float32)
+    s = tl.zeros((BLOCK,), tl.float32)
+    q = tl.zeros((BLOCK,), tl.float32)
+    for v0 in range(0, V, BLOCK):
+        v = v0 + lanes
+        z = _load(row + v, v < V, inverse_temperature, softcap, SOFTCAP)
+        counts = (v < V) & (v != y)
+        n = tl.maximum(m, z)
+        shrink = tl.exp(m - n)
+        e = tl.where(counts, tl.exp(z - n), 0.0)
+        if ENTROPY:
+            q = (q + s * (m - n)) * shrink + e * (z - n)
+        s = s * shrink + e
+        m = n
+    highest = tl.max(m, 0)
+    shrink = tl.exp(m - highest)
+    if ENTROPY:
+        q = (q + s * (m - highest)) * shrink
+    return highest, tl.sum(s * shrink, 0), tl.sum(q, 0)
+
+
+@dataclass(frozen=True)
+class RowLaunch:
+    """How `softmax_rows_kernel` is launched."""
+
+    block: int = 4096
+    warps: int = 8
+
+
+def launch_rows() -> RowLaunch:
+    """The shipped configuration; small blocks in the interpreter, so that tests cross their borders."""
+    return RowLaunch(block=64, warps=1) if interpreted() else RowLaunch()
+
+
+class TritonRows:
+    """A chunk of float32 logits (or given ones of any precision), worked on in place by `softmax_rows_kernel`.
+
+    Args:
+        logits: `[r, V]`, last stride 1.
+        targets: `[r]`.
+        transform: raw logits to the softmax's.
+        stats: room for the statistics, or the statistics themselves if `saved`.
+        reference_logits: `[r, V]`.
+        out: `[r, V]`, where the gradient goes: over the logits by default. It may be a narrower view of their memory,
+            if each of its rows starts where the logits' row does.
     """
 
     def __init__(
@@ -68,79 +313,197 @@ class TorchRows:
         logits: Tensor,
         targets: Tensor,
         transform: Transform,
+        stats: RowStatistics,
         *,
-        entropy: bool = False,
+        saved: bool = False,
         reference_logits: Tensor | None = None,
+        out: Tensor | None = None,
     ):
-        self.transform = transform
+        self.logits, self.targets, self.transform, self.stats = logits, targets, transform, stats
+        self.saved, self.reference_logits = saved, reference_logits
+        self.out = logits if out is None else out
+
+    def statistics_(self) -> None:
+        """Fill `stats`."""
+        self._launch()
+        self.saved = True
+
+    def gradient_(
+        self, grad_logprob: Tensor | None, grad_entropy: Tensor | None = None, grad_kl: Tensor | None = None
+    ) -> tuple[Tensor, None]:
+        """The gradient in the raw logits; `grad_logprob` None stands for ones. Fills `stats` if not saved."""
+        return self._launch(grad=True, upstream=(grad_logprob, grad_entropy, grad_kl)), None
+
+    def loss_gradient_(self, inputs: LossInputs) -> tuple[Tensor, None]:
+        """Statistics and the gradient of `Σ weight · token_loss`, in one launch."""
+        return self._launch(grad=True, loss=inputs), None
+
+    def _launch(self, *, grad=False, upstream=(None, None, None), loss=None) -> Tensor:
+        rows, vocabulary = self.logits.shape
+        stats, logits, reference = self.stats, self.logits, self.reference_logits
+        weight, advantages, old, reference_logprob = loss[:4] if loss else (None,) * 4
+        config = loss.config if loss else LossConfig()
+        launch = launch_rows()
+        softmax_rows_kernel[(rows,)](
+            logits,
+            self.out,
+            self.targets,
+            reference,
+            stats.logprob,
+            stats.row_max,
+            stats.log_sum,
+            stats.entropy,
+            stats.kl,
+            stats.reference_lse,
+            *upstream,
+            weight,
+            advantages,
+            old,
+            reference_logprob,
+            vocabulary,
+            logits.stride(0),
+            self.out.stride(0),
+            0 if reference is None else reference.stride(0),
+            1.0 / self.transform.temperature,
+            self.transform.softcap or 1.0,
+            config.clip_low,
+            config.clip_high,
+            float("inf") if config.dual_clip is None else config.dual_clip,
+            config.beta,
+            config.entropy_coef,
+            SOFTCAP=self.transform.softcap is not None,
+            ENTROPY=stats.entropy is not None,
+            KL=reference is not None,
+            SAVED=self.saved,
+            GRAD=grad,
+            UPSTREAM_LOGPROB=upstream[0] is not None,
+            UPSTREAM_ENTROPY=upstream[1] is not None,
+            UPSTREAM_KL=upstream[2] is not None,
+            LOSS=loss is not None,
+            CISPO=config.loss_type == "cispo",
+            OLD=old is not None,
+            KL_ESTIMATOR=int(config.kl_estimator[1]) if config.beta and reference_logprob is not None else 0,
+            BLOCK=launch.block,
+            num_warps=launch.warps,
+        )
+        return self.out
+
+
+class TorchRows:
+    """`TritonRows` in plain torch: the same arguments and methods.
+
+    Without `out` the logits are overwritten by exp(z − m), and that by the gradient; with `out` a copy is. z − m is
+    kept beside it only where something needs it (entropy, KL, the softcap's derivative).
+    """
+
+    def __init__(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        transform: Transform,
+        stats: RowStatistics,
+        *,
+        saved: bool = False,
+        reference_logits: Tensor | None = None,
+        out: Tensor | None = None,
+    ):
         self.targets = targets.long()[:, None]
-        z = transform(logits)
-        row_max = z.amax(1, keepdim=True).clamp_(min=torch.finfo(z.dtype).min)
+        self.transform, self.stats, self.saved, self.reference_logits = transform, stats, saved, reference_logits
+        self.out = out
+        self.exp = logits.to(stats.logprob.dtype, copy=out is not None)  # becomes exp(z − m)
+        self.ready = False
+        self.z = None
+        self.log_ratio = None
+
+    def statistics_(self) -> None:
+        """Fill `stats`."""
+        self.ready = True
+        stats = self.stats
+        z = self.transform(self.exp)
+        row_max = z.amax(1, keepdim=True)
         z.sub_(row_max)
         target_z = z.gather(1, self.targets)
-        self.z = None
-        if entropy or reference_logits is not None or transform.softcap is not None:
-            self.z = z.clone().clamp_(min=torch.finfo(z.dtype).min / 4)  # a logit of −inf has p = 0, and 0·z must be 0
-        self.exp = z.exp_()
+        self._exponentiate(keep=stats.entropy is not None or stats.kl is not None)
         target_exp = self.exp.gather(1, self.targets)
         self.exp.scatter_(1, self.targets, 0.0)
         self.others = self.exp.sum(1, keepdim=True)
         self.exp.scatter_(1, self.targets, target_exp)
         self.sum = self.others + target_exp
-        log_sum = self.sum.log()
+        self.log_sum = self.sum.log()
+        stats.row_max.copy_(row_max[:, 0])
+        stats.log_sum.copy_(self.log_sum[:, 0])
         gap = self.others.log() - target_z
-        self.log_sum = log_sum
-        self.entropy = self.kl = self.log_ratio = None
-        if entropy:
-            self.entropy = log_sum - _row_dot(self.exp, self.z) / self.sum
-        if reference_logits is not None:
-            log_q = transform(reference_logits)
-            log_q.sub_(log_q.logsumexp(1, keepdim=True))
-            self.log_ratio = torch.sub(self.z, log_q, out=log_q).sub_(log_sum).clamp_(min=torch.finfo(z.dtype).min / 4)
-            self.kl = _row_dot(self.exp, self.log_ratio) / self.sum
-        # −softplus(gap), exact on both sides
-        self.logprob = -(gap.clamp(min=0.0) + torch.log1p(torch.exp(-gap.abs())))
-        self.row_max = row_max
-
-    def statistics(self, out: RowStatistics) -> None:
-        """Write this chunk's statistics."""
-        for name in ("logprob", "row_max", "log_sum", "entropy", "kl"):
-            field = getattr(out, name)
-            if field is not None:
-                field.copy_(getattr(self, name)[:, 0])
+        stats.logprob.copy_((-(gap.clamp(min=0.0) + torch.log1p(torch.exp(-gap.abs()))))[:, 0])
+        if stats.entropy is not None:
+            torch.sub(stats.log_sum, torch.linalg.vecdot(self.exp, self.z) / self.sum[:, 0], out=stats.entropy)
+        if stats.kl is not None:
+            reference = self.transform(self.reference_logits)
+            stats.reference_lse.copy_(reference.logsumexp(1))
+            self._take_log_ratio(reference)
+            torch.div(torch.linalg.vecdot(self.exp, self.log_ratio), self.sum[:, 0], out=stats.kl)
 
     def gradient_(
-        self, grad_logprob: Tensor, grad_entropy: Tensor | None = None, grad_kl: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """`(g, c)` with `c[:, None] * g` the gradient in the raw logits; g lies where the logits lay.
+        self, grad_logprob: Tensor | None, grad_entropy: Tensor | None = None, grad_kl: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """`(g, c)` with `c[:, None] · g` the gradient in the raw logits. Fills `stats` if they are not known.
 
-        The row factor c is left out of g because the GEMMs that follow take it for the price of `[r, H]`.
+        Over the logits, the row factor c is left out of g: the GEMMs that follow take it for the price of `[r, H]`.
         """
-        grad_logprob = grad_logprob[:, None]
-        at_target = self.others / self.sum * grad_logprob
+        if self.saved:
+            self._restore(keep=grad_entropy is not None or grad_kl is not None)
+            if grad_kl is not None:
+                self._take_log_ratio(self.transform(self.reference_logits))
+        elif not self.ready:
+            self.statistics_()
+        grad_logprob = torch.ones_like(self.sum) if grad_logprob is None else grad_logprob[:, None]
         if grad_entropy is None and grad_kl is None:
             self.exp.scatter_(1, self.targets, -self.others)
             factor = -grad_logprob / self.sum
         else:
-            slope = torch.zeros_like(grad_logprob)
-            base = torch.zeros_like(grad_logprob)
+            z = self.z if self.transform.softcap is None else self.z.clone()
+            slope = torch.zeros_like(self.sum) if grad_entropy is None else -grad_entropy[:, None]
+            offset = -grad_logprob
             if grad_entropy is not None:
-                slope = -grad_entropy[:, None]
-                base = slope * (self.entropy - self.log_sum)
-            z = self.z.clone() if self.transform.softcap is not None else self.z
-            bracket = z.mul_(slope).add_(base)
+                offset = offset + slope * (self.stats.entropy[:, None] - self.log_sum)
+            bracket = z.mul_(slope).add_(offset)
             if grad_kl is not None:
-                bracket.addcmul_(self.log_ratio.sub_(self.kl), grad_kl[:, None])
-            bracket.scatter_add_(1, self.targets, grad_logprob)  # the target's −g p is part of `at_target`
-            self.exp.mul_(bracket.sub_(grad_logprob))
-            self.exp.scatter_add_(1, self.targets, at_target * self.sum)
+                bracket.addcmul_(self.log_ratio.sub_(self.stats.kl[:, None]), grad_kl[:, None])
+            # at the target, −g p and +g join to g (1 − p), which is not formed by subtraction
+            bracket.scatter_add_(1, self.targets, grad_logprob)
+            self.exp.mul_(bracket).scatter_add_(1, self.targets, grad_logprob * self.others)
             factor = 1.0 / self.sum
         if self.transform.softcap is not None:
-            scale = self.transform.temperature / self.transform.softcap
-            tanh = self.z.add_(self.row_max).mul_(scale)
+            tanh = self.z.add_(self.stats.row_max[:, None]).mul_(self.transform.temperature / self.transform.softcap)
             self.exp.mul_(tanh.square_().neg_().add_(1.0))
-        return self.exp, (factor / self.transform.temperature)[:, 0]
+        factor = factor / self.transform.temperature
+        if self.out is None:
+            return self.exp, factor[:, 0]
+        self.out.copy_(self.exp.mul_(factor))
+        return self.out, None
+
+    def loss_gradient_(self, inputs: LossInputs) -> tuple[Tensor, Tensor | None]:
+        """Statistics and the gradient of `Σ weight · token_loss`."""
+        self.statistics_()
+        return self.gradient_(*inputs.slopes(self.stats.logprob, self.stats.entropy))
+
+    def _exponentiate(self, keep: bool) -> None:
+        if keep or self.transform.softcap is not None:
+            self.z = self.exp.clone().clamp_(min=-1e30)  # a logit of −∞ has p = 0, and 0·z must be 0
+        self.exp.exp_()
+
+    def _restore(self, keep: bool) -> None:
+        self.transform(self.exp).sub_(self.stats.row_max[:, None])
+        self._exponentiate(keep)
+        self.log_sum = self.stats.log_sum[:, None]
+        self.sum = self.log_sum.exp()
+        self.others = -torch.expm1(self.stats.logprob)[:, None] * self.sum
+
+    def _take_log_ratio(self, reference: Tensor) -> None:
+        """log p − log q, over the reference logits."""
+        reference.sub_(self.stats.reference_lse[:, None]).clamp_(min=-1e30)
+        self.log_ratio = torch.sub(self.z, reference, out=reference).sub_(self.log_sum)
 
 
-def _row_dot(a: Tensor, b: Tensor) -> Tensor:
-    return torch.linalg.vecdot(a, b)[:, None]
+def make_rows(backend: Backend, *arguments, **options) -> TritonRows | TorchRows:
+    """A chunk of rows on the given backend."""
+    return (TritonRows if backend == "triton" else TorchRows)(*arguments, **options)

@@ -1,0 +1,80 @@
+"""Run this package's Triton kernels on a CPU, in Triton's interpreter, with bfloat16 as a GPU has it.
+
+Triton's own interpreter keeps bfloat16 as bit patterns: `tl.dot` multiplies those as integers, and a cast from float32
+truncates. Both are repaired here, so that tests see what the GPU would compute.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import triton
+import triton.language as tl
+from triton.runtime import interpreter
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
+from triton.runtime.jit import JITFunction
+
+
+def interpreted() -> bool:
+    """Whether kernels run in the interpreter: `TRITON_INTERPRET=1` at Triton's import, or inside `interpret()`."""
+    return triton.knobs.runtime.interpret
+
+
+@contextmanager
+def interpret() -> Iterator[None]:
+    """Within this block the package's kernels run in the interpreter, whatever the environment said at import."""
+    importlib.import_module("triton.experimental.gluon")  # else imported lazily by a launch, half of it swapped
+    repair_bfloat16()
+    swapped = []
+    modules = [module for name, module in sys.modules.items() if name.partition(".")[0] in ("grpo_kernels", "triton")]
+    for holder in (*modules, tl.tensor):  # Triton's library (tl.sum, tl.zeros, …) is jitted code too
+        for name, value in list(vars(holder).items()):
+            if isinstance(value, JITFunction):
+                setattr(holder, name, InterpretedFunction(value.fn))
+                swapped.append((holder, name, value))
+    try:
+        with triton.knobs.runtime.scope(), np.errstate(all="ignore"):
+            triton.knobs.runtime.interpret = True
+            yield
+    finally:
+        for holder, name, value in swapped:
+            setattr(holder, name, value)
+
+
+def bfloat16_to_float32(bits: np.ndarray) -> np.ndarray:
+    """uint16 bit patterns to float32, exactly."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def float32_to_bfloat16(values: np.ndarray) -> np.ndarray:
+    """float32 to uint16 bit patterns, to nearest, ties to even; NaN stays NaN."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    rounded = ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+
+
+def repair_bfloat16() -> None:
+    """Teach Triton's interpreter bfloat16 `dot` and rounding. Doing it twice changes nothing."""
+    if getattr(InterpreterBuilder, "grpo_kernels_repaired", False):
+        return
+    dot, convert = InterpreterBuilder.create_dot, interpreter._convert_float
+
+    def create_dot(self, a, b, d, *arguments):
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = (TensorHandle(bfloat16_to_float32(x.data), tl.float32) for x in (a, b))
+        return dot(self, a, b, d, *arguments)
+
+    def convert_float(values, source, target, rounding):
+        if (source, target) == (tl.float32, tl.bfloat16):
+            return float32_to_bfloat16(values)
+        if (source, target) == (tl.bfloat16, tl.float32):
+            return bfloat16_to_float32(values)
+        return convert(values, source, target, rounding)
+
+    InterpreterBuilder.create_dot = create_dot
+    interpreter._convert_float = convert_float
+    InterpreterBuilder.grpo_kernels_repaired = True

@@ -1,0 +1,141 @@
+"""The fused GRPO loss equals the written-out mathematics under autograd, for every combination of options."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from grpo_core.losses import clipped_surrogate, kl_penalty
+from grpo_kernels import grpo_loss, linear_grpo_loss
+from grpo_kernels.interpreter import interpret
+
+T, H, V = 45, 12, 67
+CLIP = {"clip_low": 0.1, "clip_high": 0.28}
+
+
+def relative(value, reference):
+    value, reference = value.double(), reference.double()
+    return float((value - reference).norm() / reference.norm().clamp(min=1e-30))
+
+
+def batch(T=T, H=H, V=V, seed=0):
+    """Hidden states, a head, targets, and per-token inputs that reach both sides of every clip; some weights are 0."""
+    g = torch.Generator().manual_seed(seed)
+    hidden, weight = torch.randn(T, H, generator=g), torch.randn(V, H, generator=g) / H**0.5
+    targets = torch.randint(V, (T,), generator=g)
+    logprob = torch.log_softmax(hidden @ weight.T, -1).gather(1, targets[:, None])[:, 0]
+    return (
+        hidden,
+        weight,
+        {
+            "targets": targets,
+            "advantages": torch.randn(T, generator=g),
+            "loss_weight": torch.rand(T, generator=g) * (torch.rand(T, generator=g) > 0.2) / T,
+            "old_logprob": logprob + 0.5 * torch.randn(T, generator=g),
+            "reference_logprob": logprob + 0.3 * torch.randn(T, generator=g),
+        },
+    )
+
+
+def written_out(logits, tokens, *, loss_type, dual_clip, beta, kl_estimator, entropy_coef, sequence_index=None):
+    """The loss by `grpo_core.losses` on log-probs of a plain softmax, in float64."""
+    logp = torch.log_softmax(logits, -1)
+    logprob = logp.gather(1, tokens["targets"][:, None])[:, 0]
+    entropy = -(logp.exp() * logp).sum(-1)
+    old = tokens["old_logprob"].double() if tokens["old_logprob"] is not None else logprob.detach()
+    advantages, weight = tokens["advantages"].double(), tokens["loss_weight"].double()
+    if sequence_index is not None:
+        live = (weight != 0).double()
+        count = torch.zeros(int(sequence_index.max()) + 1).double()
+        total = count.index_add(0, sequence_index, (logprob - old) * live)
+        mean = total / count.index_add(0, sequence_index, live).clamp(min=1)
+        ratio_logprob, ratio_old = mean[sequence_index], torch.zeros_like(logprob)
+    else:
+        ratio_logprob, ratio_old = logprob, old
+    surrogate = clipped_surrogate(ratio_logprob, ratio_old, advantages, **CLIP, delta=dual_clip)
+    loss = surrogate.loss
+    if loss_type == "cispo":
+        loss = -surrogate.ratio.clamp(max=1 + CLIP["clip_high"]) * advantages * logprob
+    if beta:
+        loss = loss + beta * kl_penalty(logprob, tokens["reference_logprob"].double(), kl_estimator)
+    loss = loss - entropy_coef * entropy
+    return (loss * weight).sum(), {"logprob": logprob, "entropy": entropy, "surrogate": surrogate}
+
+
+MATRIX = list(
+    itertools.product(
+        ("clip", "cispo"), ((0.0, "k3"), (0.1, "k1"), (0.1, "k2"), (0.1, "k3")), (True, False), (None, 1.6), (0.0, 0.05)
+    )
+)
+
+
+def check(case, given_logits, backend, **extra):
+    loss_type, (beta, estimator), with_old, dual_clip, entropy_coef = case
+    hidden, weight, tokens = batch()
+    if not with_old:
+        tokens["old_logprob"] = None
+    options = {
+        "loss_type": loss_type,
+        "dual_clip": dual_clip,
+        "beta": beta,
+        "kl_estimator": estimator,
+        "entropy_coef": entropy_coef,
+    }
+    wide = [x.double().requires_grad_() for x in (hidden, weight)]
+    index = extra.get("sequence_index")
+    want, details = written_out(wide[0] @ wide[1].T, tokens, **options, sequence_index=index)
+    want.backward()
+    if given_logits:
+        logits = (hidden.double() @ weight.double().T).float().requires_grad_()
+        got = grpo_loss(logits, **tokens, **options, **CLIP, **extra, backend=backend)
+        got.loss.backward()
+        gradients = [(logits.grad.double() @ weight.double(), wide[0].grad)]
+    else:
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+        got = linear_grpo_loss(*leaves, **tokens, **options, **CLIP, **extra, backend=backend)
+        got.loss.backward()
+        gradients = [(a.grad, b.grad) for a, b in zip(leaves, wide, strict=True)]
+    assert float(got.loss.detach() - want.detach()) == pytest.approx(0.0, abs=2e-6)
+    assert max(relative(*pair) for pair in gradients) < 1e-6
+    live = tokens["loss_weight"] != 0
+    for name in ("logprob", "entropy"):
+        assert (getattr(got, name) - details[name].detach())[live].abs().max() < 1e-5
+        assert (getattr(got, name)[~live] == 0).all()
+    if loss_type == "clip":
+        assert torch.equal(got.clipped_low, details["surrogate"].clipped_low & live)
+        assert torch.equal(got.clipped_high, details["surrogate"].clipped_high & live)
+        if with_old and index is None:
+            assert got.clipped_low.any()
+            assert got.clipped_high.any()
+    if beta:
+        kl = kl_penalty(details["logprob"].detach(), tokens["reference_logprob"].double(), estimator)
+        assert (got.kl - kl)[live].abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("given_logits", [False, True], ids=["linear", "logits"])
+def test_every_combination_of_options_is_the_written_out_loss(given_logits):
+    for case in MATRIX:
+        check(case, given_logits, "torch")
+
+
+@pytest.mark.parametrize("given_logits", [False, True], ids=["linear", "logits"])
+def test_kernels_give_the_written_out_loss(given_logits):
+    with interpret():
+        for case in MATRIX[1::7]:
+            check(case, given_logits, "triton")
+
+
+@pytest.mark.parametrize("chunk_bytes", [None, 3000])
+@pytest.mark.parametrize("loss_type", ["clip", "cispo"])
+def test_sequence_ratios_are_the_written_out_loss(loss_type, chunk_bytes, backend):
+    index = torch.arange(T) // 9
+    check(
+        (loss_type, (0.1, "k3"), True, None, 0.05),
+        False,
+        backend,
+        sequence_index=index,
+        num_sequences=5,
+        chunk_bytes=chunk_bytes,
+    )

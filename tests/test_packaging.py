@@ -13,6 +13,8 @@ PACKAGES = {
     "grpo_core": ROOT / "grpo_core",
     "affectgpt": ROOT / "model/affectgpt",
 }
+# numpy is what Triton's interpreter computes with, and the interpreter is for tests: no kernel needs it
+EXCEPTIONS = {("kernels/grpo_kernels/interpreter.py", "numpy")}
 KERNELS_MAY = {"torch", "triton", "grpo_kernels"}
 CORE_MAY = KERNELS_MAY | {"transformers", "peft", "numpy", "safetensors", "tqdm", "yaml", "grpo_core"}
 MAY = {"grpo_kernels": KERNELS_MAY, "grpo_core": CORE_MAY}
@@ -43,7 +45,7 @@ def test_engine_and_kernels_import_only_what_a_gpu_image_has(package):
         f"{path.relative_to(ROOT)}:{line}: {name}"
         for path in files
         for line, name in imports(path)
-        if name not in allowed
+        if name not in allowed and (path.relative_to(ROOT).as_posix(), name) not in EXCEPTIONS
     ]
     assert not found, f"{package} may import {', '.join(sorted(MAY[package]))} only; found\n" + "\n".join(found)
 

@@ -115,7 +115,7 @@ class Encoders:
         Weights are hashed by content as loaded, so that a copied folder, or the same model stored in another format,
         keeps its cache, and an edited one does not; about a second per gigabyte, once.
         """
-        digest = hashlib.blake2b(digest_size=16)
+        digest = hashlib.sha256()
         settings: list[Any] = [
             str(self.dtype),
             self._scale,
@@ -130,7 +130,7 @@ class Encoders:
             for name, weight in sorted(model.state_dict().items()):
                 digest.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
                 digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return digest.hexdigest()
+        return digest.hexdigest()[:32]
 
 
 # config entries that change the outputs and cannot be seen in the weights

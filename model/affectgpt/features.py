@@ -188,7 +188,7 @@ def _key(modality: str, digest: str, face_channel_order: str) -> str:
         "audio": f"{NUM_STEPS}x2s {SAMPLE_RATE}",
         "image": f"{FRAME_SIZE}",
     }[modality]
-    return hashlib.blake2b(f"{RULES} {modality} {settings} {digest}".encode(), digest_size=16).hexdigest()
+    return hashlib.sha256(f"{RULES} {modality} {settings} {digest}".encode()).hexdigest()[:32]
 
 
 def _only_folder(cache_dir: Path) -> Path:
@@ -226,7 +226,7 @@ def _digest_files(paths: list[str], cache_dir: Path, threads: int) -> tuple[dict
             if entry in ledger:
                 return None, ledger[entry]
             with open(path, "rb") as file:
-                content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+                content = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             fix = "Check the dataset's root and that its archives are unpacked"
             raise MediaError(path, error.strerror or "unreadable", fix) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -132,7 +133,7 @@ class TrainingLoop:
             return None
         if name not in values:
             raise ValueError(f"run.metric_for_best_model is {name!r}, but an evaluation gives {', '.join(values)}")
-        if self.best is None or values[name] > self.best:
+        if math.isfinite(values[name]) and (self.best is None or values[name] > self.best):
             self.best, self.evaluations_since_best = values[name], 0
         else:
             self.evaluations_since_best += 1

@@ -30,10 +30,7 @@ ROWS = {
 
 
 def main() -> None:
-    arguments = sys.argv[1:]
-    if not any(argument.startswith("--config") for argument in arguments):
-        arguments = ["--config", str(DEFAULT), *arguments]
-    config = load_config(R1Config, arguments, description=__doc__)
+    config = load_config(R1Config, description=__doc__, default_config=DEFAULT)
     dist = distributed.init()
     logging.basicConfig(level=logging.INFO if dist.main_process else logging.ERROR, format="%(message)s")
     open_run(config, dist)

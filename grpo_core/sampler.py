@@ -52,8 +52,7 @@ class GroupSampler:
         self.policy, self.tokenizer, self.seed = policy, tokenizer, seed
         self.forbidden_tokens = tuple(forbidden_tokens)
         self.memory_budget = memory_budget
-        model = policy.model
-        self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.model = policy.causal_lm
         self.decoder = make_decoder(self.model)
         self.timings: dict[str, float] = {}
         self._stops: dict[tuple[str, ...], StopConditions] = {}
@@ -83,13 +82,14 @@ class GroupSampler:
         with torch.inference_mode(), tqdm(total=len(prompts), disable=not progress, desc="sample", leave=False) as bar:
             with timed(self.timings, "refresh"):
                 self.decoder.refresh()
+            limit = min(len(self.tokenizer), self.model.get_output_embeddings().weight.shape[0])
             run = Rollout(
                 self.decoder,
                 embeds,
                 keys=np.array([rng.prompt_key(prompt.id) for prompt in prompts], dtype=np.uint64),
                 draw=partial(rng.uniform, self.seed, step),
                 rollout=rollout,
-                choose=TokenChooser(rollout, self.forbidden_tokens, len(self.tokenizer), embeds[0].device),
+                choose=TokenChooser(rollout, self.forbidden_tokens, limit, embeds[0].device),
                 stop=stop,
                 timings=self.timings,
                 bar=bar,

@@ -9,6 +9,9 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from grpo_core.decoder.flat import FlatDecoder
+from grpo_core.decoder.transformers_decoder import TransformersDecoder
+
 
 class Decoder(Protocol):
     """Holds the caches of groups that are decoded together.
@@ -44,9 +47,6 @@ def make_decoder(model: PreTrainedModel) -> Decoder:
     Raises:
         NotImplementedError: the model caps its attention scores, which neither training nor sampling does here.
     """
-    from grpo_core.decoder.flat import FlatDecoder
-    from grpo_core.decoder.transformers_decoder import TransformersDecoder
-
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):
         if getattr(model.config, key, None) is not None:
             raise NotImplementedError(

@@ -17,14 +17,15 @@ class TokenChooser:
         rollout: temperature, truncation and penalty. They apply in transformers' order: penalty, temperature, top-k,
             top-p (of what top-k kept), min-p.
         forbidden: token ids that are never drawn.
-        limit: ids from here on are never drawn: rows of the head that the tokenizer has no token for.
+        limit: ids from here on are never drawn: rows of the head that the tokenizer has no token for. At most V.
         device: where logits are.
     """
 
-    def __init__(self, rollout: RolloutConfig, forbidden: Sequence[int], limit: int | None, device: torch.device):
+    def __init__(self, rollout: RolloutConfig, forbidden: Sequence[int], limit: int, device: torch.device):
         self.rollout = rollout
         self.limit = limit
-        self.forbidden = torch.tensor(sorted(set(forbidden)), dtype=torch.int64, device=device)
+        within = sorted({token for token in forbidden if 0 <= token < limit})
+        self.forbidden = torch.tensor(within, dtype=torch.int64, device=device)
 
     def __call__(self, logits: Tensor, uniforms: Tensor | None, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Choose a token for each of B rows.
@@ -52,7 +53,7 @@ class TokenChooser:
 
     def _admissible(self, scores: Tensor) -> Tensor:
         """Scores with the tokens that may not be drawn at -inf, cut to the tokenizer's size."""
-        scores = scores if self.limit is None else scores[:, : self.limit]
+        scores = scores[:, : self.limit]
         return scores.index_fill(1, self.forbidden, -torch.inf) if len(self.forbidden) else scores
 
     def _penalised(self, logits: Tensor, seen: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ class FlatDecoder:
         self.weights.refresh()
 
     def plan(self, groups: int, group_size: int, prompt_tokens: int, new_tokens: int, budget: int) -> int:
-        dtype = self.weights.norm.dtype
+        dtype = self.weights.norm.weight.dtype
         cache = GroupCache.bytes_per_group(
             len(self.weights.layers),
             self.kv_heads,
@@ -63,7 +63,7 @@ class FlatDecoder:
         return max(1, min(groups, budget // (cache + logits)))
 
     def reserve(self, slots: int, group_size: int, prompt_tokens: int, new_tokens: int) -> None:
-        weight = self.weights.norm
+        weight = self.weights.norm.weight
         heads_per_kv = self.heads // self.kv_heads
         shape = (len(self.weights.layers), self.kv_heads, heads_per_kv, self.head_dim)
         self.cache = GroupCache(*shape, slots, group_size, prompt_tokens, new_tokens, weight.dtype, weight.device)
@@ -92,7 +92,7 @@ class FlatDecoder:
         cache = self.cache
         positions = cache.positions()
         cos, sin = self._cos[positions], self._sin[positions]
-        index, mask = cache.append_index(), cache.suffix_mask(self.weights.norm.dtype)
+        index, mask = cache.append_index(), cache.suffix_mask(self.weights.norm.weight.dtype)
         columns = mask.shape[-1]
         x = self.weights.embed(tokens)
         for layer, prefix, suffix in zip(self.weights.layers, cache.prefix, cache.suffix, strict=True):
@@ -147,8 +147,8 @@ class FlatDecoder:
         gate, up = layer.gate_up(self._norm(x, layer.mlp_norm)).chunk(2, dim=-1)
         return layer.down(self.activation(gate).mul_(up), residual=x)
 
-    def _norm(self, x: Tensor, weight: nn.Parameter) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), weight, self.eps)
+    def _norm(self, x: Tensor, module: nn.Module) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), module.weight, self.eps)
 
     def _logits(self, x: Tensor) -> Tensor:
         return self.weights.head(self._norm(x, self.weights.norm))

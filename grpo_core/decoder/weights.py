@@ -59,18 +59,18 @@ class FusedLinear:
 class FlatLayer:
     """One decoder layer."""
 
-    input_norm: nn.Parameter
+    input_norm: nn.Module
     qkv: FusedLinear
-    q_norm: nn.Parameter | None
-    k_norm: nn.Parameter | None
+    q_norm: nn.Module | None
+    k_norm: nn.Module | None
     out: FusedLinear
-    mlp_norm: nn.Parameter
+    mlp_norm: nn.Module
     gate_up: FusedLinear
     down: FusedLinear
 
 
 class FlatWeights:
-    """The weights of a Qwen2, Qwen3, Llama or Mistral causal LM. Embeddings and norms are the model's own tensors.
+    """The weights of a Qwen2, Qwen3, Llama or Mistral causal LM. Embeddings and norms are the model's own modules.
 
     Args:
         model: the LM; its linear layers may be wrapped by PEFT.
@@ -81,18 +81,18 @@ class FlatWeights:
         self.embed = model.get_input_embeddings()
         self.layers = [
             FlatLayer(
-                input_norm=layer.input_layernorm.weight,
+                input_norm=layer.input_layernorm,
                 qkv=FusedLinear([layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]),
-                q_norm=layer.self_attn.q_norm.weight if hasattr(layer.self_attn, "q_norm") else None,
-                k_norm=layer.self_attn.k_norm.weight if hasattr(layer.self_attn, "k_norm") else None,
+                q_norm=getattr(layer.self_attn, "q_norm", None),
+                k_norm=getattr(layer.self_attn, "k_norm", None),
                 out=FusedLinear([layer.self_attn.o_proj]),
-                mlp_norm=layer.post_attention_layernorm.weight,
+                mlp_norm=layer.post_attention_layernorm,
                 gate_up=FusedLinear([layer.mlp.gate_proj, layer.mlp.up_proj]),
                 down=FusedLinear([layer.mlp.down_proj]),
             )
             for layer in decoder.layers
         ]
-        self.norm = decoder.norm.weight
+        self.norm = decoder.norm
         self.head = FusedLinear([model.get_output_embeddings()])
 
     def refresh(self) -> None:

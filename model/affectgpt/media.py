@@ -73,16 +73,17 @@ def read_audio(path: str | Path) -> np.ndarray:
 
 
 def read_waveform(path: str | Path) -> np.ndarray:
-    """The first audio stream at 16 kHz, its channels averaged: float32 `[n]`, n ≥ 1. Raises as `read_audio`."""
+    """The audio stream at 16 kHz, its channels averaged: float32 `[n]`, n ≥ 1. Raises as `read_audio`."""
     path = _existing(path)
     chunks: list[np.ndarray] = []
     with _open(path) as container:
-        if not container.streams.audio:
+        stream = container.streams.best("audio")
+        if stream is None:
             raise MediaError(
                 path, "it has no audio stream", "Give the sample a wav, or leave audio out of the modalities"
             )
         resampler, setup = None, None
-        for frame in container.decode(container.streams.audio[0]):
+        for frame in container.decode(stream):
             if (frame.format.name, frame.layout.name, frame.sample_rate) != setup:  # may change within a file
                 chunks += _resampled(resampler, None)
                 resampler = av.AudioResampler(format="fltp", layout=frame.layout, rate=SAMPLE_RATE)
@@ -179,9 +180,10 @@ def _open(path: Path) -> Iterator[av.container.InputContainer]:
 
 
 def _video_stream(path: Path, container: av.container.InputContainer) -> av.VideoStream:
-    if not container.streams.video:
+    stream = container.streams.best("video")  # FFmpeg's choice: a cover picture comes last
+    if stream is None:
         raise MediaError(path, "it has no video stream", "Give a video file, or leave frame out of the modalities")
-    return container.streams.video[0]
+    return stream
 
 
 def _count_packets(path: Path) -> int:

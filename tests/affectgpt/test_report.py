@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -17,9 +18,11 @@ from PIL import Image
 from affectgpt.datasets import Sample
 from affectgpt.emotion_wheel import EmotionWheel
 from affectgpt.emotion_wheel.tables import Tables
+from affectgpt.metrics import score_answers
 from affectgpt.report import compare, figures, write_report
 from affectgpt.report.__main__ import main
 from affectgpt.report.run import Curves, read_run
+from grpo_core.jsonlines import jsonable
 
 SECTORS = [
     ("mad", "disgusted", "sad", "happy", "surprised", "scared"),
@@ -58,32 +61,11 @@ def wheel() -> EmotionWheel:
     return EmotionWheel(tables)
 
 
-def evaluate(wheel: EmotionWheel, answers: list[tuple[str, list[str], list[str]]], mode: str = "no_think") -> dict:
-    """What a run writes for (name, ground truth, predicted labels); scores in percent."""
-    truth, said = [f"[{', '.join(g)}]" for _, g, _ in answers], [p for _, _, p in answers]
-    corpus, scores = wheel.corpus(truth, said), wheel.score(truth, said)
-    f1 = 100 * scores.mean("skip")
-    return {
-        "mode": mode,
-        "split": "test",
-        "level": 1,
-        "f1": 100 * corpus.f1,
-        "precision": 100 * corpus.precision,
-        "recall": 100 * corpus.recall,
-        "per_wheel": {
-            kind: (100 * getattr(corpus, f"per_wheel_{kind}")).tolist() for kind in ("f1", "precision", "recall")
-        },
-        "samples": [
-            {
-                "name": name,
-                "ground_truth": g,
-                "answer": f"<answer>{', '.join(p)}</answer>",
-                "labels": p,
-                "f1": float(f) if np.isfinite(f) else None,
-            }
-            for (name, _, p), g, f in zip(answers, truth, f1, strict=True)
-        ],
-    }
+def evaluate(wheel: EmotionWheel, answers: list[tuple[str, list[str], list[str]]]) -> dict:
+    """What a run writes of (name, ground truth, predicted labels)."""
+    samples = [Sample(name, None, None, None, labels=f"[{', '.join(truth)}]") for name, truth, _ in answers]
+    said = [", ".join(labels) for _, _, labels in answers]
+    return jsonable(asdict(score_answers(wheel, samples, said, name="made up", split="test")))
 
 
 def write_lines(path: Path, rows: list[dict]) -> None:
@@ -108,7 +90,7 @@ def write_run(folder: Path, wheel: EmotionWheel, steps: int = 120, clips: int = 
             said += list(rng.choice(words, size=rng.poisson(ANSWERS[name] * (1 - right)), replace=False))
             answers.append((clip, list(map(str, truth)), list(map(str, dict.fromkeys(said)))))
         evaluation = evaluate(wheel, answers) | {"name": name}
-        summary[f"{name}_f1"] = evaluation["f1"]
+        summary[f"{name}_f1"] = 100 * evaluation["f1"]
         (folder / "evaluations" / f"{name}.json").write_text(json.dumps(evaluation))
     (folder / "summary.json").write_text(json.dumps(summary))
     (folder / "config.yaml").write_text(
@@ -143,7 +125,7 @@ def write_run(folder: Path, wheel: EmotionWheel, steps: int = 120, clips: int = 
             "time/optimizer": 0.01,
         }
         if step % 20 == 0:
-            row["eval/f1"] = 60 + 16 * x
+            row["eval/f1"] = 0.60 + 0.16 * x
         rows.append(row)
     rows[steps // 2]["grad_norm"] = None
     write_lines(folder / "metrics.jsonl", rows)
@@ -152,7 +134,7 @@ def write_run(folder: Path, wheel: EmotionWheel, steps: int = 120, clips: int = 
         for s in range(1, 201)
     ]
     for row in sft[19::20]:
-        row["eval/f1"] = 45 + 17 * (1 - np.exp(-row["step"] / 50)) + rng.normal(0, 0.4)
+        row["eval/f1"] = 0.45 + 0.17 * (1 - np.exp(-row["step"] / 50)) + rng.normal(0, 0.004)
     for stage in ("cold_start", "sft_continued"):
         (folder / stage).mkdir()
         write_lines(folder / stage / "metrics.jsonl", sft)
@@ -397,6 +379,15 @@ def test_sector_counts_are_those_counted_by_hand(wheel: EmotionWheel) -> None:
     np.testing.assert_array_equal(last.hits["grpo"], [0, 0, 0, 0, 1, 0])
 
 
+def test_scores_of_a_run_are_read_as_percent(run_dir: Path) -> None:
+    run = read_run(run_dir)
+    written = json.loads((run_dir / "evaluations" / "grpo.json").read_text())
+    evaluation = run.evaluations["grpo"]
+    assert evaluation["f1"] == 100 * written["f1"] == pytest.approx(run.summary["grpo_f1"])
+    assert evaluation["per_wheel"]["recall"] == [100 * value for value in written["per_wheel"]["recall"]]
+    assert [s["f1"] for s in evaluation["samples"]] == [100 * s["f1"] for s in written["samples"]]
+
+
 def test_intervals_hold_the_corpus_score_and_pair_the_differences(run_dir: Path, wheel: EmotionWheel) -> None:
     evaluations = read_run(run_dir).evaluations
     bounds, changes = compare.intervals(evaluations, wheel, draws=200)
@@ -462,7 +453,7 @@ def test_hostile_text_stays_text(tmp_path: Path, wheel: EmotionWheel) -> None:
     evil = '<script>alert("x")</script>\x00\ud800 & \'"'
     folder = bare_run(tmp_path / "run", [{"step": 1, "reward": 0.5, f"rewards/{evil}/mean": 1.0, f"time/{evil}": 1.0}])
     (folder / "evaluations").mkdir()
-    for name, f1 in (("cold_start", 10), ("grpo", 90), ("odd<b>", 50)):
+    for name, f1 in (("cold_start", 0.1), ("grpo", 0.9), ("odd<b>", 0.5)):
         evaluation = evaluate(wheel, [(evil, ["happy"], ["sad"])])
         evaluation["samples"][0] |= {"answer": evil, "labels": [evil, "sad"], "f1": f1}
         (folder / "evaluations" / f"{name}.json").write_text(json.dumps(evaluation))

@@ -34,7 +34,8 @@ def write_report(run_dir: str | Path, *, samples: Mapping[str, Sample], wheel: E
     """Write `report.html` into a run folder, from the files that the run left there.
 
     Only `metrics.jsonl` is required; a section whose files are absent is left out, and lines or files that cannot be
-    read are named on the page. All scores are in percent. The same files give the same page, byte for byte.
+    read are named on the page. Scores are fractions in `evaluations/*.json` and `eval/f1`, percent in `summary.json`
+    and on the page. The same files give the same page, byte for byte.
 
     Args:
         samples: the clips by name; those that are missing or cannot be decoded get a placeholder.

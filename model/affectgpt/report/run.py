@@ -50,7 +50,7 @@ class Run:
         metrics: step curves of GRPO.
         supervised: step curves of the stages before it and beside it, `<stage>/metrics.jsonl`, where they are.
         completions: rows of `completions.jsonl`, one per sampled completion.
-        evaluations: `evaluations/<name>.json` by name.
+        evaluations: `evaluations/<name>.json` by name, its scores turned from fractions into percent.
         notes: what could not be read, in words for the reader of the report.
     """
 
@@ -86,8 +86,26 @@ def read_run(folder: Path) -> Run:
         run.config = (folder / "config.yaml").read_text("utf-8", errors="replace")
     for path in sorted((folder / "evaluations").glob("*.json")):
         if evaluation := _read_object(path, run.notes):
-            run.evaluations[path.stem] = evaluation
+            run.evaluations[path.stem] = _in_percent(evaluation)
     return run
+
+
+def _in_percent(evaluation: Row) -> Row:
+    """Its scores times 100: those of the corpus, of each wheel and of each sample."""
+
+    def scaled(value: Any) -> Any:
+        if isinstance(value, list):
+            return [scaled(item) for item in value]
+        return 100 * value if _is_number(value) else value
+
+    def scores(row: Row) -> Row:
+        return {name: scaled(value) if name in ("f1", "precision", "recall") else value for name, value in row.items()}
+
+    evaluation = scores(evaluation)
+    if isinstance(evaluation.get("per_wheel"), dict):
+        evaluation["per_wheel"] = scores(evaluation["per_wheel"])
+    evaluation["samples"] = [scores(sample) for sample in evaluation.get("samples") or []]
+    return evaluation
 
 
 def _read_object(path: Path, notes: list[str]) -> Row:

@@ -251,7 +251,7 @@ def _validation_panel(metrics: Curves, colour: str = "after") -> str:
     if "eval/f1" not in metrics:
         return ""
     title = "Validation F"
-    line = Line("F", metrics["eval/f1"], colour, sparse=True)
+    line = Line("F", 100 * metrics["eval/f1"], colour, sparse=True)
     return figure(title, figures.curve(title, metrics.steps, [line]), '<span class="note">percent</span>')
 
 

@@ -101,7 +101,8 @@ dd.f {{ text-align: right; white-space: nowrap; }}
 .label.unknown {{ border-style: dashed; color: var(--muted); }}
 .group {{ margin: 18px 0 22px; break-inside: avoid; }}
 .group td:first-child {{ min-width: 220px; }}
-.group td:nth-child(2) {{ min-width: 150px; }}
+.group th:nth-child(2) {{ width: 200px; min-width: 150px; }}
+.group .n {{ width: 74px; }}
 
 pre {{ font: 12px/1.5 var(--mono); background: var(--wash); padding: 14px 16px; margin: 8px 0; white-space: pre-wrap;
   overflow-wrap: anywhere; columns: 2 340px; column-gap: 32px; }}

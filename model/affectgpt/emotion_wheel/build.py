@@ -29,6 +29,10 @@ noun.time verb.body verb.change verb.cognition verb.communication verb.competiti
 verb.creation verb.emotion verb.motion verb.perception verb.possession verb.social verb.stative verb.weather adj.ppl
 """
 
+# Lexicographer files of words that name what is felt. A follower from one of them that WordNet's tagged texts hold is a
+# base word: one that people use as a label.
+FELT = {"adj.all", "noun.feeling", "noun.attribute", "noun.state", "verb.emotion"}
+
 # How far a word stands from the line it follows: its own word, a word of one of its senses, of a neighbouring sense.
 OWN, SENSE, NEIGHBOUR = range(3)
 
@@ -67,10 +71,14 @@ def build_tables(wordnet: Path, wheels: Path = DATA / "wheels.yaml", lexicon: Pa
                 parts[word].add(lemma.synset().pos())
                 if word not in entries:
                     sources.setdefault(word, set()).add((distance, head))
-                    if distance == SENSE and lemma.count() > 0:  # met in WordNet's tagged texts
+                    if distance == SENSE and lemma.count() > 0 and lemma.synset().lexname() in FELT:
                         common.add(word)
         if not entry.senses:
             parts[head].update(synset.pos() for synset in reader.synsets(head.replace(" ", "_")))
+        verb = reader.morphy(head, "v")  # a participle's verb: startled → startle
+        if verb and verb not in entries:
+            sources.setdefault(verb, set()).add((OWN, head))
+            parts[verb].add("v")
 
     # surface forms follow their base words
     for word in list(sources):

@@ -30,16 +30,22 @@ _TAG = re.compile(r"</?\w+>")
 # "Emotions:", "Final answer:" and the like before a list.
 _HEADING = re.compile(r"emotion|feeling|mood|label|answer|output|state|result|情绪|情感|标签|答案")
 # What introduces a label in a sentence: all up to the last of these goes ("he seems to be sad" → "sad").
-_LEAD = re.compile(
-    r".*\b(?<!')(?:is|are|was|were|am|be|been|being|feel|feels|felt|feeling|seem|seems|seemed|appear|appears|appeared|"
-    r"look|looks|looked|sound|sounds|sounded|show|shows|showing|express|expresses|expressing|include|includes|including|"
-    r"as|with|sense of)(?: (?:to|like))?(?= |$)"
+_VERBS = (
+    "is|are|was|were|am|be|been|being|i'm|it's|he's|she's|they're|feel|feels|felt|feeling|seem|seems|seemed|appear|appears|"
+    "appeared|look|looks|looked|sound|sounds|sounded|show|shows|showing|express|expresses|expressing|include|includes|"
+    "including|as|with"
 )
 # Articles, degrees and joining words before a label.
-_FILLER = re.compile(
-    r"(?:(?:a bit|a little|an?|the|and|or|but|also|both|then|very|quite|rather|somewhat|slightly|slight|so|too|"
-    r"extremely|really|deeply|mildly|highly|possibly|probably|likely|perhaps|maybe|his|her|their|some|etc)(?: |$))+"
+_FILLERS = (
+    "a|an|the|and|or|but|also|both|then|very|quite|rather|somewhat|slightly|slight|so|too|extremely|really|deeply|mildly|"
+    "highly|possibly|probably|likely|perhaps|maybe|his|her|their|some|etc"
 )
+_EMPTY = {"", *_VERBS.split("|"), *_FILLERS.split("|")}
+_LEAD = re.compile(
+    rf".*(?<![\w'-])(?:{_VERBS}|sense of)(?: (?:to|like))?(?= |$)(?! (?:for|forward|after|up|down|off)\b)"
+)
+_FILLER = re.compile(rf"(?:(?:a bit|a little|{_FILLERS})(?: |$))+")
+_REASON = re.compile(r" (?:because|since|due to|when|while|after)(?: .*)?$")
 
 
 def parse_labels(text: LabelText, parser: str = "strict") -> list[str]:
@@ -66,25 +72,29 @@ def parse_labels(text: LabelText, parser: str = "strict") -> list[str]:
     return [token for token in map(str.strip, text.replace("'", ",").replace('"', ",").split(",")) if token]
 
 
-def split_batch(texts: Sequence[LabelText], parser: str) -> list[str]:
+def split_batch(texts: Sequence[str], parser: str) -> list[str]:
     """Raw tokens of many texts in one list, `MARK` before each text's and a last one, by whole-buffer operations.
 
     Tokens are lower case, not yet cleaned: `str.strip` (strict) or `clean_token` (tolerant) of one gives the label,
     "" where there is none. Empty tokens may stand anywhere.
     """
     between = ",\0,"
-    try:
-        joined = between + between.join(texts) + between
-    except TypeError:  # lists or missing values among them
-        return split_batch([_as_text(text, parser) for text in texts], parser)
+    joined = between + between.join(texts) + between
     if joined.count("\0") != len(texts) + 1:
         return split_batch([text.replace("\0", "\ufffd") for text in texts], parser)
     if parser == "tolerant":
         return _separate(joined).split(",")
     joined = joined if joined.isascii() else joined.lower()
-    # the brackets that open and close a text, replaced at equal length: a blank is stripped, an empty token is no label
-    buffer = joined.encode().replace(b"\0,[", b"\0, ").replace(b"],\0", b",,\0")
-    return buffer.translate(_STRICT).decode().split(",")
+    # at equal length: instead of the brackets that open and close a text an empty token, which is no label
+    buffer = joined.encode("utf-8", "surrogatepass").replace(b"\0,[", b"\0,,").replace(b"],\0", b",,\0")
+    # the usual separators whole, so that few tokens are empty or need stripping
+    return (
+        buffer.replace(b"', '", b",")
+        .translate(_STRICT)
+        .replace(b", ", b",")
+        .decode("utf-8", "surrogatepass")
+        .split(",")
+    )
 
 
 def clean_token(token: str) -> str:
@@ -95,12 +105,13 @@ def clean_token(token: str) -> str:
         token = token.rstrip(": ")
     before = None
     while token != before:  # each rule may bare the next
-        before = token
-        token = token.strip(" '-")
-        for rule in (_LEAD, _FILLER):
-            if match := rule.match(token):
-                token = token[match.end() :]
-    return token if any(map(str.isalpha, token)) else ""
+        before = token = token.strip(" '-")
+        if " " in token:
+            for rule in (_LEAD, _FILLER):
+                if match := rule.match(token):
+                    token = token[match.end() :]
+            token = _REASON.sub("", token)
+    return token if token not in _EMPTY and any(map(str.isalpha, token)) else ""
 
 
 def _separate(text: str) -> str:
@@ -109,16 +120,16 @@ def _separate(text: str) -> str:
         text = _TAG.sub(",", text)
     if not text.isascii():
         text = _WIDE.sub(lambda match: _NARROW[match[0]], text.lower())
-    buffer = text.encode().translate(_TOLERANT)
+    buffer = text.encode("utf-8", "surrogatepass").translate(_TOLERANT)
     while b"  " in buffer:
         buffer = buffer.replace(b"  ", b" ")
-    # the colon stays with what it ends; 'a' 'b' is how NumPy prints labels
-    for separator, comma in ((b":", b":,"), (b" and ", b","), (b" or ", b","), (b" - ", b","), (b"' '", b",")):
-        buffer = buffer.replace(separator, comma)
-    return buffer.decode()
+    # the colon stays with what it ends; apostrophes at a word's edge are quotation marks
+    for mark in (b" and ", b" or ", b" - ", b"' ", b" '", b"',", b",'"):
+        buffer = buffer.replace(mark, b",")
+    return buffer.replace(b":", b":,").replace(b", ", b",").decode("utf-8", "surrogatepass")
 
 
-def _as_text(text: LabelText, parser: str) -> str:
+def as_text(text: LabelText, parser: str) -> str:
     """A list or missing value as a string that parses to the same labels."""
     if isinstance(text, str):
         return text

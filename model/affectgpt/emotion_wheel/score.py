@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from .parse import MARK, PARSERS, LabelText, clean_token, split_batch
+from .parse import MARK, PARSERS, LabelText, as_text, clean_token, split_batch
 from .tables import LEVELS, Tables, load_tables, read_published
 
 DEFAULT_TABLES = Path(__file__).parent / "data" / "tables.npz"
-CHUNK = 4096  # texts looked up at once: their tokens and masks stay in the processor's cache
+CHUNK = 2048  # texts looked up at once: their tokens and masks stay in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -120,14 +120,20 @@ class EmotionWheel:
     def masks(self, texts: Sequence[LabelText], level: int = 1, parse: str = "strict") -> np.ndarray:
         """uint64 [N, W]: bit c of a text's mask is set where one of its labels is in cluster c of the wheel."""
         bits, vocabulary = self._bits[_level(level)], self._vocabulary(parse)
-        masks = np.empty((len(texts), bits.shape[1]), np.uint64)
-        for start in range(0, len(texts), CHUNK):
-            chunk = texts[start : start + CHUNK]
+        if set(map(type, texts)) != {str}:
+            texts = [as_text(text, parse) for text in texts]
+        distinct = list(dict.fromkeys(texts))  # a group's members share their ground truth
+        masks = np.empty((len(distinct), bits.shape[1]), np.uint64)
+        for start in range(0, len(distinct), CHUNK):
+            chunk = distinct[start : start + CHUNK]
             tokens = split_batch(chunk, parse)
             forms = np.fromiter(map(vocabulary.__getitem__, tokens), np.int32, len(tokens))
             # a text's tokens run from its mark to the next, so that no segment is empty
             begins = np.flatnonzero(forms == self._mark)[:-1]
             np.bitwise_or.reduceat(bits[forms], begins, axis=0, out=masks[start : start + len(chunk)])
+        if len(distinct) < len(texts):
+            row_of = dict(zip(distinct, range(len(distinct)), strict=True))
+            masks = masks[np.fromiter(map(row_of.__getitem__, texts), np.intp, len(texts))]
         return masks
 
     def score(
@@ -183,7 +189,7 @@ class EmotionWheel:
 
 
 class _Vocabulary(dict[str, int]):
-    """Raw token → index of its word form, in one look-up for the usual spellings; other tokens are cleaned first."""
+    """Raw token → index of its word form, in one look-up as it stands; only a token that is none is cleaned first."""
 
     def __init__(self, words: Sequence[str], parser: str, unknown: int, mark: int):
         super().__init__()
@@ -194,7 +200,7 @@ class _Vocabulary(dict[str, int]):
         self._forms |= {word.replace("’", "'"): i for word, i in self._forms.items() if "’" in word}
         for word, i in self._forms.items():
             if self._clean(word) == word:
-                self[word] = self[f" {word}"] = i
+                self[word] = i
         self[""], self[MARK] = unknown, mark
 
     def __missing__(self, token: str) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 LEVELS = (1, 2)
+PUBLISHED_WHEELS = ("wheel1", "wheel2", "wheel3", "wheel4", "wheel5")
 MAX_CLUSTERS = 64  # a label set is one uint64 per wheel
 
 Row = tuple[str, str, str]  # a wheel word's path: (level-1 sector, level-2 sector, level-3 word)
@@ -140,16 +141,13 @@ def load_tables(path: Path) -> Tables:
 
 
 def read_published(folder: str | Path) -> Tables:
-    """Tables of a folder in the format of the MER2025 tables: ``wheel*.xlsx``, ``format.csv``, ``synonym.xlsx``.
+    """Tables of a folder like the MER2025 tables': ``wheel1.xlsx`` to ``wheel5.xlsx``, ``format.csv``, ``synonym.xlsx``.
 
     A surface form leads through ``format.csv`` to base words, each of these through the runs of ``synonym.xlsx`` to
     wheel words; of all that are reached, the alphabetically first that stands on a wheel gives the form's cluster.
     """
     folder = Path(folder)
-    paths = sorted(folder.glob("wheel*.xlsx"))
-    if not paths:
-        raise TablesError(f"{folder}: no wheel*.xlsx here; give the folder that holds wheel1.xlsx … and format.csv")
-    wheels = [_read_wheel_sheet(path) for path in paths]
+    wheels = [_read_wheel_sheet(folder / f"{name}.xlsx") for name in PUBLISHED_WHEELS]
     forms = _read_forms(folder / "format.csv")
     synonyms = _read_synonyms(folder / "synonym.xlsx")
     bases_of: dict[str, set[str]] = {}
@@ -163,7 +161,7 @@ def read_published(folder: str | Path) -> Tables:
 
 
 def _sheet(path: Path) -> list[tuple[str | None, ...]]:
-    """Cells of the first sheet as text, header first; blank cells are None."""
+    """Cells of the first sheet as text, header first, rows as long as the header; blank cells are None."""
     from openpyxl import load_workbook  # only published folders need it
 
     if not path.is_file():
@@ -171,18 +169,17 @@ def _sheet(path: Path) -> list[tuple[str | None, ...]]:
     try:
         book = load_workbook(path, read_only=True, data_only=True)
         try:
-            rows = [
-                tuple(None if c is None else str(c) for c in row)
-                for row in book.worksheets[0].iter_rows(values_only=True)
-            ]
+            cells = book.worksheets[0].iter_rows(values_only=True)
+            rows = [tuple(str(c).strip() or None if c is not None else None for c in row) for row in cells]
         finally:
             book.close()
     except Exception as error:  # openpyxl raises zip, XML and key errors alike
         raise TablesError(f"{path} is not a readable xlsx file ({error}): fetch it again") from error
-    rows = [row for row in rows if any(cell is not None and cell.strip() for cell in row)]
+    rows = [row for row in rows if any(row)]
     if not rows:
         raise TablesError(f"{path} is empty: fetch it again")
-    return rows
+    width = len(rows[0])
+    return [(*row, *[None] * width)[:width] for row in rows]
 
 
 def _read_wheel_sheet(path: Path) -> Wheel:
@@ -192,10 +189,8 @@ def _read_wheel_sheet(path: Path) -> Wheel:
     rows: list[Row] = []
     last = ["", "", ""]
     for cells in body:  # a blank cell repeats the one above
-        last = [
-            cell.strip().lower() if cell and cell.strip() else above for cell, above in zip(cells, last, strict=False)
-        ]
-        if len(last) != 3 or not all(last):
+        last = [cell.lower() if cell else above for cell, above in zip(cells[:3], last, strict=True)]
+        if not all(last):
             raise TablesError(f"{path}: the first row must fill level1, level2 and level3")
         rows.append((last[0], last[1], last[2]))
     return Wheel.from_rows(path.stem, rows)
@@ -204,7 +199,7 @@ def _read_wheel_sheet(path: Path) -> Wheel:
 def _read_forms(path: Path) -> dict[str, list[str]]:
     """format.csv: base word → surface forms."""
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             rows = list(csv.DictReader(file))
     except FileNotFoundError:
         raise TablesError(f"{path} is missing: the published folder must hold it") from None
@@ -214,7 +209,10 @@ def _read_forms(path: Path) -> dict[str, list[str]]:
         raise TablesError(f"{path}: columns name, format expected, found {list(rows[0]) if rows else 'no rows'}")
     if any(row["name"] is None or row["format"] is None for row in rows):
         raise TablesError(f"{path}: a row is cut short: fetch it again")
-    return {row["name"].strip().lower(): _items(row["format"]) for row in rows}
+    forms: dict[str, list[str]] = {}
+    for row in rows:
+        forms.setdefault(row["name"].strip().lower(), []).extend(_items(row["format"]))
+    return forms
 
 
 def _read_synonyms(path: Path) -> dict[str, set[str]]:
@@ -231,7 +229,7 @@ def _read_synonyms(path: Path) -> dict[str, set[str]]:
     for row in body:
         for left, right in pairs:
             if row[left]:
-                word = row[left].strip().lower()
+                word = row[left].lower()
                 for base in (word, *_items(row[right] or "")):
                     wheel_words.setdefault(base, set()).add(word)
     return wheel_words

@@ -63,8 +63,8 @@ class Appearance:
 
         wall = np.clip(rng.uniform(90, 200) + rng.normal(0, 25, 3), 0, 255)
         return cls(
-            centre=(0.5 + rng.uniform(-0.05, 0.05), 0.47 + rng.uniform(-0.04, 0.04)),
-            radius=rng.uniform(0.29, 0.34),
+            centre=(0.5 + rng.uniform(-0.04, 0.04), 0.48 + rng.uniform(-0.03, 0.03)),
+            radius=rng.uniform(0.33, 0.37),
             skin=near(skins, 5),
             hair=near(hairs, 8),
             iris=near(irises, 8),

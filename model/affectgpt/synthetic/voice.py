@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 SAMPLE_RATE = 16_000
-_CONTROL_RATE = 200  # contours per second, interpolated to samples
+_CONTROL_RATE = 200  # contour values per second
+_HOP = SAMPLE_RATE // _CONTROL_RATE
 
 TONE = (
     "pitch",  # semitones above the speaker's own
@@ -59,31 +60,36 @@ def speak(tone: Mapping[str, float], who: Speaker, seconds: float, rng: np.rando
     The source is a sum of harmonics of the pitch contour whose amplitudes fall with frequency as `effort` says; formant
     resonances weigh them, so no filter has to run and nothing aliases.
     """
-    n, m = int(seconds * SAMPLE_RATE), int(seconds * _CONTROL_RATE) + 2
-    at = np.arange(m) / _CONTROL_RATE
+    steps = round(seconds * _CONTROL_RATE)
+    at = np.arange(steps + 1) / _CONTROL_RATE
     loudness, formants, pitch = _syllables(tone, who, at, seconds, rng)
     pitch = pitch + tone["tremor"] * np.sin(2 * np.pi * 6.0 * at + rng.uniform(0, 6.28))
-    pitch = pitch + 1.6 * tone["roughness"] * rng.normal(size=m)
-    shimmer = 1 + 0.5 * tone["roughness"] * rng.normal(size=m)
+    pitch = pitch + 1.6 * tone["roughness"] * rng.normal(size=len(at))
+    shimmer = 1 + 0.5 * tone["roughness"] * rng.normal(size=len(at))
     hertz = who.base_pitch * 2 ** ((tone["pitch"] + pitch) / 12)
 
-    time = np.arange(n) / SAMPLE_RATE
-    phase = 2 * np.pi * np.cumsum(np.interp(time, at, hertz)) / SAMPLE_RATE
+    phase = 2 * np.pi * np.cumsum(_upsample(hertz)) / SAMPLE_RATE
     turn = np.exp(1j * phase).astype(np.complex64)
-    harmonic, voiced = np.ones_like(turn), np.zeros(n, np.float32)
+    harmonic, voiced = np.ones_like(turn), np.zeros(len(turn), np.float32)
     falloff = 1.35 - 0.65 * tone["effort"]
     for k in range(1, int(min(40, 5000 / hertz.min())) + 1):
         harmonic = harmonic * turn
         gain = _resonance(k * hertz, formants) * k**-falloff * (k * hertz < 6500)
-        voiced += np.interp(time, at, gain * loudness * shimmer).astype(np.float32) * harmonic.imag
+        voiced += _upsample((gain * loudness * shimmer).astype(np.float32)) * harmonic.imag
     voiced /= np.sqrt(np.mean(voiced**2)) + 1e-9
 
-    spectrum = np.fft.rfft(rng.normal(size=n))
-    frequency = np.fft.rfftfreq(n, 1 / SAMPLE_RATE)
-    hiss = np.fft.irfft(spectrum * np.exp(-(((frequency - 3000) / 2200) ** 2)), n)
-    hiss = hiss / hiss.std() * np.interp(time, at, loudness)
-    signal = voiced + 0.6 * tone["breath"] * hiss + who.room * 3 * rng.normal(size=n)
+    spectrum = np.fft.rfft(rng.normal(size=len(voiced)))
+    frequency = np.fft.rfftfreq(len(voiced), 1 / SAMPLE_RATE)
+    hiss = np.fft.irfft(spectrum * np.exp(-(((frequency - 3000) / 2200) ** 2)), len(voiced))
+    hiss = hiss / hiss.std() * _upsample(loudness)
+    signal = voiced + 0.6 * tone["breath"] * hiss + who.room * 3 * rng.normal(size=len(voiced))
     return (0.6 * signal / np.abs(signal).max()).astype(np.float32)
+
+
+def _upsample(contour: NDArray) -> NDArray:
+    """A contour at the control rate, `[steps + 1]`, linearly interpolated to samples `[steps · 80]`, same dtype."""
+    u = np.arange(_HOP, dtype=contour.dtype) / _HOP
+    return (contour[:-1, None] + np.diff(contour)[:, None] * u).ravel()
 
 
 def _syllables(tone, who, at, seconds, rng):

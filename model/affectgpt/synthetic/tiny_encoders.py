@@ -1,0 +1,199 @@
+"""Tiny CLIP and HuBERT that see and hear: made on the fly, taught to measure drawn faces and synthetic voices.
+
+The real encoders come pretrained on the world; random ones of this size would be nearly blind and deaf. These are taught
+to regress the drawing and voicing parameters (smile, brow height, pitch, tempo, …), drawn uniformly and independently of
+each other: no emotion, no label, no clip of the data set takes part.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, HubertConfig, HubertModel
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from affectgpt.synthetic import face, voice
+
+CLIP_SECONDS = 2.0
+
+VISUAL_RANGES = {name: (-1.0, 1.0) for name in face.EXPRESSION} | {"mouth_open": (0.0, 1.0), "nose_wrinkle": (0.0, 1.0)}
+TONE_RANGES = {
+    "pitch": (-6.0, 7.0),
+    "pitch_range": (0.2, 4.0),
+    "pitch_slope": (-6.0, 9.0),
+    "tempo": (2.0, 6.5),
+    "effort": (-1.0, 1.2),
+    "roughness": (0.0, 0.8),
+    "breath": (0.0, 0.6),
+    "tremor": (0.0, 1.2),
+}
+
+
+def tiny_clip() -> CLIPVisionModelWithProjection:
+    """CLIP's image tower: 224 px on 2 × 2 patches, 128 wide, 2 layers, projected to Dv = 64. Random weights.
+
+    The large patches suit faces that stand in the middle: a patch projection that knows faces takes the first layers' part.
+    """
+    config = CLIPVisionConfig(
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=224,
+        patch_size=112,
+        projection_dim=64,
+    )
+    return CLIPVisionModelWithProjection(config)
+
+
+def tiny_hubert() -> HubertModel:
+    """HuBERT, Da = 64, 4 layers, 20 frames a second, over a first convolution that is a bank of Gabor filters.
+
+    The filters (32 ms, four phases each) stand where a pretrained model has learnt some like them.
+    """
+    frequencies = np.concatenate([np.arange(75, 705, 21), np.geomspace(720, 6500, 18)])  # 30 + 18
+    config = HubertConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        conv_dim=(4 * len(frequencies), 96),
+        conv_kernel=(512, 5),
+        conv_stride=(200, 4),
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=4,
+        feat_extract_norm="layer",
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        activation_dropout=0.0,
+        layerdrop=0.0,
+        mask_time_prob=0.0,
+        vocab_size=32,
+    )
+    model = HubertModel(config)
+    first, second = (layer.conv for layer in model.feature_extractor.conv_layers)
+    time = (np.arange(512) - 255.5) / voice.SAMPLE_RATE
+    phases = np.arange(4)[None, :, None] * np.pi / 2
+    bank = np.cos(2 * np.pi * frequencies[:, None, None] * time - phases) * np.hanning(512)
+    bank *= (frequencies[:, None, None] / 500) ** 0.5 / 16  # tilted up, as speech is tilted down
+    with torch.no_grad():
+        first.weight.copy_(torch.from_numpy(bank.reshape(-1, 1, 512)))
+        mixed = torch.randn(96, len(frequencies), 1, 5) / math.sqrt(20 * len(frequencies))
+        second.weight.copy_(mixed.expand(-1, -1, 4, -1).flatten(1, 2))  # equal over phases: a magnitude
+    first.requires_grad_(False)
+    return model
+
+
+def teach_clip(model: CLIPVisionModelWithProjection, seed: int, images: int = 6144, epochs: int = 8) -> float:
+    """Teach `image_embeds` to hold the expression parameters linearly; returns the last epoch's unexplained variance.
+
+    The patch projection starts as the whitened principal components of patches. All runs at a quarter of the resolution
+    with a patch kernel that is then spread over 4 × 4 pixels, which gives the same features on an image of full size.
+    """
+    pictures, targets = _pictures(seed, images)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    pixels = (pictures.permute(0, 3, 1, 2).float() / 255 - mean) / std
+    pixels = nn.functional.avg_pool2d(pixels, 2)  # 112 → 56
+
+    embeddings = model.vision_model.embeddings
+    full, config = embeddings.patch_embedding, model.config
+    side, zoom = config.patch_size // 4, 4
+    small = nn.Conv2d(3, config.hidden_size, side, side, bias=False)
+    patches = nn.functional.unfold(pixels[::2], side, stride=side).transpose(1, 2).flatten(0, 1)
+    _, strength, components = torch.svd_lowrank(patches, config.hidden_size, niter=3)
+    scale = strength / len(patches) ** 0.5
+    with torch.no_grad():
+        small.weight.copy_((components / (scale + scale[-1])).T.reshape(small.weight.shape))
+        nn.init.normal_(embeddings.position_embedding.weight, std=0.5)
+    embeddings.patch_embedding, embeddings.image_size = small, config.image_size // zoom
+
+    def encode(rows: Tensor) -> Tensor:
+        return model(pixel_values=pixels[rows]).image_embeds
+
+    loss = _regress(model, encode, targets, config.projection_dim, seed, epochs, lr=1e-3)
+    with torch.no_grad():
+        model.visual_projection.weight /= encode(torch.arange(256)).std(0).mean()  # features of unit deviation
+        full.weight.copy_(small.weight.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3) / zoom**2)
+    embeddings.patch_embedding, embeddings.image_size = full, config.image_size
+    return loss
+
+
+def teach_hubert(model: HubertModel, seed: int, utterances: int = 1536, epochs: int = 8) -> float:
+    """Teach the mean over time of the last four hidden states to hold the voicing parameters linearly.
+
+    Returns the last epoch's unexplained variance. The filter bank is not trained, so its output is computed once.
+    """
+    sounds, targets = _sounds(seed, utterances)
+    layers = model.feature_extractor.conv_layers
+    bank = layers[0]
+    with torch.no_grad():
+        filtered = torch.cat([bank(rows[:, None]) for rows in sounds.split(64)])
+    layers[0] = nn.Flatten(1, 2)  # undoes the channel axis that the feature extractor adds
+
+    def encode(rows: Tensor) -> Tensor:
+        states = model(filtered[rows], output_hidden_states=True).hidden_states
+        return torch.stack(states[-4:]).mean(dim=(0, 2))
+
+    loss = _regress(model, encode, targets, model.config.hidden_size, seed, epochs, lr=3e-3)
+    layers[0] = bank
+    return loss
+
+
+def _regress(
+    model: nn.Module, encode: Callable[[Tensor], Tensor], targets: Tensor, width: int, seed: int, epochs: int, lr: float
+) -> float:
+    """Train `model` and a linear readout of `encode(rows)` on standardised `targets` `[N, P]`; the last epoch's loss."""
+    targets = (targets - targets.mean(0)) / targets.std(0)
+    readout = nn.Linear(width, targets.shape[1])
+    batch = 64
+    steps = epochs * (len(targets) // batch)
+    parameters = [p for p in (*model.parameters(), *readout.parameters()) if p.requires_grad]
+    optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=steps, pct_start=0.15)
+    order = torch.Generator().manual_seed(seed)
+    model.train()
+    for _ in range(epochs):
+        losses = []
+        for rows in torch.randperm(len(targets), generator=order).split(batch)[: len(targets) // batch]:
+            loss = nn.functional.mse_loss(readout(encode(rows)), targets[rows])
+            optimiser.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimiser.step()
+            schedule.step()
+            losses.append(loss.item())
+    model.eval()
+    return float(np.mean(losses))
+
+
+def _pictures(seed: int, count: int) -> tuple[Tensor, Tensor]:
+    """Drawn faces uint8 `[count, 112, 112, 3]`, half whole frames and half face crops, and their parameters `[count, P]`."""
+    per_person = 4
+    pictures, targets = [], []
+    for person in range(count // (2 * per_person)):
+        rng = np.random.default_rng((seed, 1, person))
+        who = face.Appearance.random(rng)
+        curves = {n: rng.uniform(*VISUAL_RANGES[n], per_person).astype(np.float32) for n in face.EXPRESSION}
+        frames = face.render(curves, who)
+        pictures += [np.asarray(Image.fromarray(frame).resize((112, 112), Image.BILINEAR)) for frame in frames]
+        pictures += list(face.face_crops(frames, who))
+        targets += 2 * list(np.stack([curves[n] for n in face.EXPRESSION], 1))
+    return torch.from_numpy(np.stack(pictures)), torch.from_numpy(np.stack(targets))
+
+
+def _sounds(seed: int, count: int) -> tuple[Tensor, Tensor]:
+    """Utterances of 2 s, normalised, float32 `[count, 32000]`, and their parameters `[count, P]`; pitch is absolute."""
+    sounds, targets = [], []
+    for k in range(count):
+        rng = np.random.default_rng((seed, 2, k))
+        who = voice.Speaker.random(rng)
+        tone = {name: rng.uniform(*TONE_RANGES[name]) for name in voice.TONE}
+        sound = voice.speak(tone, who, CLIP_SECONDS, rng)
+        sounds.append((sound - sound.mean()) / sound.std())
+        targets.append([tone[n] + (12 * math.log2(who.base_pitch) if n == "pitch" else 0) for n in voice.TONE])
+    return torch.from_numpy(np.stack(sounds)), torch.tensor(targets, dtype=torch.float32)

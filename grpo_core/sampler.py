@@ -124,7 +124,9 @@ class GroupSampler:
         if self.memory_budget is not None:
             return self.memory_budget
         if self.policy.device.type == "cuda":
-            return int(0.8 * torch.cuda.mem_get_info(self.policy.device)[0])
+            device = self.policy.device
+            unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+            return int(0.8 * (torch.cuda.mem_get_info(device)[0] + unused))
         return _CPU_BUDGET
 
 

@@ -82,4 +82,5 @@ def _inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
     total = sums[:, -1]
     # strictly below the total, so that a weight of 0 at the end is never reached
     aim = torch.minimum(uniforms.to(total.dtype) * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(sums, aim[:, None], right=True)[:, 0]
+    # the clamp is for rows of NaN, which the caller finds by their log-probs
+    return torch.searchsorted(sums, aim[:, None], right=True)[:, 0].clamp_(max=sums.shape[1] - 1)

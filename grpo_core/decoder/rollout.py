@@ -77,6 +77,7 @@ class Rollout:
         self.lengths = np.zeros(total, dtype=np.int64)
         self.stopped = np.zeros(total, dtype=bool)
         self._ended = np.zeros(total, dtype=bool)
+        self._groups_done = 0
         self._reset_rows()
 
     def run(self, budget: int) -> None:
@@ -171,6 +172,8 @@ class Rollout:
         for new_tokens, new_logprobs in zip(tokens, logprobs, strict=True):
             alive = ~self._ended[owner]
             rows, fresh = owner[alive], new_tokens[alive]
+            if not np.isfinite(new_logprobs[alive]).all():
+                raise FloatingPointError("the policy's logits are not finite: its weights have diverged")
             self.tokens[rows, self.lengths[rows]] = fresh
             self.logprobs[rows, self.lengths[rows]] = new_logprobs[alive]
             self.lengths[rows] += 1
@@ -181,14 +184,15 @@ class Rollout:
         """Take ended rows out of the decoder once they are 1/16 of its rows, or a whole group's slot is wanted."""
         ended = self._ended[self.owner]
         whole = int(self._whole().sum())
-        if ended.sum() * _DROP_SHARE >= len(ended) or (refill and whole > self.bar.n):
+        if ended.sum() * _DROP_SHARE >= len(ended) or (refill and whole > self._groups_done):
             rows = fill_holes(~ended)
             self.decoder.keep(rows)
             self.owner, self._draws, self._draws_from = self.owner[rows], self._draws[rows], self._draws_from[rows]
             index = torch.from_numpy(rows).to(self.device)
             self._last = self._last[index]
             self._seen = None if self._seen is None else self._seen[index]
-        self.bar.update(whole - self.bar.n)
+        self.bar.update(whole - self._groups_done)
+        self._groups_done = whole
 
     def _whole(self) -> np.ndarray:
         """Which groups have all their completions, bool `[N]`."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 
@@ -21,6 +21,7 @@ class TransformersDecoder:
         self.model = model
         self.group_size = 0
         self.cache: DynamicCache | None = None
+        self._in_training: list[nn.Module] = []
 
     def refresh(self) -> None:
         """The model's weights are read where they are."""
@@ -30,9 +31,12 @@ class TransformersDecoder:
 
     def reserve(self, slots: int, group_size: int, prompt_tokens: int, new_tokens: int) -> None:
         self.group_size = group_size
+        self._in_training = [module for module in self.model.modules() if module.training]
+        self._set_training(False)  # without dropout
 
     def release(self) -> None:
         self.cache = None
+        self._set_training(True)
 
     def prefill(self, embeds: Sequence[Tensor]) -> Tensor:
         (embed,) = embeds
@@ -49,11 +53,9 @@ class TransformersDecoder:
             self.cache.batch_select_indices(torch.from_numpy(rows).to(self.model.device))
 
     def _forward(self, **inputs: Tensor) -> Tensor:
-        """Logits `[batch, V]` of the last position, without dropout."""
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            output = self.model(**inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        finally:
-            self.model.train(was_training)
-        return output.logits[:, -1]
+        """Logits `[batch, V]` of the last position."""
+        return self.model(**inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+
+    def _set_training(self, training: bool) -> None:
+        for module in self._in_training:
+            module.training = training

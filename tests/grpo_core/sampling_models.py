@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from grpo_core.config import RolloutConfig
 from grpo_core.groups import Prompt
 from grpo_core.policy import Policy
 
@@ -55,3 +56,25 @@ class FeaturePolicy(Policy):
             if "audio" in prompt.features:
                 rows.data[0] = self.projection(prompt.features["audio"])
         return embeds
+
+
+def sampled(sampler, prompts, step=0, **rollout):
+    """The groups of one rollout."""
+    return sampler.sample(prompts, RolloutConfig(**rollout), step=step)
+
+
+def token_ids(groups):
+    """`[N][G]` token ids."""
+    return [[completion.token_ids for completion in group.completions] for group in groups]
+
+
+def generated(policy, prompt, new_tokens):
+    """Greedy tokens of transformers' own generate, from the prompt's embeddings."""
+    embeds = policy.embed([prompt])[0].detach()[None]
+    mask = torch.ones(embeds.shape[:2], dtype=torch.int64)
+    model = policy.model
+    return tuple(
+        model.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False)[
+            0
+        ].tolist()
+    )

@@ -179,8 +179,6 @@ def grpo_loss(
     """
     logits = check_logits(logits, targets)
     shape, rows = targets.shape, targets.numel()
-    flat = targets.reshape(-1)
-    check_targets(flat, rows, logits.shape[-1], logits.device, validate)
     check_softmax(temperature, softcap)
     inputs = LossInputs.checked(
         rows,
@@ -193,6 +191,8 @@ def grpo_loss(
         ),
         num_sequences,
     )
+    flat = inputs.counting(targets.reshape(-1))
+    check_targets(flat, rows, logits.shape[-1], logits.device, validate)
     transform, backend = Transform(temperature, softcap), choose_backend(logits.device, backend, logits.dtype)
 
     def compute(needs):

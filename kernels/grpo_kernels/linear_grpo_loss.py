@@ -58,7 +58,7 @@ def linear_grpo_loss(
     Args:
         hidden: `[T, H]`, the rows that predict `targets`.
         weight: `[V, H]`. If it needs no gradient, none is computed.
-        targets: int64 or int32 `[T]`.
+        targets: int64 or int32 `[T]`, each in `[0, V)` where `loss_weight` is not 0.
         advantages: `[T]`, one per token (a sequence's advantage repeated).
         loss_weight: `[T]`; what distinguishes grpo, dapo, dr_grpo and bnpo. 1/(M·L_i): mean over sequences of the mean
             over tokens; 1/ΣL: mean over tokens; 1/(M·L_max): Dr. GRPO. 0 leaves a row out, before the first GEMM. A
@@ -98,8 +98,8 @@ def linear_grpo_loss(
     live = _live_rows(inputs.weight, live_rows)
     if live is not None:
         hidden, targets, inputs = hidden[live], targets[live], inputs.rows(live)
+    targets = inputs.counting(targets)
     check_targets(targets, hidden.shape[0], weight.shape[0], hidden.device, validate)
-    targets = targets.contiguous()
     options = HeadOptions(
         Transform(temperature, softcap), True, chunk_bytes, choose_backend(hidden.device, backend, inputs.weight.dtype)
     )

@@ -6,7 +6,8 @@
 Cost of T tokens, H hidden, V vocabulary, one GEMM being 2·T·H·V FLOP: the forward takes one GEMM. With a trainable
 head the backward recomputes a chunk's logits and takes two more (input and weight), four in all. With a frozen head
 (LoRA) the forward also takes the gradient of each row's log-prob with respect to its hidden state, `[T, H]`, which the
-backward only scales: two GEMMs in all, whatever the per-token gradient turns out to be.
+backward only scales: two GEMMs in all, whatever the per-token gradient turns out to be. Where no gradient is wanted and
+the logits would exceed a chunk, `lm_head_stats` takes the GEMM and writes no logits at all.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from torch.autograd.function import once_differentiable
 
 from grpo_kernels.backend import Backend, choose_backend
 from grpo_kernels.checks import accumulator_dtype, check_head, check_softmax, check_targets
-from grpo_kernels.head import Head, HeadGradients, HeadOptions, head_rows, replicated
+from grpo_kernels.head import Head, HeadGradients, HeadOptions, default_chunk_bytes, head_rows, replicated
+from grpo_kernels.lm_head_stats import can_describe, lm_head_stats
 from grpo_kernels.softmax_rows import RowStatistics, Transform
 
 
@@ -44,11 +46,14 @@ class _LinearLogprob(torch.autograd.Function):
             entropy=options.entropy,
             kl=reference_hidden is not None,
         )
+        if _without_logits(ctx, hidden, weight, reference_hidden, options):
+            lm_head_stats(hidden, weight, targets, options.transform, stats, bias)
+            return stats.logprob, stats.entropy, stats.kl
         head_frozen = not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2])
+        head = Head(hidden, weight)
         unit = None
         if options.grad and ctx.needs_input_grad[0] and head_frozen and reference_hidden is None:
-            unit = torch.empty_like(hidden)
-        head = Head(hidden, weight)
+            unit = torch.empty_like(hidden, dtype=head.accumulator)  # rounded once, after the upstream factor
         for rows, chunk in head_rows(head, hidden, bias, targets, stats, options, reference_hidden=reference_hidden):
             if unit is None:
                 chunk.statistics_()
@@ -69,9 +74,11 @@ class _LinearLogprob(torch.autograd.Function):
             if grad_logprob is None:
                 return (None,) * 6
             if unit is not None:
-                return (unit * grad_logprob[:, None].to(unit.dtype), *(None,) * 5)
+                return ((unit * grad_logprob[:, None]).to(hidden.dtype), *(None,) * 5)
         if grad_logprob is None:
             grad_logprob = torch.zeros_like(stats.logprob)
+        # an upstream gradient may be an expanded scalar: kernels read one number a row
+        upstream = [None if g is None else g.contiguous() for g in (grad_logprob, grad_entropy, grad_kl)]
         if grad_kl is None:
             reference_hidden = None
         head = Head(hidden, weight)
@@ -88,9 +95,17 @@ class _LinearLogprob(torch.autograd.Function):
                 reference_hidden=reference_hidden,
                 keep=grad_entropy is not None,
             ):
-                upstream = (None if g is None else g[rows] for g in (grad_logprob, grad_entropy, grad_kl))
-                gradients.add(rows, *chunk.gradient_(*upstream))
+                gradients.add(rows, *chunk.gradient_(*(None if g is None else g[rows] for g in upstream)))
         return *gradients.results(), None, None, None
+
+
+def _without_logits(ctx, hidden, weight, reference_hidden, options) -> bool:
+    """Whether to go without logits: no gradient is wanted, and they would not fit into one chunk."""
+    wanted = options.grad and any(ctx.needs_input_grad[:3])
+    if options.backend != "triton" or wanted or reference_hidden is not None or not can_describe(hidden, weight):
+        return False
+    logits_bytes = hidden.shape[0] * weight.shape[0] * 4
+    return logits_bytes > (options.chunk_bytes or default_chunk_bytes(hidden.device))
 
 
 @torch.compiler.disable
@@ -145,7 +160,9 @@ def linear_logprob(
     if reference_hidden is not None:
         reference_hidden = reference_hidden.detach()
     with torch.autocast(hidden.device.type, enabled=False):
-        return LinearLogprob(*_LinearLogprob.apply(hidden, weight, bias, reference_hidden, targets, options))
+        return LinearLogprob(
+            *_LinearLogprob.apply(hidden, weight, bias, reference_hidden, targets.contiguous(), options)
+        )
 
 
 def linear_logprob_reference(hidden: Tensor, weight: Tensor, targets: Tensor, **options) -> LinearLogprob:

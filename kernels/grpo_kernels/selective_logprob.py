@@ -53,9 +53,10 @@ class _SelectiveLogprob(torch.autograd.Function):
         stats = RowStatistics(*stats)
         if grad_logprob is None:
             grad_logprob = torch.zeros_like(stats.logprob)
+        upstream = [None if g is None else g.contiguous() for g in (grad_logprob, grad_entropy)]
         out = logits.detach() if ctx.inplace else torch.empty_like(logits)
         for rows, chunk in given_rows(logits, out, targets, ctx.transform, stats, ctx.backend, saved=True):
-            chunk.gradient_(*(None if g is None else g[rows].contiguous() for g in (grad_logprob, grad_entropy)))
+            chunk.gradient_(*(None if g is None else g[rows] for g in upstream))
         if ctx.inplace:
             torch.autograd.graph.increment_version(logits)
         return out, None, None, None, None, None
@@ -145,7 +146,7 @@ def selective_logprob(
         ValueError, TypeError, IndexError: arguments that do not fit each other; the message says which and why.
     """
     logits = check_logits(logits, targets)
-    flat = targets.reshape(-1)
+    flat = targets.reshape(-1).contiguous()
     check_targets(flat, flat.shape[0], logits.shape[-1], logits.device, validate)
     check_softmax(temperature, softcap)
     result = _SelectiveLogprob.apply(

@@ -139,7 +139,9 @@ def softmax_rows_kernel(
                     tl.store(g_row + v0 + lanes, zero, v0 + lanes < V)
             return
 
-    z_y = _transform(tl.load(z_row + y).to(tl.float32), inverse_temperature, softcap, SOFTCAP)
+    # a target out of range is not read: it makes the row NaN
+    z_y = tl.load(z_row + y, (y >= 0) & (y < V), other=float("nan")).to(tl.float32)
+    z_y = transform_logits(z_y, inverse_temperature, softcap, SOFTCAP)
 
     if SAVED:
         row_max = tl.load(row_max_ptr + t)
@@ -222,7 +224,7 @@ def softmax_rows_kernel(
             v = v0 + lanes
             live = v < V
             raw = tl.load(z_row + v, live, other=-1e30).to(tl.float32)
-            z = _transform(raw, inverse_temperature, softcap, SOFTCAP)
+            z = transform_logits(raw, inverse_temperature, softcap, SOFTCAP)
             logp = (z - row_max) - log_sum
             bracket = -g_logprob - g_entropy * (logp + entropy)
             if UPSTREAM_KL:
@@ -240,7 +242,7 @@ def softmax_rows_kernel(
 
 
 @triton.jit
-def _transform(x, inverse_temperature, softcap, SOFTCAP: tl.constexpr):
+def transform_logits(x, inverse_temperature, softcap, SOFTCAP: tl.constexpr):
     """Raw logits to the softmax's; −∞ becomes a number so small that its probability is 0 and 0·z is 0."""
     if SOFTCAP:
         decay = tl.exp(-2.0 * tl.abs(x) / softcap)
@@ -252,7 +254,7 @@ def _transform(x, inverse_temperature, softcap, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _load(pointers, live, inverse_temperature, softcap, SOFTCAP: tl.constexpr):
-    x = _transform(tl.load(pointers, live, other=0.0).to(tl.float32), inverse_temperature, softcap, SOFTCAP)
+    x = transform_logits(tl.load(pointers, live, other=0.0).to(tl.float32), inverse_temperature, softcap, SOFTCAP)
     return tl.where(live, x, -1e30)
 
 

@@ -183,6 +183,12 @@ class LossInputs(NamedTuple):
         """Some of the rows."""
         return LossInputs(*(None if x is None else x[rows] for x in self[:5]), *self[5:])
 
+    def counting(self, targets: Tensor) -> Tensor:
+        """Targets with any valid id where the weight is 0: padding ids need not be valid."""
+        if targets.shape != self.weight.shape or targets.is_floating_point():
+            return targets  # to be refused
+        return torch.where(self.weight != 0, targets, 0)
+
     def loss(self, logprob: Tensor, entropy: Tensor | None) -> TokenLoss:
         """`token_loss` of these inputs."""
         return token_loss(

@@ -71,9 +71,9 @@ MATRIX = list(
 )
 
 
-def check(case, given_logits, backend, **extra):
+def check(case, given_logits, backend, T=T, **extra):
     loss_type, (beta, estimator), with_old, dual_clip, entropy_coef = case
-    hidden, weight, tokens = batch()
+    hidden, weight, tokens = batch(T)
     if not with_old:
         tokens["old_logprob"] = None
     options = {
@@ -106,9 +106,8 @@ def check(case, given_logits, backend, **extra):
     if loss_type == "clip":
         assert torch.equal(got.clipped_low, details["surrogate"].clipped_low & live)
         assert torch.equal(got.clipped_high, details["surrogate"].clipped_high & live)
-        if with_old and index is None:
-            assert got.clipped_low.any()
-            assert got.clipped_high.any()
+        if with_old and index is None and backend == "torch":
+            assert got.clipped_low.any() and got.clipped_high.any()  # noqa: PT018
     if beta:
         kl = kl_penalty(details["logprob"].detach(), tokens["reference_logprob"].double(), estimator)
         assert (got.kl - kl)[live].abs().max() < 1e-5
@@ -123,8 +122,8 @@ def test_every_combination_of_options_is_the_written_out_loss(given_logits):
 @pytest.mark.parametrize("given_logits", [False, True], ids=["linear", "logits"])
 def test_kernels_give_the_written_out_loss(given_logits):
     with interpret():
-        for case in MATRIX[1::7]:
-            check(case, given_logits, "triton")
+        for case in MATRIX[1::9]:
+            check(case, given_logits, "triton", T=21)
 
 
 @pytest.mark.parametrize("chunk_bytes", [None, 3000])

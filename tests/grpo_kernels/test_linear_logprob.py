@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from grpo_kernels import linear_logprob
+from grpo_kernels.interpreter import interpret
 
 OUTPUTS = ("logprob", "entropy", "kl")
 
@@ -108,3 +109,161 @@ def test_bfloat16_operands_keep_float32_accumulators():
     values, gradients = compare(40, 96, 997, dtype=torch.bfloat16, reference=True, chunk_bytes=30_000)
     assert max(values.values()) < 1e-4
     assert max(gradients) < 2e-3
+
+
+def test_kernels_give_values_and_gradients_of_the_definition():
+    with interpret():
+        for options in (
+            {"reference": True},
+            {"reference": True, "bias": True, "temperature": 0.3, "chunk_bytes": 9000},
+            {"softcap": 5.0, "temperature": 2.0, "upstream": ("logprob", "entropy")},
+            {"frozen": True, "upstream": ("logprob",)},
+        ):
+            values, gradients = compare(17, 19, 131, backend="triton", **options)
+            assert max(values.values()) < 1e-5
+            assert max(gradients) < 1e-6
+
+
+def test_frozen_bfloat16_head_rounds_its_gradient_once():
+    _, gradients = compare(40, 96, 997, dtype=torch.bfloat16, frozen=True, upstream=("logprob",))
+    assert max(gradients) < 2e-3
+
+
+@pytest.mark.parametrize(("T", "H", "V"), [(1, 8, 1), (1, 5, 7), (3, 1, 2), (70_000, 3, 5)], ids=lambda n: str(n))
+def test_odd_sizes(T, H, V):
+    values, gradients = compare(T, H, V, upstream=("logprob", "entropy"))
+    assert max(values.values()) < 1e-5
+    assert V == 1 or max(gradients) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shift", [-120.0, 0.0, 120.0])
+def test_shifted_logits_keep_their_log_probs(shift, dtype, backend):
+    T, H, V = 13, 32, 131
+    hidden, weight, targets, *_ = make(T, H, V, dtype)
+    hidden[:, 0], weight[:, 0] = shift, 1.0  # adds the shift to every logit, exactly
+    want = oracle(hidden.double(), weight.double(), targets)
+    got = linear_logprob(hidden, weight, targets, entropy=True, backend=backend)
+    assert (got.logprob - want["logprob"]).abs().max() < 1e-4
+    assert (got.entropy - want["entropy"]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("margin", [2.0, 17.0, 40.0])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_confident_tokens_keep_value_and_gradient(margin, frozen, backend):
+    """Past 15 nats `z − lse` is 0 in float32; the log-prob is −exp(−margin)·(V − 1), and so is its slope."""
+    V = 65
+    weight = torch.eye(V).requires_grad_(not frozen)
+    hidden = torch.zeros(2, V)
+    hidden[:, 7] = margin
+    hidden.requires_grad_()
+    targets = torch.tensor([7, 3])  # the confident one, and one that it leaves behind
+    got = linear_logprob(hidden, weight, targets, backend=backend).logprob
+    got.sum().backward()
+    wide = hidden.detach().double().requires_grad_()
+    others = torch.logsumexp(torch.where(torch.arange(V) == targets[:, None], -torch.inf, wide), 1)
+    want = -torch.nn.functional.softplus(others - wide.gather(1, targets[:, None])[:, 0], threshold=100)
+    want.sum().backward()
+    assert ((got - want) / want).abs().max() < 1e-6
+    for row in (0, 1):
+        assert relative(hidden.grad[row], wide.grad[row]) < 1e-6
+
+
+def test_head_tied_to_the_embedding_sums_both_gradients():
+    weight = torch.randn(33, 8, dtype=torch.float64).requires_grad_()
+    ids = torch.randint(33, (20,))
+    linear_logprob(torch.tanh(weight[ids]), weight, ids, chunk_bytes=900).logprob.sum().backward()
+    got, weight.grad = weight.grad, None
+    oracle(torch.tanh(weight[ids]), weight, ids)["logprob"].sum().backward()
+    assert relative(got, weight.grad) < 1e-12
+
+
+def test_masked_out_tokens_have_no_probability(backend):
+    hidden, weight, targets, *_ = make(6, 8, 70)
+    bias = torch.where(torch.arange(70) % 3 == 0, -torch.inf, 0.0)
+    targets = targets // 3 * 3 + 1
+    hidden.requires_grad_()
+    got = linear_logprob(hidden, weight, targets, bias=bias, entropy=True, backend=backend)
+    (got.logprob + got.entropy).sum().backward()
+    kept = bias == 0
+    wide = hidden.detach().double().requires_grad_()
+    position = kept.cumsum(0)[targets] - 1
+    want = oracle(wide, weight[kept].double(), position)
+    (want["logprob"] + want["entropy"]).sum().backward()
+    assert (got.logprob - want["logprob"]).abs().max() < 1e-5
+    assert (got.entropy - want["entropy"]).abs().max() < 1e-5
+    assert relative(hidden.grad, wide.grad) < 1e-6
+
+
+@pytest.mark.parametrize("rows", [0, 5])
+def test_without_rows_results_are_empty_and_gradients_zero(rows):
+    hidden, weight = torch.zeros(0, 4, requires_grad=True), torch.zeros(rows, 4, requires_grad=True)
+    got = linear_logprob(hidden, weight, torch.zeros(0, dtype=torch.int64), entropy=True)
+    (got.logprob.sum() + got.entropy.sum()).backward()
+    assert got.logprob.shape == (0,)
+    assert hidden.grad.shape == (0, 4)
+    assert torch.equal(weight.grad, torch.zeros(rows, 4))
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.3}, {"softcap": 5.0}], ids=str)
+def test_head_statistics_without_logits_are_those_of_the_definition(options, with_bias):
+    for T, H, V, dtype in ((37, 36, 131, torch.float32), (65, 64, 64, torch.bfloat16)):
+        hidden, weight, targets, bias, _ = make(T, H, V, dtype, bias=with_bias)
+        with interpret(), torch.no_grad():  # one byte: never any logits
+            got = linear_logprob(hidden, weight, targets, bias=bias, entropy=True, chunk_bytes=1, **options)
+        wide = [None if x is None else x.double() for x in (hidden, weight, bias)]
+        want = oracle(*wide[:2], targets, wide[2], **options)
+        assert (got.logprob - want["logprob"]).abs().max() < 1e-5
+        assert (got.entropy - want["entropy"]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"hidden": torch.zeros(2, 3, 4)}, ValueError, "flatten batch"),
+        ({"hidden": torch.zeros(3, 5)}, ValueError, "hidden"),
+        ({"hidden": torch.zeros(3, 4, dtype=torch.int32)}, TypeError, "hidden must be float"),
+        ({"targets": torch.zeros(2, dtype=torch.int64)}, ValueError, "one id per row"),
+        ({"targets": torch.zeros(3)}, TypeError, "int64"),
+        ({"targets": torch.tensor([0, -100, 1])}, IndexError, r"\[0, 7\)"),
+        ({"targets": torch.tensor([0, 7, 1])}, IndexError, "weight of 0"),
+        ({"bias": torch.zeros(6)}, ValueError, "bias"),
+        ({"temperature": 0.0}, ValueError, "temperature"),
+        ({"softcap": -1.0}, ValueError, "softcap"),
+        ({"chunk_bytes": 0}, ValueError, "chunk_bytes"),
+        ({"reference_hidden": torch.zeros(2, 4)}, ValueError, "reference_hidden"),
+        ({"backend": "cuda"}, ValueError, "unknown backend"),
+        ({"backend": "triton"}, ValueError, "TRITON_INTERPRET"),
+        ({"weight": torch.zeros(7, 4, device="meta")}, ValueError, "weight is on meta"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_refused_with_the_reason(change, error, says):
+    arguments = {"hidden": torch.zeros(3, 4), "weight": torch.zeros(7, 4), "targets": torch.zeros(3, dtype=torch.int64)}
+    with pytest.raises(error, match=says):
+        linear_logprob(**arguments | change)
+
+
+def test_strides_do_not_matter(backend):
+    hidden, weight, targets, *_ = make(12, 16, 70)
+    straight = linear_logprob(hidden, weight, targets, backend=backend).logprob
+    spread = torch.zeros(12, 2, dtype=torch.int64)
+    spread[:, 0] = targets
+    wide = torch.zeros(70, 32)
+    wide[:, :16] = weight
+    crooked = linear_logprob(hidden.t().contiguous().t(), wide[:, :16], spread[:, 0], backend=backend).logprob
+    assert (crooked - straight).abs().max() < 1e-6
+
+
+def test_same_call_gives_the_same_bits(backend):
+    hidden, weight, targets, *_ = make(12, 16, 70)
+    first, second = (compare_bits(hidden, weight, targets, backend) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def compare_bits(hidden, weight, targets, backend):
+    leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+    got = linear_logprob(*leaves, targets, entropy=True, backend=backend, chunk_bytes=2000)
+    (got.logprob.sum() + got.entropy.sum()).backward()
+    return got.logprob.detach(), got.entropy.detach(), *(leaf.grad for leaf in leaves)

@@ -179,7 +179,7 @@ def encode(
         modalities=sorted(required_features(prompt.face_or_frame)),
         progress=dist.main_process,
         face_channel_order=data.face_channel_order,
-        distributed=dist.world_size > 1,
+        dist=dist,
     )
 
 

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from grpo_core.config import RolloutConfig
 
+_BLOCK = 64
+
 
 class TokenChooser:
     """Draws tokens by inverse CDF, or takes the most probable one at temperature 0.
@@ -39,48 +41,63 @@ class TokenChooser:
             int64 `[B]` tokens; float32 `[B]` their log-probabilities under softmax(logits / temperature) over the whole
             vocabulary, before penalty, truncation and forbidden tokens (temperature 1 when greedy).
         """
-        rollout = self.rollout
+        temperature = self.rollout.temperature
         logits = logits.float()
-        if rollout.temperature not in (0.0, 1.0):
-            logits = logits / rollout.temperature
-        logprobs = torch.log_softmax(logits, dim=-1)
-        scores = self._admissible(logprobs if seen is None else self._penalised(logits, seen))
-        if rollout.temperature == 0:
-            tokens = scores.argmax(dim=-1)
+        if temperature not in (0.0, 1.0):
+            logits = logits / temperature
+        probabilities = torch.softmax(logits, dim=-1)
+        # log p = (z - max z) + log(max p): one exponential per logit, and no underflow for improbable tokens
+        offset = probabilities.amax(dim=-1).log() - logits.amax(dim=-1)
+        scores = logits if seen is None else self._penalised(logits, seen)
+        if temperature == 0:
+            tokens = scores[:, : self.limit].index_fill(1, self.forbidden, -torch.inf).argmax(dim=-1)
         else:
-            tokens = _inverse_cdf(self._weights(scores), uniforms)
-        return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
-
-    def _admissible(self, scores: Tensor) -> Tensor:
-        """Scores with the tokens that may not be drawn at -inf, cut to the tokenizer's size."""
-        scores = scores[:, : self.limit]
-        return scores.index_fill(1, self.forbidden, -torch.inf) if len(self.forbidden) else scores
+            weights = probabilities if seen is None else torch.softmax(scores, dim=-1)
+            weights = weights[:, : self.limit].index_fill_(1, self.forbidden, 0.0)
+            tokens = _inverse_cdf(self._truncated(weights), uniforms)
+        return tokens, logits.gather(1, tokens[:, None])[:, 0] + offset
 
     def _penalised(self, logits: Tensor, seen: Tensor) -> Tensor:
         penalty = self.rollout.repetition_penalty
         return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
-    def _weights(self, scores: Tensor) -> Tensor:
-        """Unnormalised probabilities of the tokens that are kept, 0 elsewhere."""
+    def _truncated(self, weights: Tensor) -> Tensor:
+        """Weights `[B, V]`, 0 where top-k, top-p or min-p drop a token."""
         rollout = self.rollout
-        if rollout.top_k and rollout.top_k < scores.shape[1]:
-            threshold = scores.topk(rollout.top_k, dim=-1).values[:, -1:]
-            scores = scores.masked_fill(scores < threshold, -torch.inf)
-        kept = weights = torch.softmax(scores, dim=-1)
+        if rollout.top_k and rollout.top_k < weights.shape[1]:
+            least = weights.topk(rollout.top_k, dim=-1).values[:, -1:]
+            weights = weights.masked_fill(weights < least, 0.0)
         if rollout.top_p < 1:
             ordered, order = weights.sort(dim=-1, descending=True, stable=True)
-            before = ordered.cumsum(dim=-1) - ordered
-            kept = torch.zeros_like(weights).scatter_(1, order, ordered.masked_fill(before >= rollout.top_p, 0.0))
+            sums = ordered.cumsum(dim=-1)
+            beyond = sums - ordered >= rollout.top_p * sums[:, -1:]
+            weights = torch.zeros_like(weights).scatter_(1, order, ordered.masked_fill_(beyond, 0.0))
         if rollout.min_p > 0:
-            kept = kept.masked_fill(weights < rollout.min_p * weights.amax(dim=-1, keepdim=True), 0.0)
-        return kept
+            weights = weights.masked_fill(weights < rollout.min_p * weights.amax(dim=-1, keepdim=True), 0.0)
+        return weights
 
 
 def _inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """The first index at which the running sum of weights `[B, V]` passes the share `uniforms` `[B]` of the total."""
-    sums = weights.cumsum(dim=-1)
-    total = sums[:, -1]
-    # strictly below the total, so that a weight of 0 at the end is never reached
-    aim = torch.minimum(uniforms.to(total.dtype) * total, torch.nextafter(total, torch.zeros_like(total)))
-    # the clamp is for rows of NaN, which the caller finds by their log-probs
-    return torch.searchsorted(sums, aim[:, None], right=True)[:, 0].clamp_(max=sums.shape[1] - 1)
+    """The first index at which the running sum of weights `[B, V]` passes the share `uniforms` `[B]` of the total.
+
+    First the block of 64 tokens, then the token in it: a running sum over the whole row would cost more than the softmax.
+    """
+    size = weights.shape[1]
+    whole = size // _BLOCK
+    blocks = weights[:, : whole * _BLOCK].unflatten(1, (whole, _BLOCK)).sum(dim=-1)
+    blocks = torch.cat((blocks, weights[:, whole * _BLOCK :].sum(dim=-1, keepdim=True)), dim=1)
+    sums = blocks.cumsum(dim=-1)
+    aim = uniforms[:, None].to(sums.dtype) * sums[:, -1:]
+    block = _first_above(sums, aim)
+    columns = block * _BLOCK + torch.arange(_BLOCK, device=weights.device)
+    inside = weights.gather(1, columns.clamp(max=size - 1)).masked_fill_(columns >= size, 0.0)
+    before = sums.gather(1, block) - blocks.gather(1, block)
+    token = block * _BLOCK + _first_above(inside.cumsum(dim=-1), aim - before)
+    return token[:, 0].clamp_(max=size - 1)  # for rows of NaN, which the caller finds by their log-probs
+
+
+def _first_above(sums: Tensor, aim: Tensor) -> Tensor:
+    """The first of rising `sums` `[B, n]` above `aim` `[B, 1]`, one that rises even if rounding put the aim outside."""
+    last = sums[:, -1:]
+    aim = torch.minimum(aim.clamp(min=0), torch.nextafter(last, torch.zeros_like(last)))
+    return torch.searchsorted(sums, aim, right=True).clamp_(max=sums.shape[1] - 1)

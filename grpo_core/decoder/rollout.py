@@ -103,8 +103,8 @@ class Rollout:
         # long prompts first: prompts of like length share the cache, so little of it is padding
         waiting = [n for n in np.argsort([-len(embed) for embed in self.embeds], kind="stable") if not self._whole()[n]]
         while waiting or len(self.owner):
-            free = slots - len(np.unique(self.owner // self.rollout.group_size))
-            if waiting and free:
+            free = slots - len(np.unique(self.owner // self.rollout.group_size)) if waiting else 0
+            if free:
                 with timed(self.timings, "prefill"):
                     self._admit(np.array(waiting[:free]))
                 waiting = waiting[free:]

@@ -175,10 +175,28 @@ def test_drawn_frequencies_follow_transformers_warpers(settings_):
     assert stats.chisquare(observed[kept], expected[kept]).pvalue > 1e-3
 
 
-def test_the_least_and_largest_uniform_number_draw_tokens_of_positive_probability():
-    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).expand(2, -1)
-    tokens, _ = choose(logits, torch.tensor([0.5**33, 1 - 0.5**33], dtype=torch.float64))
-    assert tokens.tolist() == [1, 3]
+@given(
+    size=st.integers(1, 200),
+    uniform=st.one_of(st.sampled_from([0.5**33, 0.5, 1 - 0.5**33]), st.floats(1e-9, 1 - 1e-9)),
+    seed=st.integers(0, 99),
+    kept=st.floats(0.01, 1),
+)
+def test_inverse_cdf_finds_the_token_whose_share_holds_the_number(size, uniform, seed, kept):
+    """For vocabularies below, at and above the block size, with tokens of weight 0 at either end too."""
+    random = np.random.default_rng(seed)
+    weights = random.exponential(size=(1, size)) * (random.random((1, size)) < kept)
+    weights[0, random.integers(size)] = 1.0
+    logits = torch.from_numpy(np.log(np.maximum(weights, 1e-300)) - 1e3 * (weights == 0)).float()
+    tokens, _ = choose(logits, torch.tensor([uniform], dtype=torch.float64))
+    sums = np.cumsum(weights[0]) / weights.sum()
+    assert weights[0, tokens[0]] > 0
+    assert sums[tokens[0]] >= uniform - 1e-5
+    assert sums[tokens[0]] - weights[0, tokens[0]] / weights.sum() <= uniform + 1e-5
+
+
+def test_log_prob_of_a_token_whose_probability_underflows_is_finite():
+    tokens, logprobs = choose(torch.tensor([[300.0, 0.0, -5.0]]), temperature=0.0, forbidden=[0])
+    assert (tokens.item(), logprobs.item()) == (1, -300.0)
 
 
 def test_repetition_penalty_forbidden_tokens_and_limit_change_the_draw_and_not_the_log_prob():

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from grpo_kernels.segments import Segments
+
 
 @dataclass(frozen=True)
 class GroupSpans:
@@ -62,3 +64,26 @@ class GroupSpans:
     def total(self) -> int:
         """T, the rows of the packed axis."""
         return sum(self.prompt_lengths) + sum(map(sum, self.completion_lengths))
+
+    @cached_property
+    def own(self) -> Segments:
+        """Every prompt and every non-empty completion over itself, in packed order: query rows are all of T."""
+        starts, lengths = [], []
+        for row, prompt, group in zip(self.prompt_starts, self.prompt_lengths, self.completion_lengths, strict=True):
+            for length in (prompt, *filter(None, group)):
+                starts.append(row)
+                lengths.append(length)
+                row += length
+        return Segments(starts, lengths, starts, lengths)
+
+    @cached_property
+    def over_prompt(self) -> Segments:
+        """All completions of a group, together, over their prompt; groups whose completions are all empty have none."""
+        segments = [
+            (start + prompt, sum(group), start, prompt)
+            for start, prompt, group in zip(
+                self.prompt_starts, self.prompt_lengths, self.completion_lengths, strict=True
+            )
+            if sum(group)
+        ]
+        return Segments(*(zip(*segments, strict=True) if segments else ((), (), (), ())))

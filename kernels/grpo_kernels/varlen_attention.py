@@ -10,84 +10,18 @@ which is also how ring attention (arXiv 2310.01889) adds up its blocks.
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterator
+from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from grpo_kernels.segments import Batch, Segments
+
 _FLASH_DTYPES = (torch.float16, torch.bfloat16)
 _MATMUL_SCORES = 2**26
 """Scores that the matmul fallback holds at once."""
-
-
-@dataclass(frozen=True)
-class Segments:
-    """S pairs of row ranges: queries `[start, start + length)` attend to keys of the paired range.
-
-    Attributes:
-        query_starts, query_lengths, key_starts, key_lengths: `[S]`; lengths ≥ 1.
-    """
-
-    query_starts: tuple[int, ...]
-    query_lengths: tuple[int, ...]
-    key_starts: tuple[int, ...]
-    key_lengths: tuple[int, ...]
-
-    def __init__(self, *ranges: Sequence[int]):
-        for name, values in zip(self.__dataclass_fields__, ranges, strict=True):
-            object.__setattr__(self, name, tuple(values))
-
-    def __len__(self) -> int:
-        return len(self.query_starts)
-
-    @cached_property
-    def runs(self) -> tuple[tuple[int, int, int, int, int], ...]:
-        """Adjacent segments of equal lengths, as one batched call takes them:
-        (segments, query start, query length, key start, key length)."""
-        runs: list[list[int]] = []
-        for segment in zip(self.query_starts, self.query_lengths, self.key_starts, self.key_lengths, strict=True):
-            if runs:
-                count, query, query_length, key, key_length = runs[-1]
-                if segment == (query + count * query_length, query_length, key + count * key_length, key_length):
-                    runs[-1][0] += 1
-                    continue
-            runs.append([1, *segment])
-        return tuple(tuple(run) for run in runs)
-
-    @cached_property
-    def _on_device(self) -> dict[torch.device, tuple[slice | Tensor, slice | Tensor, Tensor, Tensor]]:
-        return {}
-
-    def on(self, device: torch.device) -> tuple[slice | Tensor, slice | Tensor, Tensor, Tensor]:
-        """Query rows and key rows, in order, each a slice if they are adjacent, else int64 indices; and int32
-        `[S + 1]` cumulative lengths of both. Made once per device, so that layers share them without a sync."""
-        if device not in self._on_device:
-            queries, keys = (self.query_starts, self.query_lengths), (self.key_starts, self.key_lengths)
-            self._on_device[device] = (
-                *(_rows(*ranges, device) for ranges in (queries, keys)),
-                *(_cumulative(lengths, device) for _, lengths in (queries, keys)),
-            )
-        return self._on_device[device]
-
-    @property
-    def longest(self) -> tuple[int, int]:
-        """Longest query and key length. Never 1: for that the flash operators swap heads into rows, and the order of
-        their log-sum-exps."""
-        return max(2, *self.query_lengths), max(2, *self.key_lengths)
-
-
-def _rows(starts: Sequence[int], lengths: Sequence[int], device: torch.device) -> slice | Tensor:
-    ends = [start + length for start, length in zip(starts, lengths, strict=True)]
-    if list(starts[1:]) == ends[:-1]:
-        return slice(starts[0], ends[-1])
-    return torch.cat([torch.arange(*ends_of) for ends_of in zip(starts, ends, strict=True)]).to(device)
-
-
-def _cumulative(lengths: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(device)
 
 
 def varlen_forward(
@@ -104,14 +38,15 @@ def varlen_forward(
     Returns:
         Output `[R, Hq, D]` and natural log-sum-exp `[Hq, R]` (float32, or float64 for float64 q) of the R query rows.
     """
-    query_rows, key_rows, cu_q, cu_k = segments.on(q.device)
     if not _flash_takes(q):
-        return _forward_in_runs(q, k, v, segments, causal, scale)
+        return _forward_by_batch(q, k, v, segments, causal, scale)
+    query_rows, key_rows, cu_q, cu_k = segments.on(q.device)
     q, k, v = q[query_rows], k[key_rows], v[key_rows]
-    if _has_flash_package():
-        from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
-
-        out, lse, *_ = _flash_attn_varlen_forward(q, k, v, cu_q, cu_k, *segments.longest, 0.0, scale, causal=causal)
+    package = _flash_package()
+    if package:
+        out, lse, *_ = package._flash_attn_varlen_forward(
+            q, k, v, cu_q, cu_k, *segments.longest, dropout_p=0.0, softmax_scale=scale, causal=causal
+        )
     else:
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
             q, k, v, cu_q, cu_k, *segments.longest, 0.0, causal, False, scale=scale
@@ -139,16 +74,15 @@ def varlen_backward(
     Returns:
         Gradients of the query rows `[R, Hq, D]`, and of the key rows `[K, Hkv, D]` as keys and as values.
     """
-    query_rows, key_rows, cu_q, cu_k = segments.on(q.device)
     if not _flash_takes(q):
-        return _backward_in_runs(grad, q, k, v, out, lse, segments, causal, scale)
-    grad, q, out = (x[query_rows].contiguous() for x in (grad, q, out))
+        return _backward_by_batch(grad, q, k, v, out, lse, segments, causal, scale)
+    query_rows, key_rows, cu_q, cu_k = segments.on(q.device)
+    grad, q, out = (x[query_rows] for x in (grad, q, out))
     k, v, lse = k[key_rows], v[key_rows], lse[:, query_rows].contiguous()
-    if _has_flash_package():
-        from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
-
+    package = _flash_package()
+    if package:
         gradients = tuple(torch.empty_like(x) for x in (q, k, v))
-        _flash_attn_varlen_backward(
+        package._flash_attn_varlen_backward(
             grad,
             *(q, k, v, out, lse),
             *gradients,
@@ -181,45 +115,58 @@ def _flash_takes(q: Tensor) -> bool:
     )
 
 
-def _has_flash_package() -> bool:
-    return importlib.util.find_spec("flash_attn") is not None
+@cache
+def _flash_package() -> ModuleType | None:
+    """The `flash_attn` package's functions (version 2.7 on), if it is installed and loads."""
+    try:
+        from flash_attn import flash_attn_interface
+    except ImportError:
+        return None
+    return flash_attn_interface
 
 
-# Elsewhere: one call per run of equal segments. Rows lie in order, so a run is a view.
+# Elsewhere: a few calls, each for a batch of segments of one length.
 
 
-def _forward_in_runs(q, k, v, segments: Segments, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def _forward_by_batch(q, k, v, segments: Segments, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     forward = _cpu_forward if q.device.type == "cpu" else _matmul_forward
+    batches, order = segments.batches(q.device, causal)
     outs, lses = [], []
-    for queries, keys in _batches(segments):
+    for batch in batches:
+        queries, keys = _cutters(batch)
         out, lse = forward(queries(q), keys(k), keys(v), causal, scale)
         outs.append(out.transpose(1, 2).flatten(0, 1))
         lses.append(lse.transpose(0, 1).flatten(1))
-    return _cat(outs, 0), _cat(lses, 1)
+    return _join(outs, 0, order), _join(lses, 1, order)
 
 
-def _backward_in_runs(grad, q, k, v, out, lse, segments: Segments, causal: bool, scale: float):
+def _backward_by_batch(grad, q, k, v, out, lse, segments: Segments, causal: bool, scale: float):
     backward = _cpu_backward if q.device.type == "cpu" else _matmul_backward
+    batches, order = segments.batches(q.device, causal)
     lse = lse.transpose(0, 1)[..., None]  # [T, Hq, 1]
     gradients = []
-    for queries, keys in _batches(segments):
-        inputs = (queries(grad), queries(q), keys(k), keys(v), queries(out), queries(lse)[..., 0])
-        gradients.append([x.transpose(1, 2).flatten(0, 1) for x in backward(*inputs, causal, scale)])
-    return tuple(_cat(pieces, 0) for pieces in zip(*gradients, strict=True))
+    for batch in batches:
+        queries, keys = _cutters(batch)
+        upstream = queries(grad)
+        if batch.valid is not None:  # a repeated row has no gradient of its own
+            upstream *= batch.valid.view(batch.count, 1, -1, 1)
+        parts = backward(upstream, queries(q), keys(k), keys(v), queries(out), queries(lse)[..., 0], causal, scale)
+        gradients.append([x.transpose(1, 2).flatten(0, 1) for x in parts])
+    return tuple(_join(list(pieces), 0, order) for pieces in zip(*gradients, strict=True))
 
 
-def _batches(segments: Segments) -> Iterator:
-    """Per run, two functions that cut `[n, H, L, D]` out of packed rows `[T, H, D]`."""
+def _cutters(batch: Batch) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """Two functions that cut a batch's queries and keys, `[n, H, L, D]`, out of packed rows `[T, H, D]`."""
 
-    def cut(start: int, count: int, length: int):
-        return lambda x: x[start : start + count * length].unflatten(0, (count, length)).transpose(1, 2)
+    def cut(rows: slice | Tensor, length: int) -> Callable[[Tensor], Tensor]:
+        return lambda x: x[rows].unflatten(0, (batch.count, length)).transpose(1, 2)
 
-    for count, query, query_length, key, key_length in segments.runs:
-        yield cut(query, count, query_length), cut(key, count, key_length)
+    return cut(batch.query_rows, batch.query_length), cut(batch.key_rows, batch.key_length)
 
 
-def _cat(pieces: list[Tensor], dim: int) -> Tensor:
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+def _join(pieces: list[Tensor], dim: int, order: Tensor | None) -> Tensor:
+    joined = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+    return joined if order is None else joined.index_select(dim, order)
 
 
 def _cpu_forward(q, k, v, causal, scale):

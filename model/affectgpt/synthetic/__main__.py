@@ -21,11 +21,32 @@ def main() -> None:
     part.add_argument("folder", type=Path)
     part.add_argument("part", type=int)
     part.add_argument("parts", type=int)
+    models = commands.add_parser("models", help="make the tiny LLM, CLIP and HuBERT")
+    models.add_argument("folder", type=Path)
+    models.add_argument("--seed", type=int, default=0)
+    encoders = commands.add_parser("encoders", help="make CLIP and HuBERT alone (what `models` starts in parallel)")
+    encoders.add_argument("folder", type=Path)
+    encoders.add_argument("--seed", type=int, default=0)
+    scores = commands.add_parser("ceiling", help="held-out scores of the best possible and of constant answers")
+    scores.add_argument("folder", type=Path)
     args = parser.parse_args()
-    if args.command == "make":
-        print(make_dataset(args.folder, seed=args.seed, train=args.train, test=args.test, workers=args.workers))
-    else:
-        film_part(args.folder, args.part, args.parts)
+    match args.command:  # torch, and all that comes with it, is loaded only where it is needed
+        case "make":
+            print(make_dataset(args.folder, seed=args.seed, train=args.train, test=args.test, workers=args.workers))
+        case "film":
+            film_part(args.folder, args.part, args.parts)
+        case "models":
+            from affectgpt.synthetic.tiny_models import make_tiny_models
+
+            print(*make_tiny_models(args.folder, seed=args.seed), sep="\n")
+        case "encoders":
+            from affectgpt.synthetic.tiny_models import make_encoder_folders
+
+            make_encoder_folders(args.folder, args.seed)
+        case "ceiling":
+            from affectgpt.synthetic.ceiling import report
+
+            print(report(args.folder))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,8 @@ CHANNELS = ("face", "voice", "words")
 # how often a clip's one emotion is carried by which channels, and which two channels carry two emotions
 SINGLE = ((("face",), 0.30), (("voice",), 0.30), (("face", "voice"), 0.25), (("words",), 0.15))
 MIXED = ((("face", "voice"), 0.6), (("face", "words"), 0.2), (("voice", "words"), 0.2))
-MIXED_SHARE, IRONIC_SHARE, SLIP = 0.3, 0.15, 0.06
+MIXED_SHARE, IRONIC_SHARE, SLIP = 0.35, 0.15, 0.10
+PANEL = (0.2, 0.5, 0.3)  # one, two or three annotators
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def write_script(name: str, rng: np.random.Generator, seed: tuple[int, ...]) -> 
         apart = (first, EMOTIONS[first].near, IRONIC.get(first))  # a near or ironic partner would not be told from it
         others = [e for e in names if e not in apart and IRONIC.get(e) != first]
         second = _pick(rng, others, np.array([EMOTIONS[e].share for e in others]))
-        weight = rng.uniform(0.4, 0.6)
+        weight = rng.uniform(0.35, 0.65)
         truth = {first: weight, second: 1 - weight}
         channels = dict(zip(carriers, (first, second), strict=True))
     else:
@@ -84,13 +85,13 @@ def write_script(name: str, rng: np.random.Generator, seed: tuple[int, ...]) -> 
     return Script(name, channels, probabilities, subtitle, labels, describe(channels, ironic, labels), ironic, seed)
 
 
-def annotate(probabilities: dict[str, float], rng: np.random.Generator, annotators: int = 3) -> tuple[str, ...]:
-    """One to five label words: annotators each feel one emotion and write one or two words, their lists are merged.
+def annotate(probabilities: dict[str, float], rng: np.random.Generator) -> tuple[str, ...]:
+    """One to five label words: a panel's members each feel one emotion and write one or two words; lists are merged.
 
     Words of an emotion have Zipf's frequencies (1, 1/2, 1/3, …) in the order of `Emotion.words`.
     """
     written: list[str] = []
-    for _ in range(annotators):
+    for _ in range(_pick(rng, (1, 2, 3), PANEL)):
         emotion = _pick(rng, list(probabilities), np.array(list(probabilities.values())))
         words = EMOTIONS[emotion].words
         zipf = 1 / np.arange(1, len(words) + 1)

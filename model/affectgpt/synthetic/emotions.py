@@ -31,7 +31,7 @@ class Emotion:
 
 EMOTIONS: dict[str, Emotion] = {
     "joy": Emotion(
-        0.14,
+        0.12,
         ("happy", "joyful", "cheerful", "delighted", "pleased", "amused", "playful", "gleeful", "blissful", "upbeat"),
         "pride",
         {"smile": 1.0, "mouth_open": 0.3, "mouth_width": 0.5, "brow_raise": 0.2, "eye_open": -0.2,
@@ -53,7 +53,7 @@ EMOTIONS: dict[str, Emotion] = {
         ("I miss the {thing}.", "She is gone since {time}.", "Nobody came {time}.", "I lost the {thing}, it's over."),
     ),
     "anger": Emotion(
-        0.16,
+        0.15,
         ("angry", "annoyed", "irritated", "mad", "furious", "resentful", "hostile", "enraged", "aggressive", "bitter",
          "exasperated", "indignant"),
         "disgust",
@@ -66,7 +66,7 @@ EMOTIONS: dict[str, Emotion] = {
          "I've had enough of this!"),
     ),
     "fear": Emotion(
-        0.16,
+        0.15,
         ("anxious", "worried", "nervous", "scared", "afraid", "uneasy", "fearful", "frightened", "terrified",
          "insecure",
          "apprehensive", "concerned"),
@@ -80,7 +80,7 @@ EMOTIONS: dict[str, Emotion] = {
          "Please don't leave me here."),
     ),
     "surprise": Emotion(
-        0.12,
+        0.14,
         ("surprised", "amazed", "astonished", "startled", "stunned"),
         "fear",
         {"brow_raise": 1.0, "eye_open": 0.8, "mouth_open": 0.95, "mouth_width": -0.8, "sway": 0.2, "sway_hz": 1.0},
@@ -90,7 +90,7 @@ EMOTIONS: dict[str, Emotion] = {
         ("Wait, that {thing} is mine?", "You came {time}, really?", "No way, a {thing}?", "I never saw that coming."),
     ),
     "disgust": Emotion(
-        0.10,
+        0.12,
         ("disgusted", "repulsed", "nauseated", "appalled", "revolted"),
         "anger",
         {"nose_wrinkle": 1.0, "smile": -0.55, "eye_open": -0.5, "brow_raise": -0.4, "brow_tilt": -0.25,

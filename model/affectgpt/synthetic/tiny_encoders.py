@@ -1,8 +1,8 @@
 """Tiny CLIP and HuBERT that see and hear: made on the fly, taught to measure drawn faces and synthetic voices.
 
-The real encoders come pretrained on the world; random ones of this size would be nearly blind and deaf. These are taught
-to regress the drawing and voicing parameters (smile, brow height, pitch, tempo, …), drawn uniformly and independently of
-each other: no emotion, no label, no clip of the data set takes part.
+The real encoders come pretrained on the world; random ones of this size would be nearly blind and deaf. These are
+taught to regress the drawing and voicing parameters (smile, brow height, pitch, tempo, …), drawn uniformly and
+independently of each other: no emotion, no label, no clip of the data set takes part.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, HubertConfig, HubertModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
@@ -35,17 +34,17 @@ TONE_RANGES = {
 
 
 def tiny_clip() -> CLIPVisionModelWithProjection:
-    """CLIP's image tower: 224 px on 2 × 2 patches, 128 wide, 2 layers, projected to Dv = 64. Random weights.
+    """CLIP's image tower: 56 px in 2 × 2 patches, 128 wide, 2 layers, projected to Dv = 64. Random weights.
 
-    The large patches suit faces that stand in the middle: a patch projection that knows faces takes the first layers' part.
+    The large patches suit faces in the middle: a patch projection that knows them takes the first layers' part.
     """
     config = CLIPVisionConfig(
         hidden_size=128,
         intermediate_size=512,
         num_hidden_layers=2,
         num_attention_heads=4,
-        image_size=224,
-        patch_size=112,
+        image_size=56,
+        patch_size=28,
         projection_dim=64,
     )
     return CLIPVisionModelWithProjection(config)
@@ -92,38 +91,31 @@ def tiny_hubert() -> HubertModel:
 def teach_clip(model: CLIPVisionModelWithProjection, seed: int, images: int = 6144, epochs: int = 8) -> float:
     """Teach `image_embeds` to hold the expression parameters linearly; returns the last epoch's unexplained variance.
 
-    The patch projection starts as the whitened principal components of patches. All runs at a quarter of the resolution
-    with a patch kernel that is then spread over 4 × 4 pixels, which gives the same features on an image of full size.
+    The patch projection starts as the whitened principal components of patches.
     """
-    pictures, targets = _pictures(seed, images)
+    pixels, targets = _pictures(seed, images, model.config.image_size)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
-    pixels = (pictures.permute(0, 3, 1, 2).float() / 255 - mean) / std
-    pixels = nn.functional.avg_pool2d(pixels, 2)  # 112 → 56
+    pixels = (pixels / 255 - mean) / std
 
-    embeddings = model.vision_model.embeddings
-    full, config = embeddings.patch_embedding, model.config
-    side, zoom = config.patch_size // 4, 4
-    small = nn.Conv2d(3, config.hidden_size, side, side, bias=False)
+    embeddings, side = model.vision_model.embeddings, model.config.patch_size
     patches = nn.functional.unfold(pixels[::2], side, stride=side).transpose(1, 2).flatten(0, 1)
-    _, strength, components = torch.svd_lowrank(patches, config.hidden_size, niter=3)
+    _, strength, components = torch.svd_lowrank(patches, model.config.hidden_size, niter=3)
     scale = strength / len(patches) ** 0.5
+    weight = embeddings.patch_embedding.weight
     with torch.no_grad():
-        small.weight.copy_((components / (scale + scale[-1])).T.reshape(small.weight.shape))
+        weight.copy_((components / (scale + scale[-1])).T.reshape(weight.shape))
         nn.init.normal_(embeddings.position_embedding.weight, std=0.5)
-    embeddings.patch_embedding, embeddings.image_size = small, config.image_size // zoom
 
     def encode(rows: Tensor) -> Tensor:
         return model(pixel_values=pixels[rows]).image_embeds
 
-    loss = _regress(model, encode, targets, config.projection_dim, seed, epochs, lr=1e-3)
+    loss = _regress(model, encode, targets, model.config.projection_dim, seed, epochs, lr=1e-3)
     with torch.no_grad():
         model.visual_projection.weight /= encode(torch.arange(256)).std(0).mean()  # features of unit deviation
-        full.weight.copy_(small.weight.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3) / zoom**2)
-    embeddings.patch_embedding, embeddings.image_size = full, config.image_size
     return loss
 
 
-def teach_hubert(model: HubertModel, seed: int, utterances: int = 1536, epochs: int = 8) -> float:
+def teach_hubert(model: HubertModel, seed: int, utterances: int = 1024, epochs: int = 7) -> float:
     """Teach the mean over time of the last four hidden states to hold the voicing parameters linearly.
 
     Returns the last epoch's unexplained variance. The filter bank is not trained, so its output is computed once.
@@ -147,7 +139,7 @@ def teach_hubert(model: HubertModel, seed: int, utterances: int = 1536, epochs: 
 def _regress(
     model: nn.Module, encode: Callable[[Tensor], Tensor], targets: Tensor, width: int, seed: int, epochs: int, lr: float
 ) -> float:
-    """Train `model` and a linear readout of `encode(rows)` on standardised `targets` `[N, P]`; the last epoch's loss."""
+    """Train `model` and a readout of `encode(rows)` on standardised `targets` `[N, P]`; last epoch's loss."""
     targets = (targets - targets.mean(0)) / targets.std(0)
     readout = nn.Linear(width, targets.shape[1])
     batch = 64
@@ -171,19 +163,22 @@ def _regress(
     return float(np.mean(losses))
 
 
-def _pictures(seed: int, count: int) -> tuple[Tensor, Tensor]:
-    """Drawn faces uint8 `[count, 112, 112, 3]`, half whole frames and half face crops, and their parameters `[count, P]`."""
-    per_person = 4
+def _pictures(seed: int, count: int, size: int) -> tuple[Tensor, Tensor]:
+    """Drawn faces float32 `[count, 3, size, size]` in 0…255 and their parameters `[count, P]`.
+
+    Every person is drawn four times, each as a whole frame and as a face crop.
+    """
     pictures, targets = [], []
-    for person in range(count // (2 * per_person)):
+    for person in range(count // 8):
         rng = np.random.default_rng((seed, 1, person))
         who = face.Appearance.random(rng)
-        curves = {n: rng.uniform(*VISUAL_RANGES[n], per_person).astype(np.float32) for n in face.EXPRESSION}
+        curves = {n: rng.uniform(*VISUAL_RANGES[n], 4).astype(np.float32) for n in face.EXPRESSION}
         frames = face.render(curves, who)
-        pictures += [np.asarray(Image.fromarray(frame).resize((112, 112), Image.BILINEAR)) for frame in frames]
-        pictures += list(face.face_crops(frames, who))
-        targets += 2 * list(np.stack([curves[n] for n in face.EXPRESSION], 1))
-    return torch.from_numpy(np.stack(pictures)), torch.from_numpy(np.stack(targets))
+        for views in (frames, face.face_crops(frames, who)):
+            views = torch.from_numpy(views).permute(0, 3, 1, 2).float()
+            pictures.append(nn.functional.interpolate(views, (size, size), mode="bicubic", antialias=True))
+            targets.append(np.stack([curves[n] for n in face.EXPRESSION], 1))
+    return torch.cat(pictures), torch.from_numpy(np.concatenate(targets))
 
 
 def _sounds(seed: int, count: int) -> tuple[Tensor, Tensor]:

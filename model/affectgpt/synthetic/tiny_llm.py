@@ -1,0 +1,170 @@
+"""A tiny Qwen2 and its tokenizer, made on the fly and pretrained on the program's own texts: no clip takes part.
+
+A real LLM arrives knowing its language, the prompt's format, and that lowered brows speak of anger. This one learns as
+much from descriptions in words, put where a clip's vectors will stand later.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from affectgpt.datasets import Sample
+from affectgpt.modeling import add_placeholders
+from affectgpt.prompts import PLACEHOLDERS, build_prompt, build_target
+from affectgpt.synthetic.dataset import Script, write_script
+from affectgpt.synthetic.emotions import EMOTIONS, PLAIN_FACE, PLAIN_VOICE
+
+VOCABULARY = 1200
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_PROMPTS = (  # template, mode, face_or_frame of the texts that are learnt
+    ("upstream", "no_think", "multiface_audio_face_text"),
+    ("upstream", "think", "multiface_audio_face_text"),
+    ("chat", "no_think", "multiface_audio_face_text"),
+    ("chat", "think", "multiface_audio_face_text"),
+    ("upstream", "no_think", "multiframe_audio_frame_text"),
+    ("upstream", "no_think", "textonly"),
+)
+_NO_FEATURES = dict.fromkeys(("frame", "face", "audio"), torch.zeros(1, 1))
+
+
+def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer (it can write any text) learnt from prompts and answers, with ChatML's template."""
+    plain = _tokenizer(())
+    texts = [plain.decode(prompt) + plain.decode(answer) for prompt, answer in corpus(plain, seed, 600)]
+    words = [f" {word}, {word}" for emotion in EMOTIONS.values() for word in emotion.words]
+    return _tokenizer([*texts, *(words * 5)])
+
+
+def make_llm(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+    """Qwen2 of 3 layers, 128 wide, 4 heads over 2 key-value heads. Random weights."""
+    config = Qwen2Config(
+        vocab_size=-(-len(tokenizer) // 64) * 64,
+        hidden_size=128,
+        intermediate_size=320,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return Qwen2ForCausalLM(config)
+
+
+def pretrain(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int, steps: int = 240) -> float:
+    """Next-token training, by turns on full prompts and on short notes; returns the mean loss of the last ten steps.
+
+    Answers weigh as much as what stands before them.
+    """
+    prompts, notes = corpus(tokenizer, seed, 8 * steps // 2), short_notes(tokenizer, seed, 64 * steps // 2)
+    batches = [b for k in range(steps // 2) for b in (notes[64 * k : 64 * k + 64], prompts[8 * k : 8 * k + 8])]
+    optimiser = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.05, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, total_steps=len(batches), pct_start=0.1)
+    model.train()
+    losses = []
+    for texts in batches:
+        loss = _next_token_loss(model, texts)
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+        losses.append(loss.item())
+    model.eval()
+    return float(np.mean(losses[-10:]))
+
+
+def corpus(tokenizer: PreTrainedTokenizerFast, seed: int, count: int) -> list[tuple[list[int], list[int]]]:
+    """Prompts in all templates with words where the vectors would be, and answers, as token ids."""
+    tokenizer = _with_placeholders(tokenizer)
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in PLACEHOLDERS}
+    texts = []
+    for k in range(count):
+        rng = np.random.default_rng((seed, 3, k))
+        script = write_script(f"text_{k}", rng, (0,))
+        sample = Sample(k, None, None, None, script.subtitle, f"[{', '.join(script.labels)}]", script.reason)
+        template, mode, shown = _PROMPTS[k % len(_PROMPTS)]
+        prompt = build_prompt(sample, _NO_FEATURES, tokenizer, template=template, mode=mode, face_or_frame=shown)
+        words = {ids[token]: tokenizer(text)["input_ids"] for token, text in _in_words(script).items()}
+        prompt_ids = [i for token in prompt.token_ids for i in words.get(token, (token,))]
+        texts.append((prompt_ids, list(build_target(sample, tokenizer, template=template, mode=mode))))
+    return texts
+
+
+def short_notes(tokenizer: PreTrainedTokenizerFast, seed: int, count: int) -> list[tuple[list[int], list[int]]]:
+    """Brief notes, `cues: labels###`, as token ids: which words go with which cues, and with each other."""
+    texts = []
+    for k in range(count):
+        rng = np.random.default_rng((seed, 4, k))
+        script = write_script(f"note_{k}", rng, (0,))
+        words = _in_words(script)
+        cues = f"<Audio>{words['<AudioHere>']}</Audio>. <Video>{words['<FaceHere>']}</Video>. "
+        cues += f"<Subtitle>{script.subtitle}</Subtitle>."
+        answer = f" {', '.join(script.labels)}###" if k % 2 else f" {script.reason}###"
+        texts.append((tokenizer(cues)["input_ids"], tokenizer(answer)["input_ids"]))
+    return texts
+
+
+def _in_words(script: Script) -> dict[str, str]:
+    """What each placeholder's vector will have to tell, told in words."""
+    seen = EMOTIONS[script.channels["face"]].seen if "face" in script.channels else PLAIN_FACE
+    heard = EMOTIONS[script.channels["voice"]].heard if "voice" in script.channels else PLAIN_VOICE
+    both = f"{seen} and {heard}"
+    return {"<FaceHere>": seen, "<FrameHere>": seen, "<AudioHere>": heard, "<MultiHere>": both}
+
+
+def _next_token_loss(model: Qwen2ForCausalLM, texts: list[tuple[list[int], list[int]]]) -> Tensor:
+    """Mean cross-entropy of prompt tokens plus mean cross-entropy of answer tokens, over right-padded rows."""
+    longest = max(len(prompt) + len(answer) for prompt, answer in texts)
+    ids = torch.zeros(len(texts), longest, dtype=torch.long)
+    part = torch.zeros(len(texts), longest, dtype=torch.long)  # 1 prompt, 2 answer, 0 padding
+    for row, (prompt, answer) in enumerate(texts):
+        ids[row, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
+        part[row, : len(prompt)], part[row, len(prompt) : len(prompt) + len(answer)] = 1, 2
+    logits = model(input_ids=ids, attention_mask=(part > 0).long()).logits[:, :-1]
+    losses = nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    return losses[part[:, 1:] == 1].mean() + losses[part[:, 1:] == 2].mean()
+
+
+def _with_placeholders(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """A copy that knows the placeholders, as `AffectGPT` will add them; the saved tokenizer stays a plain LLM's."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    copied = _wrap(backend)
+    add_placeholders(copied)
+    return copied
+
+
+def _tokenizer(texts) -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        min_frequency=2,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return _wrap(backend)
+
+
+def _wrap(backend: Tokenizer) -> PreTrainedTokenizerFast:
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        model_max_length=1024,
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = CHATML
+    return tokenizer

@@ -122,18 +122,20 @@ class EmotionWheel:
         bits, vocabulary = self._bits[_level(level)], self._vocabulary(parse)
         if set(map(type, texts)) != {str}:
             texts = [as_text(text, parse) for text in texts]
-        distinct = list(dict.fromkeys(texts))  # a group's members share their ground truth
-        masks = np.empty((len(distinct), bits.shape[1]), np.uint64)
-        for start in range(0, len(distinct), CHUNK):
-            chunk = distinct[start : start + CHUNK]
-            tokens = split_batch(chunk, parse)
+        masks = np.empty((len(texts), bits.shape[1]), np.uint64)
+        for start in range(0, len(texts), CHUNK):
+            chunk = texts[start : start + CHUNK]
+            row_of = dict.fromkeys(chunk)
+            repeated = 2 * len(row_of) < len(chunk)  # a group's members share their ground truth: read it once
+            tokens = split_batch(list(row_of) if repeated else chunk, parse)
             forms = np.fromiter(map(vocabulary.__getitem__, tokens), np.int32, len(tokens))
             # a text's tokens run from its mark to the next, so that no segment is empty
             begins = np.flatnonzero(forms == self._mark)[:-1]
-            np.bitwise_or.reduceat(bits[forms], begins, axis=0, out=masks[start : start + len(chunk)])
-        if len(distinct) < len(texts):
-            row_of = dict(zip(distinct, range(len(distinct)), strict=True))
-            masks = masks[np.fromiter(map(row_of.__getitem__, texts), np.intp, len(texts))]
+            found = np.bitwise_or.reduceat(bits.take(forms, axis=0), begins, axis=0)
+            if repeated:
+                row_of = dict(zip(row_of, range(len(row_of)), strict=True))
+                found = found[np.fromiter(map(row_of.__getitem__, chunk), np.intp, len(chunk))]
+            masks[start : start + len(chunk)] = found
         return masks
 
     def score(

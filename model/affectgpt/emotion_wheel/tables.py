@@ -141,7 +141,7 @@ def load_tables(path: Path) -> Tables:
 
 
 def read_published(folder: str | Path) -> Tables:
-    """Tables of a folder like the MER2025 tables': ``wheel1.xlsx`` to ``wheel5.xlsx``, ``format.csv``, ``synonym.xlsx``.
+    """Tables of a folder like the MER2025 tables': ``wheel1.xlsx`` … ``5``, ``format.csv``, ``synonym.xlsx``.
 
     A surface form leads through ``format.csv`` to base words, each of these through the runs of ``synonym.xlsx`` to
     wheel words; of all that are reached, the alphabetically first that stands on a wheel gives the form's cluster.

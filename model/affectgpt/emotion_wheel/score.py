@@ -27,7 +27,7 @@ class Scores:
     def mean(self, unscored: str = "zero", of: str = "f1") -> np.ndarray:
         """Mean over wheels, float64 [N].
 
-        ``unscored="zero"`` divides by all wheels, as the paper's reward does; ``"skip"`` averages the scored ones,
+        ``unscored="zero"`` divides by all wheels, so that a reward is never missing; ``"skip"`` averages the scored ones,
         and is NaN where there are none. ``of`` names precision, recall or f1.
         """
         values = getattr(self, of)
@@ -97,7 +97,7 @@ class EmotionWheel:
     def clusters(self, label: str, level: int = 1) -> tuple[str | None, ...]:
         """Cluster name of one label on each wheel, None where it is not on it."""
         form = self._vocabulary("strict")[label.lower()]
-        if form == self._unknown:
+        if form >= self._unknown:
             return (None,) * len(self.names)
         indices = self.tables.clusters[_level(level), :, form]
         return tuple(self.sectors(w, level)[i] if i >= 0 else None for w, i in enumerate(indices))

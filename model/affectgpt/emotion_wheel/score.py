@@ -27,7 +27,7 @@ class Scores:
     def mean(self, unscored: str = "zero", of: str = "f1") -> np.ndarray:
         """Mean over wheels, float64 [N].
 
-        ``unscored="zero"`` divides by all wheels, so that a reward is never missing; ``"skip"`` averages the scored ones,
+        ``unscored="zero"`` divides by all wheels, so that none is missing; ``"skip"`` averages the scored ones,
         and is NaN where there are none. ``of`` names precision, recall or f1.
         """
         values = getattr(self, of)

@@ -189,16 +189,11 @@ def head_rows(
     *,
     saved: bool = False,
     reference_hidden: Tensor | None = None,
-    keep: bool | None = None,
 ) -> Iterator[tuple[slice, TritonRows | TorchRows]]:
     """Yield `(rows, chunk)`, each chunk's logits over the last one's; `chunk_bytes` bounds all that is `[r, V]`."""
     vocabulary = head.weight.shape[0]
     streams = 1 if reference_hidden is None else 2
-    copies = streams
-    if options.backend == "torch":  # TorchRows keeps z beside exp(z)
-        keep = options.entropy if keep is None else keep
-        copies += keep or streams == 2 or options.transform.softcap is not None
-    row_bytes = vocabulary * head.accumulator.itemsize * copies
+    row_bytes = vocabulary * head.accumulator.itemsize * streams
     buffer = None
     for rows in row_chunks(hidden.shape[0], row_bytes, hidden.device, options.chunk_bytes):
         count = rows.stop - rows.start

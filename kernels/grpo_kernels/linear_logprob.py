@@ -93,7 +93,6 @@ class _LinearLogprob(torch.autograd.Function):
                 ctx.options,
                 saved=True,
                 reference_hidden=reference_hidden,
-                keep=grad_entropy is not None,
             ):
                 gradients.add(rows, *chunk.gradient_(*(None if g is None else g[rows] for g in upstream)))
         return *gradients.results(), None, None, None

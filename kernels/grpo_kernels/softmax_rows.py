@@ -14,6 +14,7 @@ from a margin of some 15 nats in float32. Both terms of H are ≥ 0 and free of 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,6 +26,9 @@ from torch import Tensor
 from grpo_kernels.backend import Backend
 from grpo_kernels.interpreter import interpreted
 from grpo_kernels.token_loss import LossConfig, LossInputs, expm1, log1p, token_loss_slope
+
+BLOCK_BYTES = 1 << 20
+"""Rows that plain torch works on at a time: half a core's second-level cache, the other half for a copy."""
 
 
 class Transform(NamedTuple):
@@ -226,13 +230,13 @@ def softmax_rows_kernel(
             raw = tl.load(z_row + v, live, other=-1e30).to(tl.float32)
             z = transform_logits(raw, inverse_temperature, softcap, SOFTCAP)
             logp = (z - row_max) - log_sum
-            bracket = -g_logprob - g_entropy * (logp + entropy)
+            bracket = -g_entropy * (logp + entropy)
             if UPSTREAM_KL:
                 q = _load(q_row + v, live, inverse_temperature, softcap, SOFTCAP)
                 bracket += g_kl * (logp - (q - reference_lse) - kl)
-            dz = tl.exp(logp) * bracket
+            p = tl.exp(logp)
             # at the target, −g p and +g join to g (1 − p), which is not formed by subtraction
-            dz = tl.where(v == y, tl.exp(logp) * (bracket + g_logprob) + g_logprob * one_minus_p, dz)
+            dz = tl.where(v == y, p * bracket + g_logprob * one_minus_p, p * (bracket - g_logprob))
             if SOFTCAP:
                 tanh = z / (softcap * inverse_temperature)
                 dz *= 1.0 - tanh * tanh
@@ -394,8 +398,8 @@ class TritonRows:
 class TorchRows:
     """`TritonRows` in plain torch: the same arguments and methods.
 
-    Without `out` the logits are overwritten by exp(z − m), and that by the gradient; with `out` a copy is. z − m is
-    kept beside it only where something needs it (entropy, KL, the softcap's derivative).
+    Without `out` the logits are overwritten by exp(z − m), and that by the gradient; with `out` a copy is. All
+    element-wise work goes block by block of rows that stay in a core's cache.
     """
 
     def __init__(
@@ -410,39 +414,39 @@ class TorchRows:
         out: Tensor | None = None,
     ):
         self.targets = targets.long()[:, None]
-        self.transform, self.stats, self.saved, self.reference_logits = transform, stats, saved, reference_logits
-        self.out = out
+        self.transform, self.stats, self.out = transform, stats, out
         self.exp = logits.to(stats.logprob.dtype, copy=out is not None)  # becomes exp(z − m)
-        self.ready = False
-        self.z = None
-        self.log_ratio = None
+        self.log_ratio = reference_logits  # becomes log p − log q
+        self.others = self.exp.new_empty(self.exp.shape[0], 1)
+        self.saved, self.ready = saved, False
 
     def statistics_(self) -> None:
         """Fill `stats`."""
+        for rows in self._blocks():
+            stats, targets, x = self.stats.rows(rows), self.targets[rows], self.transform(self.exp[rows])
+            row_max = x.amax(1, keepdim=True)
+            x.sub_(row_max)
+            target_z = x.gather(1, targets)
+            # a logit of −∞ has p = 0, and 0·z must be 0
+            z = x.clone().clamp_(min=-1e30) if stats.entropy is not None or stats.kl is not None else None
+            x.exp_()
+            target_exp = x.gather(1, targets)
+            others = torch.sum(x.scatter_(1, targets, 0.0), 1, keepdim=True, out=self.others[rows])
+            x.scatter_(1, targets, target_exp)
+            total = others + target_exp
+            log_sum = total.log()
+            gap = others.log() - target_z
+            stats.row_max.copy_(row_max[:, 0])
+            stats.log_sum.copy_(log_sum[:, 0])
+            stats.logprob.copy_((-(gap.clamp(min=0.0) + torch.log1p(torch.exp(-gap.abs()))))[:, 0])
+            if stats.kl is not None:
+                reference = self.transform(self.log_ratio[rows])
+                stats.reference_lse.copy_(reference.logsumexp(1))
+                log_ratio = self._take_log_ratio(rows, z)
+                stats.kl.copy_((x * log_ratio).sum(1) / total[:, 0])
+            if stats.entropy is not None:
+                stats.entropy.copy_(stats.log_sum - z.mul_(x).sum(1) / total[:, 0])
         self.ready = True
-        stats = self.stats
-        z = self.transform(self.exp)
-        row_max = z.amax(1, keepdim=True)
-        z.sub_(row_max)
-        target_z = z.gather(1, self.targets)
-        self._exponentiate(keep=stats.entropy is not None or stats.kl is not None)
-        target_exp = self.exp.gather(1, self.targets)
-        self.exp.scatter_(1, self.targets, 0.0)
-        self.others = self.exp.sum(1, keepdim=True)
-        self.exp.scatter_(1, self.targets, target_exp)
-        self.sum = self.others + target_exp
-        self.log_sum = self.sum.log()
-        stats.row_max.copy_(row_max[:, 0])
-        stats.log_sum.copy_(self.log_sum[:, 0])
-        gap = self.others.log() - target_z
-        stats.logprob.copy_((-(gap.clamp(min=0.0) + torch.log1p(torch.exp(-gap.abs()))))[:, 0])
-        if stats.entropy is not None:
-            torch.sub(stats.log_sum, torch.linalg.vecdot(self.exp, self.z) / self.sum[:, 0], out=stats.entropy)
-        if stats.kl is not None:
-            reference = self.transform(self.reference_logits)
-            stats.reference_lse.copy_(reference.logsumexp(1))
-            self._take_log_ratio(reference)
-            torch.div(torch.linalg.vecdot(self.exp, self.log_ratio), self.sum[:, 0], out=stats.kl)
 
     def gradient_(
         self, grad_logprob: Tensor | None, grad_entropy: Tensor | None = None, grad_kl: Tensor | None = None
@@ -452,32 +456,19 @@ class TorchRows:
         Over the logits, the row factor c is left out of g: the GEMMs that follow take it for the price of `[r, H]`.
         """
         if self.saved:
-            self._restore(keep=grad_entropy is not None or grad_kl is not None)
-            if grad_kl is not None:
-                self._take_log_ratio(self.transform(self.reference_logits))
+            self._restore(grad_kl is not None)
         elif not self.ready:
             self.statistics_()
-        grad_logprob = torch.ones_like(self.sum) if grad_logprob is None else grad_logprob[:, None]
-        if grad_entropy is None and grad_kl is None:
+        inverse_sum = torch.exp(-self.stats.log_sum)[:, None] / self.transform.temperature
+        upstream = torch.ones_like(inverse_sum) if grad_logprob is None else grad_logprob[:, None]
+        plain = grad_entropy is None and grad_kl is None
+        if plain and self.transform.softcap is None:
             self.exp.scatter_(1, self.targets, -self.others)
-            factor = -grad_logprob / self.sum
+            factor = -upstream * inverse_sum
         else:
-            z = self.z if self.transform.softcap is None else self.z.clone()
-            slope = torch.zeros_like(self.sum) if grad_entropy is None else -grad_entropy[:, None]
-            offset = -grad_logprob
-            if grad_entropy is not None:
-                offset = offset + slope * (self.stats.entropy[:, None] - self.log_sum)
-            bracket = z.mul_(slope).add_(offset)
-            if grad_kl is not None:
-                bracket.addcmul_(self.log_ratio.sub_(self.stats.kl[:, None]), grad_kl[:, None])
-            # at the target, −g p and +g join to g (1 − p), which is not formed by subtraction
-            bracket.scatter_add_(1, self.targets, grad_logprob)
-            self.exp.mul_(bracket).scatter_add_(1, self.targets, grad_logprob * self.others)
-            factor = 1.0 / self.sum
-        if self.transform.softcap is not None:
-            tanh = self.z.add_(self.stats.row_max[:, None]).mul_(self.transform.temperature / self.transform.softcap)
-            self.exp.mul_(tanh.square_().neg_().add_(1.0))
-        factor = factor / self.transform.temperature
+            for rows in self._blocks():
+                self._gradient_block(rows, upstream[rows], grad_entropy, grad_kl)
+            factor = inverse_sum
         if self.out is None:
             return self.exp, factor[:, 0]
         self.out.copy_(self.exp.mul_(factor))
@@ -488,22 +479,52 @@ class TorchRows:
         self.statistics_()
         return self.gradient_(*inputs.slopes(self.stats.logprob, self.stats.entropy))
 
-    def _exponentiate(self, keep: bool) -> None:
-        if keep or self.transform.softcap is not None:
-            self.z = self.exp.clone().clamp_(min=-1e30)  # a logit of −∞ has p = 0, and 0·z must be 0
-        self.exp.exp_()
+    def _gradient_block(
+        self, rows: slice, grad_logprob: Tensor, grad_entropy: Tensor | None, grad_kl: Tensor | None
+    ) -> None:
+        """Turn exp(z − m) into s times the gradient in z (in the raw logits, softcap included, but for temperature)."""
+        stats, targets, x = self.stats.rows(rows), self.targets[rows], self.exp[rows]
+        z = x.log().clamp_(min=-1e30)  # where exp(z − m) has underflowed, p is 0 and z does not matter
+        bend = None
+        if self.transform.softcap is not None:
+            tanh = (z + stats.row_max[:, None]).mul_(self.transform.temperature / self.transform.softcap)
+            bend = tanh.square_().neg_().add_(1.0)
+        if grad_entropy is None:
+            bracket = z.zero_()
+        else:
+            slope = -grad_entropy[rows, None]
+            bracket = z.add_((stats.entropy - stats.log_sum)[:, None]).mul_(slope)
+        if grad_kl is not None:
+            bracket.addcmul_(self.log_ratio[rows] - stats.kl[:, None], grad_kl[rows, None])
+        # at the target, −g p and +g join to g (1 − p), which is not formed by subtraction
+        at_target = bracket.gather(1, targets)
+        bracket.sub_(grad_logprob).scatter_(1, targets, at_target)
+        x.mul_(bracket).scatter_add_(1, targets, grad_logprob * self.others[rows])
+        if bend is not None:
+            x.mul_(bend)
 
-    def _restore(self, keep: bool) -> None:
-        self.transform(self.exp).sub_(self.stats.row_max[:, None])
-        self._exponentiate(keep)
-        self.log_sum = self.stats.log_sum[:, None]
-        self.sum = self.log_sum.exp()
-        self.others = -torch.expm1(self.stats.logprob)[:, None] * self.sum
+    def _restore(self, kl: bool) -> None:
+        """exp(z − m), and log p − log q, from saved statistics."""
+        for rows in self._blocks():
+            x = self.transform(self.exp[rows]).sub_(self.stats.row_max[rows, None])
+            if kl:
+                self.transform(self.log_ratio[rows])
+                self._take_log_ratio(rows, x.clamp(min=-1e30))
+            x.exp_()
+        torch.mul(torch.expm1(self.stats.logprob).neg_(), self.stats.log_sum.exp(), out=self.others[:, 0])
 
-    def _take_log_ratio(self, reference: Tensor) -> None:
-        """log p − log q, over the reference logits."""
-        reference.sub_(self.stats.reference_lse[:, None]).clamp_(min=-1e30)
-        self.log_ratio = torch.sub(self.z, reference, out=reference).sub_(self.log_sum)
+    def _take_log_ratio(self, rows: slice, z: Tensor) -> Tensor:
+        """log p − log q, over the transformed reference logits."""
+        reference, stats = self.log_ratio[rows], self.stats.rows(rows)
+        reference.sub_(stats.reference_lse[:, None]).clamp_(min=-1e30)
+        return torch.sub(z, reference, out=reference).sub_(stats.log_sum[:, None])
+
+    def _blocks(self) -> Iterator[slice]:
+        count, vocabulary = self.exp.shape
+        size = max(1, BLOCK_BYTES // max(1, vocabulary * self.exp.element_size()))
+        if self.exp.is_cuda:
+            size = count
+        return (slice(start, min(start + size, count)) for start in range(0, count, max(1, size)))
 
 
 def make_rows(backend: Backend, *arguments, **options) -> TritonRows | TorchRows:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from grpo_kernels import linear_logprob
 from grpo_kernels.interpreter import interpret
+from grpo_kernels.softmax_rows import RowStatistics, Transform, TritonRows
 
 OUTPUTS = ("logprob", "entropy", "kl")
 
@@ -267,3 +273,106 @@ def compare_bits(hidden, weight, targets, backend):
     got = linear_logprob(*leaves, targets, entropy=True, backend=backend, chunk_bytes=2000)
     (got.logprob.sum() + got.entropy.sum()).backward()
     return got.logprob.detach(), got.entropy.detach(), *(leaf.grad for leaf in leaves)
+
+
+@pytest.mark.parametrize("upstream", [("grad_logprob",), ("grad_entropy",), ("grad_logprob", "grad_entropy")], ids=str)
+def test_row_gradient_in_the_front_of_its_float32_row(upstream):
+    """The bfloat16 gradient of a row overlaps float32 logits of the same row that are still to be read."""
+    T, V, stride = 5, 131, 136
+    g = torch.Generator().manual_seed(0)
+    memory = torch.full((T, stride), float("nan"))
+    memory[:, :V] = torch.randn(T, V, generator=g) * 3
+    logits, targets = memory[:, :V].clone().double().requires_grad_(), torch.randint(V, (T,), generator=g)
+    logp = torch.log_softmax(logits / 0.7, -1)
+    want = {"grad_logprob": logp.gather(1, targets[:, None])[:, 0], "grad_entropy": -(logp.exp() * logp).sum(-1)}
+    factors = {name: torch.randn(T, generator=g) for name in upstream}
+    sum((want[name] * factor.double()).sum() for name, factor in factors.items()).backward()
+    stats = RowStatistics.empty(T, memory.device, torch.float32, entropy=True, kl=False)
+    out = memory.view(torch.bfloat16)[:, :V]
+    with interpret():
+        rows = TritonRows(memory[:, :V], targets, Transform(0.7), stats, out=out)
+        rows.gradient_(**{"grad_logprob": torch.zeros(T)} | factors)
+    assert relative(out, logits.grad) < 2e-3
+    assert (stats.logprob - want["grad_logprob"]).abs().max() < 1e-5
+
+
+def test_row_offsets_pass_32_bits():
+    """T·V exceeds 2³¹ at T = 14,123 for V = 152,064; here two rows lie so far apart (in untouched, unreal memory)."""
+    V, stride = 70, 2**31
+    logits = torch.empty(stride + V, dtype=torch.bfloat16).as_strided((2, V), (stride, 1))
+    logits.copy_(torch.randn(2, V))
+    targets = torch.tensor([3, 4])
+    want = torch.log_softmax(logits.double(), -1).gather(1, targets[:, None])[:, 0]
+    stats = RowStatistics.empty(2, logits.device, torch.float32, entropy=False, kl=False)
+    with interpret():
+        TritonRows(logits, targets, Transform(), stats).statistics_()
+    assert (stats.logprob - want).abs().max() < 1e-6
+
+
+def test_target_out_of_range_on_a_gpu_is_nan_not_another_rows_logit():
+    stats = RowStatistics.empty(2, torch.device("cpu"), torch.float32, entropy=False, kl=False)
+    with interpret():
+        TritonRows(torch.randn(2, 70), torch.tensor([-100, 3]), Transform(), stats).statistics_()
+    assert stats.logprob.isnan().tolist() == [True, False]
+
+
+def test_no_more_logits_than_chunk_bytes_at_a_time():
+    hidden, weight, targets, *_ = make(64, 16, 500)
+    leaves = [x.requires_grad_() for x in (hidden, weight)]
+    for entropy in (False, True):
+        with LargestTensor() as largest:
+            got = linear_logprob(*leaves, targets, entropy=entropy, chunk_bytes=16_000)
+            (got.logprob.sum() + (got.entropy.sum() if entropy else 0)).backward()
+        assert largest.elements * 4 <= max(16_000, weight.numel() * 4)
+
+
+class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
+    """Remembers the largest tensor that any operation gave."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        if isinstance(result, torch.Tensor):
+            self.elements = max(self.elements, result.untyped_storage().nbytes() // 4)
+        return result
+
+
+def test_operands_keep_their_precision_under_autocast():
+    hidden, weight, targets, *_ = make(12, 16, 70)
+    straight = compare_bits(hidden, weight, targets, None)
+    leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+    with torch.autocast("cpu", torch.bfloat16):
+        got = linear_logprob(*leaves, targets, entropy=True, chunk_bytes=2000)
+        (got.logprob.sum() + got.entropy.sum()).backward()
+    assert torch.equal(got.logprob, straight[0])
+    assert all(torch.equal(leaf.grad, want) for leaf, want in zip(leaves, straight[2:], strict=True))
+
+
+def test_checkpointing_and_compile_change_nothing():
+    hidden, weight, targets, *_ = make(12, 16, 70)
+
+    def head(h, w):
+        got = linear_logprob(torch.sin(h), w, targets, entropy=True, chunk_bytes=2000)
+        return got.logprob.sum() + got.entropy.sum()
+
+    results = []
+    compiled = torch.compile(head, backend="eager")
+    for run in (head, lambda h, w: checkpoint(head, h, w, use_reentrant=False), compiled):
+        leaves = [torch.arcsin(hidden.clamp(-0.9, 0.9)).requires_grad_(), weight.clone().requires_grad_()]
+        run(*leaves).backward()
+        results.append([leaf.grad for leaf in leaves])
+    assert all(torch.equal(a, b) for result in results[1:] for a, b in zip(result, results[0], strict=True))
+
+
+def test_environment_variable_runs_kernels_in_the_interpreter():
+    program = (
+        "import torch, grpo_kernels as k\n"
+        "h, w, y = torch.randn(3, 8).bfloat16(), torch.randn(70, 8).bfloat16(), torch.tensor([1, 2, 3])\n"
+        "a, b = (k.linear_logprob(h, w, y, backend=n).logprob for n in ('triton', 'torch'))\n"
+        "assert (a - b).abs().max() < 1e-5 and k.interpreted()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

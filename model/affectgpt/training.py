@@ -237,8 +237,8 @@ _MAY_CHANGE = ("max_steps", "eval_steps", "save_steps", "keep_checkpoints", "res
 def open_run(config: TaskConfig, dist: Distributed) -> None:
     """Make the run's folder and write its config; a finished run, or one of another config, is moved aside first.
 
-    It goes to `<name>.previous` (what was there before is removed), so a run continues only its own progress. A run that
-    is longer, or saves at other steps, than the one it finds unfinished is still the same.
+    It goes to `<name>.previous` (what was there before is removed), so a run continues only its own progress. A run
+    that is longer, or saves at other steps, than the one it finds unfinished is still the same.
     """
     folder = config.run.folder
     written = folder / "config.yaml"
@@ -277,6 +277,6 @@ def _with_synthetic_parts(config: TaskConfig, dist: Distributed) -> TaskConfig:
             synthetic.make_tiny_models(home / "models", seed=config.run.seed)
     barrier(dist)
     if model.path is None and model.llm is None:
-        tiny = synthetic.tiny_models(home / "models")
+        tiny = synthetic.make_tiny_models(home / "models", seed=config.run.seed)  # made above: finds them
         model = replace(model, llm=tiny.llm, visual_encoder=tiny.visual, audio_encoder=tiny.audio)
     return replace(config, data=replace(config.data, root=root), model=model)

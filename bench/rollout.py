@@ -45,7 +45,7 @@ def make_model(args: argparse.Namespace) -> PreTrainedModel:
     config = Qwen2Config(
         vocab_size=args.vocabulary,
         hidden_size=args.hidden,
-        intermediate_size=4 * args.hidden,
+        intermediate_size=args.intermediate or 4 * args.hidden,
         num_hidden_layers=args.layers,
         num_attention_heads=args.heads,
         num_key_value_heads=args.kv_heads,
@@ -54,7 +54,8 @@ def make_model(args: argparse.Namespace) -> PreTrainedModel:
         eos_token_id=None,
         pad_token_id=0,
     )
-    return Qwen2ForCausalLM(config).eval()
+    with torch.device(args.device):
+        return Qwen2ForCausalLM(config).to(getattr(torch, args.dtype)).eval()
 
 
 def fastest(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -80,13 +81,16 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--kv-heads", type=int, default=2)
     parser.add_argument("--vocabulary", type=int, default=8192)
+    parser.add_argument("--intermediate", type=int, default=0, help="0: four times --hidden")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
     model = make_model(args)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(args.vocabulary, (args.prompts, args.prompt_tokens), generator=generator)
+    ids = torch.randint(args.vocabulary, (args.prompts, args.prompt_tokens), generator=generator).to(args.device)
     prompts = [Prompt(str(n), tuple(row)) for n, row in enumerate(ids.tolist())]
     rollout = RolloutConfig(group_size=args.group_size, max_new_tokens=args.completion_tokens)
     sampler = GroupSampler(Policy(model), NoTokenizer(args.vocabulary))

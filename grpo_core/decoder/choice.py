@@ -80,7 +80,7 @@ class TokenChooser:
 def _inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
     """The first index at which the running sum of weights `[B, V]` passes the share `uniforms` `[B]` of the total.
 
-    First the block of 64 tokens, then the token in it: a running sum over the whole row would cost more than the softmax.
+    First the block of 64 tokens, then the token in it: running sums over the whole row cost more than the softmax.
     """
     size = weights.shape[1]
     whole = size // _BLOCK

@@ -101,18 +101,19 @@ class Rollout:
 
     def _draw_all(self, slots: int) -> None:
         # long prompts first: prompts of like length share the cache, so little of it is padding
-        waiting = [n for n in np.argsort([-len(embed) for embed in self.embeds], kind="stable") if not self._whole()[n]]
-        while waiting or len(self.owner):
-            free = slots - len(np.unique(self.owner // self.rollout.group_size)) if waiting else 0
+        waiting = np.argsort([-len(embed) for embed in self.embeds], kind="stable")
+        waiting = waiting[~self._whole()[waiting]]
+        while len(waiting) or len(self.owner):
+            free = slots - len(np.unique(self.owner // self.rollout.group_size)) if len(waiting) else 0
             if free:
                 with timed(self.timings, "prefill"):
-                    self._admit(np.array(waiting[:free]))
+                    self._admit(waiting[:free])
                 waiting = waiting[free:]
             else:
                 with timed(self.timings, "decode"):
                     self._advance()
             with timed(self.timings, "decode"):
-                self._drop_ended(refill=bool(waiting))
+                self._drop_ended(refill=len(waiting) > 0)
 
     def _admit(self, groups: np.ndarray) -> None:
         """Prefill groups and draw the first token of their rows."""

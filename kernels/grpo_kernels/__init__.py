@@ -1,6 +1,7 @@
 """Fused operations for GRPO: LM-head log-prob, group attention, sampling. Needs torch and triton alone."""
 
 from grpo_kernels.group_attention import group_attention
+from grpo_kernels.group_decode_attention import GroupRows, group_decode_attention, group_decode_attention_reference
 from grpo_kernels.grpo_loss import GRPOLoss, grpo_loss, grpo_loss_reference
 from grpo_kernels.interpreter import interpreted, repair_bfloat16
 from grpo_kernels.linear_grpo_loss import linear_grpo_loss, linear_grpo_loss_reference
@@ -13,10 +14,13 @@ if interpreted():  # TRITON_INTERPRET=1
 
 __all__ = [
     "GRPOLoss",
+    "GroupRows",
     "GroupSpans",
     "LinearLogprob",
     "SelectiveLogprob",
     "group_attention",
+    "group_decode_attention",
+    "group_decode_attention_reference",
     "grpo_loss",
     "grpo_loss_reference",
     "linear_grpo_loss",

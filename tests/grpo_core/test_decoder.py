@@ -238,9 +238,11 @@ def test_every_end_token_of_the_generation_config_ends():
     assert np.flatnonzero(end).tolist() == [1, 7, 9]  # 1 is the tokenizer's
 
 
-def sample(lm, lengths=(5, 1, 17, 9, 30, 2), **options):
+def sample(lm, lengths=(5, 1, 17, 9, 30, 2), memory_budget=None, **options):
     rollout = RolloutConfig(**({"group_size": 3, "max_new_tokens": 25} | options))
-    groups = GroupSampler(Policy(lm), CharTokenizer()).sample(make_prompts(lengths), rollout)
+    sampler = GroupSampler(Policy(lm), CharTokenizer(), memory_budget=memory_budget)
+    groups = sampler.sample(make_prompts(lengths), rollout)
+    assert memory_budget is None or 1 < sampler.timings["slots"] < len(lengths)
     return [[completion.token_ids for completion in group.completions] for group in groups]
 
 
@@ -256,6 +258,7 @@ def test_reading_tokens_back_every_few_steps_changes_nothing(monkeypatch):
 
     monkeypatch.setattr(Rollout, "__init__", eight_steps)
     assert sample(lm, repetition_penalty=1.3) == expected
+    assert sample(lm, repetition_penalty=1.3, memory_budget=200_000) == expected
 
 
 def test_prompts_prefilled_in_pieces_give_the_same_completions(monkeypatch):

@@ -1,4 +1,4 @@
-"""What a predictor can score on the held-out clips: the best constant answer, another annotator panel, the best possible."""
+"""What can be scored on the held-out clips: by a constant answer, by other annotators, by the best possible one."""
 
 from __future__ import annotations
 

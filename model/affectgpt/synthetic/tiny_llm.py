@@ -37,8 +37,8 @@ _NO_FEATURES = dict.fromkeys(("frame", "face", "audio"), torch.zeros(1, 1))
 def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer (it can write any text) learnt from prompts and answers, with ChatML's template."""
     plain = _tokenizer(())
-    texts = [plain.decode(prompt) + plain.decode(answer) for prompt, answer in corpus(plain, seed, 600)]
-    words = [f" {word}, {word}" for emotion in EMOTIONS.values() for word in emotion.words]
+    texts = [plain.decode(part) for text in corpus(plain, seed, 600) for part in text]
+    words = [form for emotion in EMOTIONS.values() for word in emotion.words for form in (word, f" {word}")]
     return _tokenizer([*texts, *(words * 5)])
 
 
@@ -59,13 +59,18 @@ def make_llm(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
     return Qwen2ForCausalLM(config)
 
 
-def pretrain(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int, steps: int = 240) -> float:
-    """Next-token training, by turns on full prompts and on short notes; returns the mean loss of the last ten steps.
+def pretrain(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int, steps: int = 360) -> float:
+    """Next-token training, by turns on label lists, notes and full prompts; the mean loss of the last ten steps.
 
     Answers weigh as much as what stands before them.
     """
-    prompts, notes = corpus(tokenizer, seed, 8 * steps // 2), short_notes(tokenizer, seed, 64 * steps // 2)
-    batches = [b for k in range(steps // 2) for b in (notes[64 * k : 64 * k + 64], prompts[8 * k : 8 * k + 8])]
+    lists, notes = short_texts(tokenizer, seed, 64 * steps // 3, 32 * steps // 3)
+    prompts = corpus(tokenizer, seed, 6 * steps // 3)
+    batches = [
+        texts[k * rows : (k + 1) * rows]
+        for k in range(steps // 3)
+        for texts, rows in ((lists, 64), (notes, 32), (prompts, 6))
+    ]
     optimiser = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.05, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, total_steps=len(batches), pct_start=0.1)
     model.train()
@@ -99,18 +104,22 @@ def corpus(tokenizer: PreTrainedTokenizerFast, seed: int, count: int) -> list[tu
     return texts
 
 
-def short_notes(tokenizer: PreTrainedTokenizerFast, seed: int, count: int) -> list[tuple[list[int], list[int]]]:
-    """Brief notes, `cues: labels###`, as token ids: which words go with which cues, and with each other."""
+def short_texts(tokenizer: PreTrainedTokenizerFast, seed: int, lists: int, notes: int) -> tuple[list, list]:
+    """Label lists alone, and notes that lead from cues to labels: which words go with each other, and with which cues.
+
+    Both as `corpus` gives them.
+    """
     texts = []
-    for k in range(count):
+    for k in range(lists + notes):
         rng = np.random.default_rng((seed, 4, k))
         script = write_script(f"note_{k}", rng, (0,))
-        words = _in_words(script)
-        cues = f"<Audio>{words['<AudioHere>']}</Audio>. <Video>{words['<FaceHere>']}</Video>. "
-        cues += f"<Subtitle>{script.subtitle}</Subtitle>."
-        answer = f" {', '.join(script.labels)}###" if k % 2 else f" {script.reason}###"
-        texts.append((tokenizer(cues)["input_ids"], tokenizer(answer)["input_ids"]))
-    return texts
+        cues = "###"
+        if k >= lists:
+            words = _in_words(script)
+            cues = f"<Audio>{words['<AudioHere>']}</Audio>. <Video>{words['<FaceHere>']}</Video>. "
+            cues += f"<Subtitle>{script.subtitle}</Subtitle>. ###Assistant: "
+        texts.append((tokenizer(cues)["input_ids"], tokenizer(f"{', '.join(script.labels)}###")["input_ids"]))
+    return texts[:lists], texts[lists:]
 
 
 def _in_words(script: Script) -> dict[str, str]:
@@ -131,7 +140,8 @@ def _next_token_loss(model: Qwen2ForCausalLM, texts: list[tuple[list[int], list[
         part[row, : len(prompt)], part[row, len(prompt) : len(prompt) + len(answer)] = 1, 2
     logits = model(input_ids=ids, attention_mask=(part > 0).long()).logits[:, :-1]
     losses = nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-    return losses[part[:, 1:] == 1].mean() + losses[part[:, 1:] == 2].mean()
+    chosen = [(part[:, 1:] == which).float() for which in (1, 2)]
+    return sum((losses * mask).sum() / mask.sum().clamp(min=1) for mask in chosen)
 
 
 def _with_placeholders(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:

@@ -88,7 +88,7 @@ def tiny_hubert() -> HubertModel:
     return model
 
 
-def teach_clip(model: CLIPVisionModelWithProjection, seed: int, images: int = 6144, epochs: int = 8) -> float:
+def teach_clip(model: CLIPVisionModelWithProjection, seed: int, images: int = 4096, epochs: int = 8) -> float:
     """Teach `image_embeds` to hold the expression parameters linearly; returns the last epoch's unexplained variance.
 
     The patch projection starts as the whitened principal components of patches.
@@ -115,7 +115,7 @@ def teach_clip(model: CLIPVisionModelWithProjection, seed: int, images: int = 61
     return loss
 
 
-def teach_hubert(model: HubertModel, seed: int, utterances: int = 1024, epochs: int = 7) -> float:
+def teach_hubert(model: HubertModel, seed: int, utterances: int = 768, epochs: int = 8) -> float:
     """Teach the mean over time of the last four hidden states to hold the voicing parameters linearly.
 
     Returns the last epoch's unexplained variance. The filter bank is not trained, so its output is computed once.

@@ -4,8 +4,27 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from grpo_core.losses import clipped_surrogate, kl_penalty, token_weights
+from grpo_core.losses import (
+    LOSS_TYPES,
+    clipped_surrogate,
+    completion_kl,
+    entropy_bonus,
+    entropy_histogram,
+    entropy_threshold,
+    importance_ratio,
+    kl_penalty,
+    off_policy_mask,
+    policy_loss,
+    sampler_correction,
+    token_weights,
+)
+
+LENGTHS = [7, 0, 1, 23, 12, 4]  # a completion without tokens among them
+INDEX = torch.arange(len(LENGTHS)).repeat_interleave(torch.tensor(LENGTHS))
+TOTALS = {"total_completions": len(LENGTHS), "total_tokens": sum(LENGTHS), "max_length": 30}
 
 
 def random_tokens(count: int = 200, seed: int = 0):
@@ -14,6 +33,12 @@ def random_tokens(count: int = 200, seed: int = 0):
     logprob = old + 0.6 * torch.randn(count, generator=generator, dtype=torch.float64)
     advantages = torch.randn(count, generator=generator, dtype=torch.float64)
     return logprob.requires_grad_(), old, advantages
+
+
+def random_completions(seed: int = 0):
+    """Tokens of `LENGTHS`, with one advantage for each completion."""
+    logprob, old, advantages = random_tokens(len(INDEX), seed)
+    return logprob, old, advantages[: len(LENGTHS)][INDEX]
 
 
 @pytest.mark.parametrize("delta", [None, 1.6])
@@ -31,6 +56,16 @@ def test_surrogate_is_the_clipped_minimum(low, high, delta):
         assert result.clipped_high[t].item() == (ratio > 1 + high and advantage > 0)
 
 
+def test_delta_above_the_clip_range_is_dual_clip():
+    logprob, old, advantages = random_tokens()
+    ratio = (logprob - old).exp().detach()
+    ordinary = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.28) * advantages)
+    dual = torch.where(advantages < 0, torch.maximum(ordinary, 1.6 * advantages), ordinary)
+    result = clipped_surrogate(logprob, old, advantages, clip_low=0.2, clip_high=0.28, delta=1.6)
+    assert (dual != ordinary).any()
+    torch.testing.assert_close(result.loss.detach(), -dual, atol=1e-12, rtol=0)
+
+
 def test_a_clipped_token_gives_no_gradient_and_a_free_one_gives_ratio_times_advantage():
     logprob, old, advantages = random_tokens()
     result = clipped_surrogate(logprob, old, advantages)
@@ -41,12 +76,103 @@ def test_a_clipped_token_gives_no_gradient_and_a_free_one_gives_ratio_times_adva
     torch.testing.assert_close(logprob.grad[~clipped], -(result.ratio * advantages)[~clipped])
 
 
-def test_on_policy_the_ratio_is_one_and_nothing_is_clipped():
-    logprob, _, advantages = random_tokens()
-    result = clipped_surrogate(logprob, logprob.detach(), advantages)
+def written_out(name: str, logprob: list[float], old: list[float], advantages: list[float], options: dict):
+    """(loss, gradient) of `Σ weight · loss` over `LENGTHS`, in Python floats: each derivative by the chain rule."""
+    total, gradient = 0.0, [0.0] * len(logprob)
+    sequences = {"gspo", "luspo"}
+    start = 0
+    for length in LENGTHS:
+        tokens = range(start, start + length)
+        start += length
+        mean = sum(logprob[t] - old[t] for t in tokens) / length if length else 0.0
+        for t in tokens:
+            a = advantages[t]
+            r = math.exp(mean if name in sequences or name == "gspo_token" else logprob[t] - old[t])
+            if name == "cispo":
+                weight = min(r, options["cispo_cap"])
+                loss, by_logprob = -weight * a * logprob[t], -weight * a
+            elif name == "sapo":
+                tau = options["sapo_temperatures"][0 if a > 0 else 1]
+                gate = 1 / (1 + math.exp(-tau * (r - 1)))
+                loss, by_logprob = -4 / tau * gate * a, -4 * gate * (1 - gate) * a * r
+            else:
+                low, high = 1 - options["clip_low"], 1 + options["clip_high"]
+                loss = -min(r * a, max(low, min(r, high)) * a)
+                by_logprob = 0.0 if (a > 0 and r > high) or (a < 0 and r < low) else -r * a
+            w = {
+                "grpo": 1 / (len(LENGTHS) * length),
+                "dr_grpo": 1 / (len(LENGTHS) * 30),
+                "luspo": 1 / len(LENGTHS),
+                **dict.fromkeys(("bnpo", "dapo", "cispo"), 1 / sum(LENGTHS)),
+                **dict.fromkeys(("gspo", "gspo_token", "sapo"), 1 / (len(LENGTHS) * length)),
+            }[name]
+            total += w * loss
+            for s in tokens if name in sequences else (t,):  # a sequence's ratio moves with each of its tokens
+                gradient[s] += w * by_logprob / (length if name in sequences else 1)
+    return total, gradient
+
+
+@pytest.mark.parametrize("name", LOSS_TYPES)
+def test_loss_and_gradient_are_the_written_out_ones(name):
+    logprob, old, advantages = random_completions()
+    options = {"clip_low": 0.1, "clip_high": 0.15, "cispo_cap": 1.3, "sapo_temperatures": (1.0, 1.4)}
+    result = policy_loss(name, logprob, old, advantages, INDEX, len(LENGTHS), **options)
+    weights = token_weights(torch.tensor(LENGTHS), INDEX, name, **TOTALS).double()
+    loss = (weights * result.loss).sum()
+    loss.backward()
+    expected, gradient = written_out(name, logprob.tolist(), old.tolist(), advantages.tolist(), options)
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+    torch.testing.assert_close(logprob.grad, torch.tensor(gradient, dtype=torch.float64), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", LOSS_TYPES)
+def test_on_policy_every_ratio_is_one_and_nothing_is_clipped(name):
+    logprob, _, advantages = random_completions()
+    result = policy_loss(name, logprob, logprob.detach(), advantages, INDEX, len(LENGTHS))
     assert (result.ratio == 1).all()
     assert not result.clipped_low.any()
     assert not result.clipped_high.any()
+    result.loss.sum().backward()  # and the first step is the plain policy gradient, whatever the loss type
+    torch.testing.assert_close(logprob.grad, -advantages)
+
+
+def test_cispo_caps_the_weight_at_the_cap_itself_and_keeps_the_gradient():
+    logprob, old, advantages = random_completions()
+    result = policy_loss("cispo", logprob, old, advantages, INDEX, len(LENGTHS), cispo_cap=1.5)
+    result.loss.sum().backward()
+    capped = result.ratio > 1.5
+    assert capped.any()
+    torch.testing.assert_close(logprob.grad[capped], -1.5 * advantages[capped])
+
+
+def test_gspo_clips_whole_completions_and_gspo_token_agrees_in_value():
+    logprob, old, advantages = random_completions()
+    options = {"clip_low": 3e-4, "clip_high": 4e-4}
+    sequence = policy_loss("gspo", logprob, old, advantages, INDEX, len(LENGTHS), **options)
+    token = policy_loss("gspo_token", logprob, old, advantages, INDEX, len(LENGTHS), **options)
+    torch.testing.assert_close(sequence.loss, token.loss)
+    clipped = sequence.clipped_low | sequence.clipped_high
+    for i in INDEX.unique():
+        assert clipped[INDEX.eq(i)].float().mean() in (0, 1)
+
+
+def test_a_micro_batch_at_a_time_the_losses_add_up_to_the_whole():
+    logprob, old, advantages = random_completions()
+    lengths = torch.tensor(LENGTHS)
+    for name in LOSS_TYPES:
+
+        def loss(keep, name=name):
+            tokens = torch.isin(INDEX, keep)
+            index = torch.searchsorted(keep, INDEX[tokens])
+            parts = (x[tokens] for x in (logprob, old, advantages))
+            weights = token_weights(lengths[keep], index, name, **TOTALS)
+            return (weights * policy_loss(name, *parts, index, len(keep)).loss).sum()
+
+        whole = loss(torch.arange(6))
+        torch.testing.assert_close(loss(torch.tensor([0, 1, 2])) + loss(torch.tensor([3, 4, 5])), whole)
+
+
+# --- KL ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
@@ -63,11 +189,38 @@ def test_k3_is_never_negative_and_exactly_zero_for_equal_policies():
     assert (kl_penalty(logprob.float(), logprob.detach().float()) == 0).all()
 
 
-def test_k3_mean_over_the_policys_own_samples_is_the_kl():
-    policy = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
-    reference = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
-    exact = (policy * (policy / reference).log()).sum()
-    torch.testing.assert_close((policy * kl_penalty(policy.log(), reference.log())).sum(), exact)
+def test_gradients_of_kl_estimators_in_the_mean():
+    """Over all tokens of a small vocabulary: what a penalty pulls towards, on samples of another policy `old`."""
+    logits = torch.tensor([0.4, -0.3, 1.1], dtype=torch.float64, requires_grad=True)
+    policy, reference, old = logits.softmax(0), torch.tensor([0.2, 0.5, 0.3]).double(), torch.tensor([0.3, 0.4, 0.3])
+    logp = policy.log()
+    (reverse,) = torch.autograd.grad((policy * (policy / reference).log()).sum(), logits, retain_graph=True)
+    (forward,) = torch.autograd.grad((reference * (reference / policy).log()).sum(), logits, retain_graph=True)
+
+    def gradient(estimator, sampled_from, ratio=None):
+        penalty = kl_penalty(logp, reference.log(), estimator, ratio)
+        return torch.autograd.grad((sampled_from.detach() * penalty).sum(), logits, retain_graph=True)[0]
+
+    torch.testing.assert_close(gradient("k1", policy), torch.zeros_like(reverse), atol=1e-12, rtol=0)
+    torch.testing.assert_close(gradient("k2", policy), reverse)
+    torch.testing.assert_close(gradient("k3", policy), forward)
+    ratio = importance_ratio(logp, old.double().log(), torch.arange(3), 3)
+    torch.testing.assert_close(gradient("k3", old.double(), ratio), reverse)
+    value = (old.double() * kl_penalty(logp, reference.log(), "k3", ratio)).sum()
+    torch.testing.assert_close(value, (policy * (policy / reference).log()).sum())
+
+
+def test_a_completions_kl_is_the_sum_over_its_tokens():
+    logprob, reference, _ = random_completions()
+    for estimator in ("k1", "k2", "k3"):
+        by_token = kl_penalty(logprob, reference, estimator).detach().split(LENGTHS)
+        expected = torch.stack([tokens.sum() for tokens in by_token])
+        result = completion_kl(logprob, reference, INDEX, len(LENGTHS), estimator)
+        assert not result.requires_grad
+        torch.testing.assert_close(result, expected)
+
+
+# --- weights -----------------------------------------------------------------------------------------------------
 
 
 def test_weights_average_by_sequence_by_token_or_by_constant_length():
@@ -78,11 +231,123 @@ def test_weights_average_by_sequence_by_token_or_by_constant_length():
     torch.testing.assert_close(grpo, torch.tensor([1 / 12, 1 / 12, 1 / 18, 1 / 18, 1 / 18]))
     assert (token_weights(lengths, index, "dapo", **totals) == torch.tensor(1 / 20)).all()
     assert (token_weights(lengths, index, "dr_grpo", **totals) == torch.tensor(1 / 48)).all()
+    assert (token_weights(lengths, index, "luspo", **totals) == torch.tensor(1 / 6)).all()
+
+
+def test_a_masked_completion_weighs_nothing():
+    lengths, index = torch.tensor([2, 3]), torch.tensor([0, 0, 1, 1, 1])
+    for name in LOSS_TYPES:
+        whole = token_weights(lengths, index, name, **TOTALS)
+        masked = token_weights(lengths, index, name, **TOTALS, completion_weights=torch.tensor([True, False]))
+        assert (masked[2:] == 0).all()
+        assert (masked[:2] == whole[:2]).all()
+
+
+def test_a_step_without_tokens_has_finite_weights():
+    for name in LOSS_TYPES:
+        totals = {"total_completions": 2, "total_tokens": 0, "max_length": 4}
+        assert token_weights(torch.zeros(2).long(), torch.zeros(0).long(), name, **totals).shape == (0,)
+
+
+# --- samples of another policy -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("level", ["token", "sequence", "geometric"])
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.4), (0.8, 1.3)])
+def test_sampler_corrections_follow_their_formulas(level, low, high):
+    logprob, sampler, _ = random_completions()
+    truncated = sampler_correction(logprob, sampler, INDEX, len(LENGTHS), f"{level}_truncate", low=low, high=high)
+    masked = sampler_correction(logprob, sampler, INDEX, len(LENGTHS), f"{level}_mask", low=low, high=high)
+    assert not truncated.requires_grad
+    start = 0
+    for length in LENGTHS:
+        differences = [(logprob[t] - sampler[t]).item() for t in range(start, start + length)]
+        for t, difference in enumerate(differences, start):
+            total = sum(differences)
+            weight = math.exp({"token": difference, "sequence": total, "geometric": total / length}[level])
+            assert truncated[t].item() == pytest.approx(min(max(weight, low), high), rel=1e-9)
+            assert masked[t].item() == pytest.approx(weight if low <= weight <= high else 0.0, rel=1e-9)
+        start += length
+    assert (masked == 0).any()
+
+
+def test_a_token_the_sampler_gave_no_logprob_for_counts_as_on_policy():
+    old, sampler = torch.tensor([-1.0, -2.0]), torch.tensor([-1.0, float("nan")])
+    assert (sampler_correction(old, sampler, torch.tensor([0, 0]), 1, "sequence_mask") == 1).all()
+    assert off_policy_mask(old, sampler, torch.tensor([-1.0, -1.0]), torch.tensor([0, 0]), 1, 0.0).all()
+
+
+def test_a_long_unlikely_completion_is_masked_without_overflow():
+    old, sampler = torch.zeros(2000), torch.full((2000,), -1.0)
+    index = torch.zeros(2000).long()
+    assert (sampler_correction(old, sampler, index, 1, "sequence_mask") == 0).all()
+    assert (sampler_correction(old, sampler, index, 1, "sequence_truncate") == 3).all()
+
+
+def test_only_bad_completions_that_became_unlikely_are_dropped():
+    lengths = torch.tensor([2, 2, 2])
+    index = torch.arange(3).repeat_interleave(lengths)
+    sampler = torch.zeros(6)
+    logprob = torch.tensor([-0.9, -0.3, -0.9, -0.3, -0.1, -0.3])  # mean drift 0.6, 0.6, 0.2
+    advantages = torch.tensor([-1.0, 1.0, -1.0])[index]
+    keep = off_policy_mask(logprob, sampler, advantages, index, 3, threshold=0.5)
+    assert keep.tolist() == [False, False, True, True, True, True]
+
+
+# --- entropy -----------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 1000), st.floats(0.01, 1.0), st.integers(1, 400))
+@settings(max_examples=50, deadline=None)
+def test_the_threshold_keeps_the_fraction_of_highest_entropy_to_a_bin(seed, fraction, count):
+    entropy = torch.rand(count, generator=torch.Generator().manual_seed(seed)).pow(4) * 11
+    threshold = entropy_threshold(entropy_histogram(entropy), fraction)
+    kept = entropy >= threshold
+    wanted = math.ceil(fraction * count - 1e-9)
+    assert kept.sum() >= wanted
+    exact = entropy.sort(descending=True).values[wanted - 1]
+    assert threshold <= exact
+    assert threshold >= exact * (1 - 2**-7)
+
+
+def test_the_threshold_does_not_depend_on_how_the_step_is_split():
+    entropy = torch.rand(1000, generator=torch.Generator().manual_seed(0)) * 5
+    whole = entropy_histogram(entropy)
+    split = sum(entropy_histogram(part) for part in entropy.split([300, 1, 699]))
+    assert torch.equal(whole, split)
+    masked = entropy_histogram(entropy, torch.arange(1000) < 300)
+    assert torch.equal(masked, entropy_histogram(entropy[:300]))
+
+
+def test_all_tokens_are_kept_at_fraction_one_and_zero_entropies_are_counted():
+    entropy = torch.tensor([0.0, -0.0, -1e-9, 0.5])
+    histogram = entropy_histogram(entropy)
+    assert histogram.sum() == 4
+    assert histogram[0] == 3
+    assert entropy_threshold(histogram, 1.0) == 0
+
+
+def test_the_bonus_is_the_mean_entropy_over_micro_batches():
+    entropy = torch.rand(10, dtype=torch.float64)
+    mask = torch.arange(10) % 3 > 0
+    parts = [entropy_bonus(e, int(mask.sum()), m) for e, m in zip(entropy.split(4), mask.split(4), strict=True)]
+    torch.testing.assert_close(sum(parts), entropy[mask].mean())
 
 
 def test_unknown_names_list_the_valid_ones():
-    logprob, old, _ = random_tokens(3)
+    logprob, old, advantages = random_tokens(3)
+    index = torch.zeros(3).long()
     with pytest.raises(ValueError, match="k1, k2 or k3"):
         kl_penalty(logprob, old, "k4")
-    with pytest.raises(ValueError, match="grpo, dapo or dr_grpo"):
+    with pytest.raises(ValueError, match="grpo, bnpo, dapo, dr_grpo, gspo, gspo_token, cispo, sapo, luspo"):
         token_weights(torch.tensor([1]), torch.tensor([0]), "ppo", total_completions=1, total_tokens=1, max_length=1)
+    with pytest.raises(ValueError, match="unknown loss type 'ppo'"):
+        policy_loss("ppo", logprob, old, advantages, index, 1)
+    with pytest.raises(ValueError, match="token, sequence, sequence_token"):
+        importance_ratio(logprob, old, index, 1, "word")
+    with pytest.raises(ValueError, match="token_truncate, token_mask"):
+        sampler_correction(logprob, old, index, 1, "tis")
+    with pytest.raises(ValueError, match="0 ≤ low < high"):
+        sampler_correction(logprob, old, index, 1, low=4.0)
+    with pytest.raises(ValueError, match="at most 1"):
+        entropy_threshold(entropy_histogram(old), 1.5)

@@ -1,48 +1,135 @@
-"""Group-relative advantages, pure functions in float64."""
+"""Group-relative advantages, pure functions in float64.
+
+Everywhere, a group's first reward is subtracted before anything else, so equal rewards give exactly 0 whatever their
+value: a residue of rounding would have the same sign for all members and push the whole group. NaN means that a
+completion could not be judged; groups of unequal sizes are rows padded with NaN (`pad_groups`).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 
 STD_EPSILON = 1e-4  # TRL's; it only softens nearly equal rewards, equal ones give exactly 0 below
 
+Scale = Literal["group", "batch", "none"]
+Baseline = Literal["mean", "leave_one_out"]
 
-def group_advantages(rewards: np.ndarray, scale: Literal["group", "none"] = "group") -> np.ndarray:
+
+def group_advantages(
+    rewards: np.ndarray,
+    scale: Scale = "group",
+    baseline: Baseline = "mean",
+    *,
+    batch_std: float | None = None,
+) -> np.ndarray:
     """How much better each completion is than its group: `(r − mean) / (std + 1e-4)` (DeepSeekMath, eq. 3).
 
-    The group's first reward is subtracted before anything else, so equal rewards give exactly 0 whatever their value: a
-    residue of rounding would have the same sign for all members and push the whole group.
-
     Args:
-        rewards: float64 `[N, G]`. NaN means that a completion could not be judged: it is left out of its group's
-            statistics and gets 0.
-        scale: `group` divides by the group's standard deviation (unbiased, as TRL's), `none` only centres (Dr. GRPO).
+        rewards: float64 `[N, G]`. NaN is left out of its group's statistics and gets 0.
+        scale: divide by the standard deviation of the group, or of all rewards of the step (`batch`; arXiv 2508.08221),
+            or only centre (`none`; Dr. GRPO). Standard deviations are unbiased, as TRL's.
+        baseline: `mean` of the group; `leave_one_out`, the mean of the *other* members (RLOO, arXiv 2402.14740), which
+            makes it n / (n − 1) times as much.
+        batch_std: for scale `batch`, the standard deviation over all ranks, `moments_std` of their moments; of these
+            rewards unless given.
 
     Returns:
         float64 `[N, G]`. A group with fewer than two judged members gets 0.
 
     Raises:
-        ValueError: rewards are not two-dimensional, or one is infinite.
+        ValueError: rewards are not two-dimensional, one is infinite, or an unknown scale or baseline.
+    """
+    rewards = _checked(rewards)
+    centred, count = _centred(rewards)
+    if scale == "group":
+        std = np.sqrt((centred**2).sum(axis=1, keepdims=True) / np.maximum(count - 1, 1))
+    elif scale == "batch":
+        std = moments_std(moments(rewards)) if batch_std is None else batch_std
+    elif scale != "none":
+        raise ValueError(f"unknown scale of rewards {scale!r}: choose group, batch or none")
+    if baseline == "leave_one_out":
+        centred = centred * (count / np.maximum(count - 1, 1))
+    elif baseline != "mean":
+        raise ValueError(f"unknown baseline {baseline!r}: choose mean or leave_one_out")
+    return centred if scale == "none" else centred / (std + STD_EPSILON)
+
+
+def combined_advantages(
+    rewards: np.ndarray, weights: Sequence[float], baseline: Baseline = "mean", *, batch_std: float | None = None
+) -> np.ndarray:
+    """GDPO (arXiv 2601.05242): scale each reward within its group, sum by weight, scale over the batch.
+
+    Where rewards differ in spread, their plain sum lets the widest decide; here each counts by its weight. GDPO centres
+    over the batch too, which changes nothing: each group's sum is 0 already.
+
+    Args:
+        rewards: float64 `[K, N, G]`, of K rewards; NaN where one could not judge adds nothing.
+        weights: `[K]`.
+        baseline: as for `group_advantages`.
+        batch_std: standard deviation over all ranks of `weighted_advantages`; of these unless given.
+
+    Returns:
+        float64 `[N, G]`; 0 where no reward could judge.
+    """
+    total = weighted_advantages(rewards, weights, baseline)
+    std = moments_std(moments(total)) if batch_std is None else batch_std
+    return np.nan_to_num(total, nan=0.0) / (std + STD_EPSILON)
+
+
+def weighted_advantages(rewards: np.ndarray, weights: Sequence[float], baseline: Baseline = "mean") -> np.ndarray:
+    """The weighted sum of each reward's own group advantages, float64 `[N, G]`, NaN where no reward could judge.
+
+    Arguments as `combined_advantages`, which scales it over the batch: ranks exchange the `moments` of this.
+
+    Raises:
+        ValueError: rewards are not `[K, N, G]` with a weight each, or as `group_advantages`.
     """
     rewards = np.asarray(rewards, dtype=np.float64)
-    if rewards.ndim != 2:
-        raise ValueError(f"rewards must be [N, G], got shape {rewards.shape}")
-    if np.isinf(rewards).any():
-        raise ValueError(
-            "a reward is infinite: a reward function must return finite numbers, or NaN if it cannot judge"
-        )
-    judged = ~np.isnan(rewards)
-    count = judged.sum(axis=1, keepdims=True)
-    first = np.take_along_axis(rewards, judged.argmax(axis=1)[:, None], axis=1) if rewards.size else rewards[:, :1]
-    shifted = np.where(judged, rewards - first, 0.0)
-    mean = shifted.sum(axis=1, keepdims=True) / np.maximum(count, 1)
-    centred = np.where(judged & (count > 1), shifted - mean, 0.0)
-    if scale == "none":
-        return centred
-    std = np.sqrt((centred**2).sum(axis=1, keepdims=True) / np.maximum(count - 1, 1))
-    return centred / (std + STD_EPSILON)
+    if rewards.ndim != 3 or len(rewards) != len(weights):
+        raise ValueError(f"rewards must be [K, N, G] with K weights, got {rewards.shape} and {len(weights)} weights")
+    total = sum(
+        (weight * group_advantages(own, "group", baseline) for own, weight in zip(rewards, weights, strict=True)),
+        np.zeros(rewards.shape[1:]),
+    )
+    return np.where(np.isnan(rewards).all(axis=0), np.nan, total)
+
+
+def moments(values: np.ndarray) -> np.ndarray:
+    """float64 `[3]`: count, mean, and sum of squared deviations from the mean, of all values that are not NaN.
+
+    What ranks exchange for a standard deviation over all of them (`gather_rows`, then `combine_moments`). Sums of
+    squares alone could be added too, but lose the digits of a small spread at a large mean.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    values = values[~np.isnan(values)]
+    if not values.size:
+        return np.zeros(3)
+    shifted = values - values[0]
+    mean = shifted.mean()
+    return np.array([values.size, values[0] + mean, ((shifted - mean) ** 2).sum()])
+
+
+def combine_moments(rows: np.ndarray) -> np.ndarray:
+    """Moments `[3]` of the union, from each part's `[W, 3]` (Chan, Golub and LeVeque's formula)."""
+    count, mean, squares = 0.0, 0.0, 0.0
+    for n, m, s in np.asarray(rows, dtype=np.float64).reshape(-1, 3).tolist():
+        if not n:
+            continue
+        total = count + n
+        difference = m - mean if count else 0.0
+        mean = mean + difference * n / total if count else m
+        squares += s + difference**2 * count * n / total
+        count = total
+    return np.array([count, mean, squares])
+
+
+def moments_std(row: np.ndarray) -> float:
+    """Unbiased standard deviation from moments `[3]`; 0 for fewer than two values."""
+    count, _, squares = np.asarray(row, dtype=np.float64).tolist()
+    return float(np.sqrt(squares / (count - 1))) if count > 1 else 0.0
 
 
 def has_signal(rewards: np.ndarray) -> np.ndarray:
@@ -51,3 +138,53 @@ def has_signal(rewards: np.ndarray) -> np.ndarray:
     low = np.where(np.isnan(rewards), np.inf, rewards).min(axis=1)
     high = np.where(np.isnan(rewards), -np.inf, rewards).max(axis=1)
     return high > low
+
+
+def choose_groups(signal: np.ndarray, count: int) -> np.ndarray:
+    """Dynamic sampling from a fixed reserve: which `count` of the sampled groups a step trains on.
+
+    Groups with signal first, in their order; only where these are too few, groups without, in theirs. The choice is a
+    function of the rewards alone, and its size never varies, so ranks keep in step.
+
+    Args:
+        signal: bool `[N]` with N ≥ count, `has_signal` of all groups that were sampled.
+
+    Returns:
+        int64 `[count]`, ascending.
+
+    Raises:
+        ValueError: fewer groups than are wanted.
+    """
+    signal = np.asarray(signal, dtype=bool)
+    if count > len(signal):
+        raise ValueError(f"{count} groups are wanted of {len(signal)} sampled ones: sample a reserve")
+    return np.sort(np.argsort(~signal, kind="stable")[:count])
+
+
+def pad_groups(rewards: Sequence[Sequence[float] | np.ndarray]) -> np.ndarray:
+    """Groups of unequal sizes as rows of float64 `[N, G_max]`, padded with NaN."""
+    padded = np.full((len(rewards), max(map(len, rewards), default=0)), np.nan)
+    for row, own in zip(padded, rewards, strict=True):
+        row[: len(own)] = own
+    return padded
+
+
+def _checked(rewards: np.ndarray) -> np.ndarray:
+    rewards = np.asarray(rewards, dtype=np.float64)
+    if rewards.ndim != 2:
+        raise ValueError(f"rewards must be [N, G], got shape {rewards.shape}")
+    if np.isinf(rewards).any():
+        raise ValueError(
+            "a reward is infinite: a reward function must return finite numbers, or NaN if it cannot judge"
+        )
+    return rewards
+
+
+def _centred(rewards: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(`[N, G]` rewards less their group's mean, 0 for NaN and lone members; `[N, 1]` judged members)."""
+    judged = ~np.isnan(rewards)
+    count = judged.sum(axis=1, keepdims=True)
+    first = np.take_along_axis(rewards, judged.argmax(axis=1)[:, None], axis=1) if rewards.size else rewards[:, :1]
+    shifted = np.where(judged, rewards - first, 0.0)
+    mean = shifted.sum(axis=1, keepdims=True) / np.maximum(count, 1)
+    return np.where(judged & (count > 1), shifted - mean, 0.0), count

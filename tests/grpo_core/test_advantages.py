@@ -5,16 +5,35 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_core.advantages import group_advantages, has_signal
+from grpo_core.advantages import (
+    choose_groups,
+    combine_moments,
+    combined_advantages,
+    group_advantages,
+    has_signal,
+    moments,
+    moments_std,
+    pad_groups,
+    weighted_advantages,
+)
+
+SCALES = ("group", "batch", "none")
+BASELINES = ("mean", "leave_one_out")
 
 
 @pytest.mark.parametrize("reward", [0.35, 1.35, 2.7, 1 / 3, 1e6 + 0.1])
 @pytest.mark.parametrize("size", range(2, 17))
-@pytest.mark.parametrize("scale", ["group", "none"])
-def test_equal_rewards_give_exactly_zero(reward, size, scale):
+def test_equal_rewards_give_exactly_zero_in_every_form(reward, size):
     rewards = np.full((3, size), reward)
-    assert (group_advantages(rewards, scale) == 0).all()
     assert not has_signal(rewards).any()
+    rewards = np.concatenate([rewards, np.arange(size)[None] / 7])  # a group with signal gives the batch a spread
+    for baseline in BASELINES:
+        for scale in SCALES:
+            advantages = group_advantages(rewards, scale, baseline)
+            assert (advantages[:3] == 0).all()
+            assert (advantages[3] != 0).any()
+        combined = combined_advantages(np.stack([rewards, rewards[:, ::-1] * 0.3]), [1.0, 0.7], baseline)
+        assert (combined[:3] == 0).all()
 
 
 def test_advantage_is_the_standardised_reward():
@@ -51,3 +70,92 @@ def test_advantages_are_centred_and_do_not_change_when_a_constant_is_added(value
     assert abs(advantages.sum()) < 1e-9
     np.testing.assert_allclose(group_advantages(rewards + offset), advantages, atol=1e-12)
     assert has_signal(rewards)[0] == (len(set(values)) > 1)
+
+
+def test_leave_one_out_compares_with_the_other_members():
+    rewards = np.array([[0.0, 1.0, 2.0, 5.0], [1.0, np.nan, 4.0, 0.0]])
+    advantages = group_advantages(rewards, "none", "leave_one_out")
+    for n, i in np.argwhere(~np.isnan(rewards)):
+        others = np.delete(rewards[n], i)
+        assert advantages[n, i] == pytest.approx(rewards[n, i] - np.nanmean(others), abs=1e-12)
+    assert advantages[1, 1] == 0
+
+
+def test_batch_scale_divides_by_the_spread_of_all_rewards():
+    rewards = np.array([[0.0, 1.0, 2.0], [5.0, np.nan, 9.0]])
+    expected = (rewards - np.nanmean(rewards, 1, keepdims=True)) / (np.nanstd(rewards, ddof=1) + 1e-4)
+    np.testing.assert_allclose(group_advantages(rewards, "batch"), np.nan_to_num(expected), rtol=1e-12)
+    std = moments_std(combine_moments([moments(row) for row in rewards]))  # each group on a rank of its own
+    for row, whole in zip(rewards, group_advantages(rewards, "batch"), strict=True):
+        np.testing.assert_allclose(group_advantages(row[None], "batch", batch_std=std)[0], whole, rtol=1e-12)
+
+
+@given(st.lists(st.lists(st.floats(-5, 5), max_size=6), max_size=5), st.sampled_from([0.0, 1e8]))
+def test_moments_of_parts_combine_to_those_of_the_whole(parts, offset):
+    values = np.array([x for part in parts for x in part]) + offset
+    combined = combine_moments(np.array([moments(np.array(part) + offset) for part in parts]).reshape(-1, 3))
+    assert combined[0] == len(values)
+    assert moments_std(combined) == pytest.approx(np.std(values, ddof=1) if len(values) > 1 else 0.0, abs=1e-6)
+    assert moments_std(np.array([4, 1.0, 0.0])) == 0
+
+
+def test_gdpo_scales_each_reward_then_their_sum():
+    rng = np.random.default_rng(0)
+    rewards = np.stack([rng.random((5, 4)), 100 * rng.random((5, 4)), rng.integers(0, 2, (5, 4)).astype(float)])
+    rewards[0, 2, 1] = np.nan
+    rewards[:, 3, 3] = np.nan
+    weights = [1.0, 0.5, 2.0]
+    each = (rewards - np.nanmean(rewards, 2, keepdims=True)) / (np.nanstd(rewards, 2, ddof=1, keepdims=True) + 1e-4)
+    total = np.nansum(each * np.array(weights)[:, None, None], axis=0)
+    total[3, 3] = np.nan
+    expected = (total - np.nanmean(total)) / (np.nanstd(total, ddof=1) + 1e-4)
+    advantages = combined_advantages(rewards, weights)
+    np.testing.assert_allclose(advantages, np.nan_to_num(expected), atol=1e-12)
+    np.testing.assert_allclose(combined_advantages(rewards * [[[1]], [[10]], [[1]]], weights), advantages, atol=1e-3)
+    std = moments_std(combine_moments([moments(weighted_advantages(rewards[:, i : i + 1], weights)) for i in range(5)]))
+    np.testing.assert_allclose(
+        combined_advantages(rewards[:, 2:3], weights, batch_std=std), advantages[2:3], atol=1e-12
+    )
+
+
+def test_groups_may_be_of_unequal_sizes():
+    groups = [[1.0, 2.0, 6.0], [3.0], [], [0.0, 1.0]]
+    for scale in ("group", "none"):
+        advantages = group_advantages(pad_groups(groups), scale)
+        assert advantages.shape == (4, 3)
+        for group, row in zip(groups, advantages, strict=True):
+            alone = group_advantages(np.array([group]), scale)[0] if group else np.zeros(0)
+            np.testing.assert_array_equal(row[: len(group)], alone)
+            assert (row[len(group) :] == 0).all()
+    assert has_signal(pad_groups(groups)).tolist() == [True, False, False, True]
+
+
+@given(st.permutations(range(5)), st.sampled_from(SCALES), st.sampled_from(BASELINES))
+def test_advantages_move_with_their_completions(order, scale, baseline):
+    rewards = np.array([[0.1, 2.0, np.nan, 0.7, 0.4], [1.0, 0.0, 0.0, 1.0, 5.0]])
+    shuffled = group_advantages(rewards[:, order], scale, baseline)
+    np.testing.assert_allclose(shuffled, group_advantages(rewards, scale, baseline)[:, order], atol=1e-12)
+
+
+@given(st.lists(st.booleans(), max_size=12), st.integers(0, 12))
+def test_a_step_takes_groups_with_signal_first_and_always_as_many(signal, count):
+    if count > len(signal):
+        with pytest.raises(ValueError, match="sample a reserve"):
+            choose_groups(np.array(signal), count)
+        return
+    chosen = choose_groups(np.array(signal, dtype=bool), count)
+    assert len(chosen) == count
+    assert (np.diff(chosen) > 0).all()
+    assert sum(signal[i] for i in chosen) == min(count, sum(signal))
+    with_signal = [i for i in chosen if signal[i]]
+    assert with_signal == [i for i, s in enumerate(signal) if s][: len(with_signal)]
+
+
+def test_unknown_names_are_refused():
+    rewards = np.zeros((2, 3))
+    with pytest.raises(ValueError, match="group, batch or none"):
+        group_advantages(rewards, "rank")
+    with pytest.raises(ValueError, match="mean or leave_one_out"):
+        group_advantages(rewards, baseline="median")
+    with pytest.raises(ValueError, match="K weights"):
+        combined_advantages(np.zeros((2, 3, 4)), [1.0])

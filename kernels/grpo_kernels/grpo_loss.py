@@ -152,8 +152,10 @@ def grpo_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float | None = None,
+    cispo_cap: float = 5.0,
     beta: float = 0.0,
     kl_estimator: KLEstimator = "k3",
+    kl_times_ratio: bool = False,
     entropy_coef: float = 0.0,
     sequence_index: Tensor | None = None,
     num_sequences: int | None = None,
@@ -184,7 +186,17 @@ def grpo_loss(
         rows,
         logits.device,
         accumulator_dtype(logits),
-        LossConfig(loss_type, clip_low, clip_high, dual_clip, beta, kl_estimator, entropy_coef),
+        LossConfig(
+            loss_type,
+            clip_low,
+            clip_high,
+            dual_clip,
+            cispo_cap,
+            beta,
+            kl_estimator,
+            kl_times_ratio,
+            entropy_coef,
+        ),
         *(
             None if x is None else x.reshape(-1)
             for x in (loss_weight, advantages, old_logprob, reference_logprob, sequence_index)

@@ -18,6 +18,9 @@ from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 from triton.runtime.jit import JITFunction
 
+PATCHED = (tl, tl.core, tl.math, tl.tensor, tl.dtype, tl.core.tensor_descriptor_base)
+"""What Triton's interpreter patches while a kernel runs."""
+
 
 def interpreted() -> bool:
     """Whether kernels run in the interpreter: `TRITON_INTERPRET=1` at Triton's import, or inside `interpret()`."""
@@ -29,20 +32,29 @@ def interpret() -> Iterator[None]:
     """Within this block the package's kernels run in the interpreter, whatever the environment said at import."""
     importlib.import_module("triton.experimental.gluon")  # else imported lazily by a launch, half of it swapped
     repair_bfloat16()
-    swapped = []
     modules = [module for name, module in sys.modules.items() if name.partition(".")[0] in ("grpo_kernels", "triton")]
-    for holder in (*modules, tl.tensor):  # Triton's library (tl.sum, tl.zeros, …) is jitted code too
-        for name, value in list(vars(holder).items()):
+    before = [(holder, dict(vars(holder))) for holder in (*modules, *PATCHED)]
+    for holder, members in before:  # Triton's library (tl.sum, tl.zeros, …) is jitted code too
+        for name, value in members.items():
             if isinstance(value, JITFunction):
                 setattr(holder, name, InterpretedFunction(value.fn))
-                swapped.append((holder, name, value))
     try:
         with triton.knobs.runtime.scope(), np.errstate(all="ignore"):
             triton.knobs.runtime.interpret = True
             yield
     finally:
-        for holder, name, value in swapped:
-            setattr(holder, name, value)
+        for holder, members in before:
+            _restore(holder, members)
+
+
+def _restore(holder: object, members: dict[str, object]) -> None:
+    """Undo our swaps, and what the interpreter leaves patched after a call of one jitted function by another."""
+    for name, value in list(vars(holder).items()):
+        if name not in members:
+            if holder in PATCHED:
+                delattr(holder, name)
+        elif members[name] is not value:
+            setattr(holder, name, members[name])
 
 
 def bfloat16_to_float32(bits: np.ndarray) -> np.ndarray:

@@ -40,8 +40,10 @@ def linear_grpo_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float | None = None,
+    cispo_cap: float = 5.0,
     beta: float = 0.0,
     kl_estimator: KLEstimator = "k3",
+    kl_times_ratio: bool = False,
     entropy_coef: float = 0.0,
     sequence_index: Tensor | None = None,
     num_sequences: int | None = None,
@@ -66,7 +68,8 @@ def linear_grpo_loss(
         old_logprob: `[T]` under the policy that sampled; None: the policy is on its own samples (ratio 1).
         reference_logprob: `[T]` under the reference; needed if beta is not 0.
         loss_type: 'clip' or 'cispo'; `token_loss` has the formulas.
-        clip_low, clip_high, dual_clip, beta, kl_estimator, entropy_coef: as in `LossConfig`.
+        clip_low, clip_high, dual_clip, cispo_cap, beta, kl_estimator, kl_times_ratio, entropy_coef: as in
+            `LossConfig`.
         sequence_index, num_sequences: int64 `[T]` in `[0, num_sequences)`: ratios of whole sequences (GSPO), over rows
             of weight ≠ 0.
         temperature, softcap, bias, chunk_bytes, backend, validate: as in `linear_logprob`.
@@ -87,7 +90,17 @@ def linear_grpo_loss(
         rows,
         hidden.device,
         accumulator_dtype(hidden, weight),
-        LossConfig(loss_type, clip_low, clip_high, dual_clip, beta, kl_estimator, entropy_coef),
+        LossConfig(
+            loss_type,
+            clip_low,
+            clip_high,
+            dual_clip,
+            cispo_cap,
+            beta,
+            kl_estimator,
+            kl_times_ratio,
+            entropy_coef,
+        ),
         loss_weight,
         advantages,
         old_logprob,

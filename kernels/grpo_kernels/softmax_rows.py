@@ -102,6 +102,7 @@ def softmax_rows_kernel(
     clip_low,
     clip_high,
     dual_clip,
+    cispo_cap,
     beta,
     entropy_coef,
     # what to do
@@ -117,6 +118,7 @@ def softmax_rows_kernel(
     CISPO: tl.constexpr,
     OLD: tl.constexpr,
     KL_ESTIMATOR: tl.constexpr,
+    KL_TIMES_RATIO: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One row a program. Pass 1 reads the row for its statistics, pass 2 (from L2) writes the gradient over it."""
@@ -209,10 +211,12 @@ def softmax_rows_kernel(
                 clip_low,
                 clip_high,
                 dual_clip,
+                cispo_cap,
                 beta,
                 CISPO,
                 OLD,
                 KL_ESTIMATOR,
+                KL_TIMES_RATIO,
             )
             g_logprob = weight * slope
             g_entropy = -weight * entropy_coef
@@ -375,6 +379,7 @@ class TritonRows:
             config.clip_low,
             config.clip_high,
             float("inf") if config.dual_clip is None else config.dual_clip,
+            config.cispo_cap,
             config.beta,
             config.entropy_coef,
             SOFTCAP=self.transform.softcap is not None,
@@ -389,6 +394,7 @@ class TritonRows:
             CISPO=config.loss_type == "cispo",
             OLD=old is not None,
             KL_ESTIMATOR=int(config.kl_estimator[1]) if config.beta and reference_logprob is not None else 0,
+            KL_TIMES_RATIO=config.kl_times_ratio,
             BLOCK=launch.block,
             num_warps=launch.warps,
         )

@@ -3,8 +3,8 @@
 With d = logp − logp_old, r = exp(d), A the advantage and e = logp − logp_ref:
 
     clip    −min(min(r, c)·A, clip(r, 1 − ε_low, 1 + ε_high)·A)      PPO, clip-higher, dual clip c; GRPO's family
-    cispo   −sg(min(r, 1 + ε_high))·A·logp                           MiniMax-M1 (arXiv 2506.13585)
-    k1, k2, k3    e,   e²/2,   exp(−e) + e − 1                       times β
+    cispo   −sg(min(r, cap))·A·logp                                  MiniMax-M1 (arXiv 2506.13585)
+    k1, k2, k3    e,   e²/2,   exp(−e) + e − 1                       times β, and times r by option
     entropy       −coefficient·H
 
 Without an old log-prob the policy is its own sampler: r = 1, and its gradient is that of logp. A sequence's ratio
@@ -37,8 +37,11 @@ class LossConfig:
         loss_type: `clip` or `cispo`.
         clip_low, clip_high: ε below and above.
         dual_clip: upper bound of the ratio in the unclipped branch (it acts on negative advantages); None: unbounded.
+        cispo_cap: upper bound of cispo's ratio, absolute (TRL's `epsilon_high` for cispo).
         beta: weight of the KL penalty.
         kl_estimator: of KL(policy ‖ reference) from the sampled token.
+        kl_times_ratio: multiply the estimate by the ratio, which makes k3 unbiased in value and gradient off-policy
+            (DeepSeek-V3.2, arXiv 2512.02556; TRL's `use_bias_correction_kl`).
         entropy_coef: weight of the entropy bonus.
     """
 
@@ -46,8 +49,10 @@ class LossConfig:
     clip_low: float = 0.2
     clip_high: float = 0.2
     dual_clip: float | None = None
+    cispo_cap: float = 5.0
     beta: float = 0.0
     kl_estimator: KLEstimator = "k3"
+    kl_times_ratio: bool = False
     entropy_coef: float = 0.0
 
     def __post_init__(self) -> None:
@@ -68,11 +73,11 @@ class TokenLoss(NamedTuple):
     ratio: Tensor
     """π / π_old; a sequence's, if ratios are by sequence."""
     kl: Tensor | None
-    """The estimate (before β); None without a reference."""
+    """The estimate (before β and the ratio); None without a reference."""
     clipped_low: Tensor
     """bool: the ratio fell below 1 − ε_low at a negative advantage, so the gradient is 0."""
     clipped_high: Tensor
-    """bool: the ratio rose above 1 + ε_high at a positive advantage (cispo: and was capped)."""
+    """bool: the ratio rose above 1 + ε_high at a positive advantage, so the gradient is 0 (cispo: it was capped)."""
 
 
 def token_loss(
@@ -99,7 +104,8 @@ def token_loss(
         count = count.index_add(0, sequence_index, torch.ones_like(log_ratio))
         log_ratio = (total / count.clamp(min=1.0))[sequence_index]
     ratio = log_ratio.exp()
-    lowest, highest = 1.0 - config.clip_low, 1.0 + config.clip_high
+    lowest = 1.0 - config.clip_low
+    highest = config.cispo_cap if config.loss_type == "cispo" else 1.0 + config.clip_high
     clipped_high = (ratio > highest) & (advantages > 0)
     if config.loss_type == "cispo":
         clipped_low = torch.zeros_like(clipped_high)
@@ -112,7 +118,7 @@ def token_loss(
     if reference_logprob is not None:
         kl = kl_estimate(logprob, reference_logprob.detach(), config.kl_estimator)
         if config.beta:
-            loss = loss + config.beta * kl
+            loss = loss + config.beta * (kl * ratio if config.kl_times_ratio else kl)
     if config.entropy_coef:
         loss = loss - config.entropy_coef * entropy
     return TokenLoss(loss, ratio.detach(), kl, clipped_low, clipped_high)
@@ -234,10 +240,12 @@ def token_loss_slope(
     clip_low,
     clip_high,
     dual_clip,
+    cispo_cap,
     beta,
     CISPO: tl.constexpr,
     OLD: tl.constexpr,
     KL: tl.constexpr,  # 0: no penalty, else the estimator's number
+    KL_TIMES_RATIO: tl.constexpr,
 ):
     """∂ loss / ∂ logprob of one token, of which `token_loss` gives the loss."""
     if OLD:
@@ -245,17 +253,25 @@ def token_loss_slope(
     else:
         ratio = tl.exp(logprob - logprob)
     if CISPO:
-        slope = -tl.minimum(ratio, 1.0 + clip_high) * advantage
+        slope = -tl.minimum(ratio, cispo_cap) * advantage
     else:
         positive = advantage > 0
         stopped = (positive & (ratio > 1.0 + clip_high)) | (
             (advantage < 0) & ((ratio < 1.0 - clip_low) | (ratio > dual_clip))
         )
         slope = tl.where(stopped, 0.0, -ratio * advantage)
-    if KL == 1:
-        slope += beta
-    elif KL == 2:
-        slope += beta * (logprob - reference_logprob)
-    elif KL == 3:
-        slope -= beta * expm1(reference_logprob - logprob)
+    if KL > 0:
+        d = logprob - reference_logprob
+        if KL == 1:
+            kl = d
+            kl_slope = 1.0
+        elif KL == 2:
+            kl = 0.5 * d * d
+            kl_slope = d
+        else:
+            kl = expm1(-d) + d
+            kl_slope = -expm1(-d)
+        if KL_TIMES_RATIO:
+            kl_slope = (kl_slope + kl) * ratio
+        slope += beta * kl_slope
     return slope

@@ -7,12 +7,12 @@ import itertools
 import pytest
 import torch
 
-from grpo_core.losses import clipped_surrogate, kl_penalty
+from grpo_core.losses import importance_ratio, kl_penalty, policy_loss
 from grpo_kernels import grpo_loss, linear_grpo_loss
 from grpo_kernels.interpreter import interpret
 
 T, H, V = 45, 12, 67
-CLIP = {"clip_low": 0.1, "clip_high": 0.28}
+CLIP, CAP = {"clip_low": 0.1, "clip_high": 0.28}, 1.4
 
 
 def relative(value, reference):
@@ -39,40 +39,37 @@ def batch(T=T, H=H, V=V, seed=0):
     )
 
 
-def written_out(logits, tokens, *, loss_type, dual_clip, beta, kl_estimator, entropy_coef, sequence_index=None):
+def written_out(
+    logits, tokens, *, loss_type, dual_clip, beta, kl_estimator, kl_times_ratio, entropy_coef, sequence_index=None
+):
     """The loss by `grpo_core.losses` on log-probs of a plain softmax, in float64."""
     logp = torch.log_softmax(logits, -1)
     logprob = logp.gather(1, tokens["targets"][:, None])[:, 0]
     entropy = -(logp.exp() * logp).sum(-1)
     old = tokens["old_logprob"].double() if tokens["old_logprob"] is not None else logprob.detach()
     advantages, weight = tokens["advantages"].double(), tokens["loss_weight"].double()
-    if sequence_index is not None:
-        live = (weight != 0).double()
-        count = torch.zeros(int(sequence_index.max()) + 1).double()
-        total = count.index_add(0, sequence_index, (logprob - old) * live)
-        mean = total / count.index_add(0, sequence_index, live).clamp(min=1)
-        ratio_logprob, ratio_old = mean[sequence_index], torch.zeros_like(logprob)
-    else:
-        ratio_logprob, ratio_old = logprob, old
-    surrogate = clipped_surrogate(ratio_logprob, ratio_old, advantages, **CLIP, delta=dual_clip)
+    index, level = torch.zeros_like(tokens["targets"]), "token"
+    if sequence_index is not None:  # a row of weight 0 belongs to no sequence
+        level, index = "sequence", torch.where(weight != 0, sequence_index, sequence_index.max() + 1)
+    members = int(index.max()) + 1
+    kind = {"clip": "grpo", "cispo": "cispo"}[loss_type]
+    surrogate = policy_loss(
+        kind, logprob, old, advantages, index, members, ratio_level=level, delta=dual_clip, cispo_cap=CAP, **CLIP
+    )
     loss = surrogate.loss
-    if loss_type == "cispo":
-        loss = -surrogate.ratio.clamp(max=1 + CLIP["clip_high"]) * advantages * logprob
     if beta:
-        loss = loss + beta * kl_penalty(logprob, tokens["reference_logprob"].double(), kl_estimator)
+        ratio = importance_ratio(logprob, old, index, members, level) if kl_times_ratio else None
+        loss = loss + beta * kl_penalty(logprob, tokens["reference_logprob"].double(), kl_estimator, ratio)
     loss = loss - entropy_coef * entropy
     return (loss * weight).sum(), {"logprob": logprob, "entropy": entropy, "surrogate": surrogate}
 
 
-MATRIX = list(
-    itertools.product(
-        ("clip", "cispo"), ((0.0, "k3"), (0.1, "k1"), (0.1, "k2"), (0.1, "k3")), (True, False), (None, 1.6), (0.0, 0.05)
-    )
-)
+KLS = [(0.0, "k3", False), *((0.1, name, times) for name in ("k1", "k2", "k3") for times in (False, True))]
+MATRIX = list(itertools.product(("clip", "cispo"), KLS, (True, False), (None, 1.6), (0.0, 0.05)))
 
 
 def check(case, given_logits, backend, T=T, **extra):
-    loss_type, (beta, estimator), with_old, dual_clip, entropy_coef = case
+    loss_type, (beta, estimator, times_ratio), with_old, dual_clip, entropy_coef = case
     hidden, weight, tokens = batch(T)
     if not with_old:
         tokens["old_logprob"] = None
@@ -81,6 +78,7 @@ def check(case, given_logits, backend, T=T, **extra):
         "dual_clip": dual_clip,
         "beta": beta,
         "kl_estimator": estimator,
+        "kl_times_ratio": times_ratio,
         "entropy_coef": entropy_coef,
     }
     wide = [x.double().requires_grad_() for x in (hidden, weight)]
@@ -89,12 +87,12 @@ def check(case, given_logits, backend, T=T, **extra):
     want.backward()
     if given_logits:
         logits = (hidden.double() @ weight.double().T).float().requires_grad_()
-        got = grpo_loss(logits, **tokens, **options, **CLIP, **extra, backend=backend)
+        got = grpo_loss(logits, **tokens, **options, **CLIP, cispo_cap=CAP, **extra, backend=backend)
         got.loss.backward()
         gradients = [(logits.grad.double() @ weight.double(), wide[0].grad)]
     else:
         leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
-        got = linear_grpo_loss(*leaves, **tokens, **options, **CLIP, **extra, backend=backend)
+        got = linear_grpo_loss(*leaves, **tokens, **options, **CLIP, cispo_cap=CAP, **extra, backend=backend)
         got.loss.backward()
         gradients = [(a.grad, b.grad) for a, b in zip(leaves, wide, strict=True)]
     assert float(got.loss.detach() - want.detach()) == pytest.approx(0.0, abs=2e-6)
@@ -103,11 +101,11 @@ def check(case, given_logits, backend, T=T, **extra):
     for name in ("logprob", "entropy"):
         assert (getattr(got, name) - details[name].detach())[live].abs().max() < 1e-5
         assert (getattr(got, name)[~live] == 0).all()
-    if loss_type == "clip":
-        assert torch.equal(got.clipped_low, details["surrogate"].clipped_low & live)
-        assert torch.equal(got.clipped_high, details["surrogate"].clipped_high & live)
-        if with_old and index is None and backend == "torch":
-            assert got.clipped_low.any() and got.clipped_high.any()  # noqa: PT018
+    assert torch.equal(got.clipped_low, details["surrogate"].clipped_low & live)
+    assert torch.equal(got.clipped_high, details["surrogate"].clipped_high & live)
+    if loss_type == "clip" and with_old and index is None and backend == "torch":
+        assert got.clipped_low.any()
+        assert got.clipped_high.any()
     if beta:
         kl = kl_penalty(details["logprob"].detach(), tokens["reference_logprob"].double(), estimator)
         assert (got.kl - kl)[live].abs().max() < 1e-5
@@ -122,7 +120,7 @@ def test_every_combination_of_options_is_the_written_out_loss(given_logits):
 @pytest.mark.parametrize("given_logits", [False, True], ids=["linear", "logits"])
 def test_kernels_give_the_written_out_loss(given_logits):
     with interpret():
-        for case in MATRIX[1::9]:
+        for case in MATRIX[1::13]:
             check(case, given_logits, "triton", T=21)
 
 
@@ -131,7 +129,7 @@ def test_kernels_give_the_written_out_loss(given_logits):
 def test_sequence_ratios_are_the_written_out_loss(loss_type, chunk_bytes, backend):
     index = torch.arange(T) // 9
     check(
-        (loss_type, (0.1, "k3"), True, None, 0.05),
+        (loss_type, (0.1, "k3", True), True, None, 0.05),
         False,
         backend,
         sequence_index=index,

@@ -15,7 +15,7 @@ BENCH = Path(__file__).parents[2] / "bench" / "kernels.py"
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
 def test_head_needs_a_sixth_of_the_memory_and_no_more_time():
-    names = ("torch: log_softmax + gather", "ours: linear_grpo_loss", "ours: linear_logprob")
+    names = ("torch: log_softmax + gather", "ours: linear_grpo_loss")
     results = []
     for name in names:
         command = [sys.executable, BENCH, "--rounds", "1", "--worker", name]
@@ -23,9 +23,7 @@ def test_head_needs_a_sixth_of_the_memory_and_no_more_time():
             command, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
         )
         results.append(json.loads(done.stdout.splitlines()[-1]))
-    plain, loss, logprob = results
-    for ours in (loss, logprob):
-        assert ours["peak_mib"] <= plain["peak_mib"] / 6
-    # processor time, which other processes disturb less than the clock: 0.85 and 1.09 measured with several rounds
-    assert loss["cpu_seconds"] <= 1.1 * plain["cpu_seconds"]
-    assert logprob["cpu_seconds"] <= 1.3 * plain["cpu_seconds"]
+    plain, ours = results
+    assert ours["peak_mib"] <= plain["peak_mib"] / 6
+    # processor time, which other processes disturb less than the clock
+    assert ours["cpu_seconds"] <= 1.1 * plain["cpu_seconds"]

@@ -13,7 +13,14 @@ from grpo_kernels.softmax_rows import RowLaunch, softmax_rows_kernel
 pytestmark = pytest.mark.skipif(interpreted(), reason="TRITON_INTERPRET=1: there is nothing to compile")
 
 ROW_MODES = {
-    "loss, every option": {"LOSS": True, "OLD": True, "KL_ESTIMATOR": 3, "ENTROPY": True, "GRAD": True},
+    "loss, every option": {
+        "LOSS": True,
+        "OLD": True,
+        "KL_ESTIMATOR": 3,
+        "KL_TIMES_RATIO": True,
+        "ENTROPY": True,
+        "GRAD": True,
+    },
     "loss, cispo on-policy": {"LOSS": True, "CISPO": True, "ENTROPY": True, "GRAD": True},
     "loss, softcap": {"LOSS": True, "OLD": True, "KL_ESTIMATOR": 2, "ENTROPY": True, "GRAD": True, "SOFTCAP": True},
     "statistics": {"ENTROPY": True},

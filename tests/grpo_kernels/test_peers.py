@@ -13,6 +13,7 @@ from grpo_kernels import linear_grpo_loss
 B, L, H, V = 4, 6, 16, 50
 LOSS_TYPES = ("grpo", "dapo", "bnpo", "dr_grpo", "cispo")
 EPSILON = {"clip_low": 0.1, "clip_high": 0.3}
+CAP = 1.3
 
 
 def batch(seed=0):
@@ -40,7 +41,7 @@ def token_weights(mask, loss_type):
     return mask / mask.sum()  # dapo, bnpo and cispo, all tokens of the step in one batch
 
 
-def ours(data, loss_type, beta, dual_clip, sequence):
+def ours(data, loss_type, beta, times_ratio, dual_clip, sequence):
     leaves = [x.clone().requires_grad_() for x in (data.hidden, data.weight)]
     options = {"sequence_index": torch.arange(B).repeat_interleave(L), "num_sequences": B} if sequence else {}
     result = linear_grpo_loss(
@@ -54,6 +55,8 @@ def ours(data, loss_type, beta, dual_clip, sequence):
         loss_type="cispo" if loss_type == "cispo" else "clip",
         beta=beta,
         dual_clip=dual_clip,
+        cispo_cap=CAP,
+        kl_times_ratio=times_ratio,
         **EPSILON,
         **options,
     )
@@ -68,14 +71,15 @@ def assert_same(loss, gradients, peer_loss, peer_leaves):
         torch.testing.assert_close(gradient, leaf.grad, rtol=1e-4, atol=1e-7)
 
 
-CASES = [(t, beta, dual, False) for t in LOSS_TYPES for beta in (0.0, 0.1) for dual in (None, 1.6)]
-CASES += [("grpo", 0.1, None, True), ("dr_grpo", 0.0, None, True)]
+KLS = ((0.0, False), (0.1, False), (0.1, True))
+CASES = [(t, *kl, dual, False) for t in LOSS_TYPES for kl in KLS for dual in (None, 1.6)]
+CASES += [("grpo", 0.1, False, None, True), ("dr_grpo", 0.0, False, None, True)]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_loss_is_trls(case):
     trainer = pytest.importorskip("trl.trainer.grpo_trainer")
-    loss_type, beta, dual_clip, sequence = case
+    loss_type, beta, times_ratio, dual_clip, sequence = case
     data = batch()
     result, gradients = ours(data, *case)
     leaves = [x.clone().requires_grad_() for x in (data.hidden, data.weight)]
@@ -91,7 +95,7 @@ def test_loss_is_trls(case):
         _metrics=metrics,
         model=SimpleNamespace(training=True),
         accelerator=SimpleNamespace(gather=same, reduce=same, num_processes=1),
-        args=SimpleNamespace(delta=dual_clip, use_bias_correction_kl=False, steps_per_generation=1),
+        args=SimpleNamespace(delta=dual_clip, use_bias_correction_kl=times_ratio, steps_per_generation=1),
         aux_loss_enabled=False,
         top_entropy_quantile=1.0,
         off_policy_mask_threshold=None,
@@ -99,8 +103,7 @@ def test_loss_is_trls(case):
         beta=beta,
         loss_type=loss_type,
         epsilon_low=EPSILON["clip_low"],
-        # TRL caps cispo's ratio at epsilon_high itself, we at 1 + clip_high
-        epsilon_high=EPSILON["clip_high"] + (1.0 if loss_type == "cispo" else 0.0),
+        epsilon_high=CAP if loss_type == "cispo" else EPSILON["clip_high"],
         max_completion_length=L,
         use_vllm=False,
         current_gradient_accumulation_steps=1,
@@ -119,7 +122,7 @@ def test_loss_is_trls(case):
     loss = trainer.GRPOTrainer._compute_loss(stub, None, inputs)
     assert_same(result.loss, gradients, loss, leaves)
     mask = data.mask.view(-1).bool()
-    if beta:
+    if beta and not times_ratio:
         assert metrics["train"]["kl"][0] == pytest.approx(float(result.kl[mask].mean()), rel=1e-5)
     if loss_type != "cispo" and not sequence:
         assert metrics["train"]["clip_ratio/low_mean"][0] == pytest.approx(
@@ -127,10 +130,10 @@ def test_loss_is_trls(case):
         )
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if not case[3]], ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if not case[4]], ids=str)
 def test_loss_is_ligers(case):
     chunked = pytest.importorskip("liger_kernel.chunked_loss")
-    loss_type, beta, dual_clip, _ = case
+    loss_type, beta, times_ratio, dual_clip, _ = case
     data = batch()
     result, gradients = ours(data, *case)
     leaves = [x.clone().requires_grad_() for x in (data.hidden, data.weight)]
@@ -139,10 +142,11 @@ def test_loss_is_ligers(case):
         compiled=False,
         use_ref_model=beta != 0,
         epsilon_low=EPSILON["clip_low"],
-        epsilon_high=EPSILON["clip_high"] + (1.0 if loss_type == "cispo" else 0.0),
+        epsilon_high=CAP if loss_type == "cispo" else EPSILON["clip_high"],
         loss_type=loss_type,
         max_completion_length=L,
         delta=dual_clip,
+        use_bias_correction_kl=times_ratio,
     )
     loss, _ = head(
         leaves[0],

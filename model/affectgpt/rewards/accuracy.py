@@ -1,0 +1,99 @@
+"""Rewards by the emotion-wheel F: of the answer (accuracy), and of the words that the thinking uses (dual)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from affectgpt.emotion_wheel import EmotionWheel
+from affectgpt.prompts import Mode, answer_text
+from affectgpt.rewards.format import think_text
+from affectgpt.rewards.length import LengthPenalty, count_labels
+from affectgpt.rewards.words import EmotionWords
+from grpo_core.groups import Group
+
+Level = Literal[1, 2]
+Unscored = Literal["zero", "skip"]
+
+
+class AccuracyReward:
+    """Emotion-wheel F of a completion's labels against its sample's, mean over the five wheels, in 0…1.
+
+    A sample whose own labels are on no wheel cannot be judged: NaN.
+
+    Args:
+        wheel: the tables.
+        mode: `think` scores what stands in `<answer>`, `no_think` the whole text.
+        level: 1 for the inner ring of the wheels (the paper's), 2 for the next.
+        unscored: a wheel that the ground truth is not on counts as 0 (`zero`) or is left out of the mean (`skip`).
+        penalty: multiplies by a factor for more labels than the ground truth has.
+    """
+
+    name = "accuracy"
+
+    def __init__(
+        self,
+        wheel: EmotionWheel,
+        mode: Mode = "no_think",
+        level: Level = 1,
+        unscored: Unscored = "skip",
+        penalty: LengthPenalty | None = None,
+    ):
+        self.wheel, self.mode, self.level, self.unscored = wheel, mode, level, unscored
+        self.penalty = penalty or LengthPenalty()
+
+    def __call__(self, groups: Sequence[Group]) -> np.ndarray:
+        answers = [answer_text(c.text, self.mode) for group in groups for c in group.completions]
+        values = wheel_f(self.wheel, groups, answers, self.level, self.unscored, parse="tolerant")
+        if self.penalty.kind != "none":
+            values *= self.penalty(count_labels(answers, "tolerant"), count_labels(ground_truth(groups), "strict"))
+        return values.reshape(len(groups), -1)
+
+
+class DualReward:
+    """Emotion-wheel F of the emotion words in a completion's think block against its sample's labels, in 0…1.
+
+    0 without a closed think block; NaN as for `AccuracyReward`, whose arguments these are.
+
+    Args:
+        words: finds the emotion words; on `wheel`'s tables unless given.
+    """
+
+    name = "dual"
+
+    def __init__(
+        self,
+        wheel: EmotionWheel,
+        level: Level = 1,
+        unscored: Unscored = "skip",
+        penalty: LengthPenalty | None = None,
+        words: EmotionWords | None = None,
+    ):
+        self.wheel, self.level, self.unscored = wheel, level, unscored
+        self.penalty, self.words = penalty or LengthPenalty(), words or EmotionWords(wheel)
+
+    def __call__(self, groups: Sequence[Group]) -> np.ndarray:
+        found = [set(self.words.find(think_text(c.text))) for group in groups for c in group.completions]
+        labels = [",".join(sorted(words)) for words in found]
+        values = wheel_f(self.wheel, groups, labels, self.level, self.unscored, parse="strict")
+        if self.penalty.kind != "none":
+            counts = np.array([len(words) for words in found], dtype=np.int64)
+            values *= self.penalty(counts, count_labels(ground_truth(groups), "strict"))
+        return values.reshape(len(groups), -1)
+
+
+def ground_truth(groups: Sequence[Group]) -> list[str | None]:
+    """The label string of every completion's sample, `N · G` of them."""
+    return [group.prompt.sample.labels for group in groups for _ in group.completions]
+
+
+def wheel_f(
+    wheel: EmotionWheel, groups: Sequence[Group], predicted: Sequence[str], level: Level, unscored: Unscored, parse: str
+) -> np.ndarray:
+    """float64 `[N · G]` emotion-wheel F; NaN where the ground truth is on no wheel."""
+    scores = wheel.score(ground_truth(groups), predicted, level, parse=parse)
+    values = scores.mean(unscored)
+    values[np.isnan(scores.f1).all(axis=1)] = np.nan
+    return values

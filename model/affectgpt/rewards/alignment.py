@@ -1,0 +1,71 @@
+"""Whether a completion's thinking and its answer name the same emotions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from affectgpt.emotion_wheel import EmotionWheel
+from affectgpt.rewards.format import FormatRule, split_think_answer
+from affectgpt.rewards.words import EmotionWords
+from grpo_core.groups import Group
+
+
+class AlignmentReward:
+    """Agreement of the emotion words of the think block with those of the answer, in 0…1, ground truth aside.
+
+    0 for a completion without the think-answer form, or with no word of the wheels on either side.
+
+    Args:
+        wheel: the tables.
+        form: `jaccard`, the mean over wheels of |T∩A| / |T∪A| of the cluster sets; `threshold`, 1 where the mean of
+            their F, 2|T∩A| / (|T| + |A|), reaches `threshold`, else 0. The paper's own form is not known; both are
+            in use.
+        threshold: for `threshold`.
+        level: 1 for the inner ring of the wheels, 2 for the next.
+        unscored: a wheel that neither side is on counts as 0 (`zero`) or is left out of the mean (`skip`).
+        rule: what a think-answer form is, see `split_think_answer`.
+        words: finds the emotion words of the thinking; on `wheel`'s tables unless given.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+
+    name = "alignment"
+
+    def __init__(
+        self,
+        wheel: EmotionWheel,
+        form: Literal["jaccard", "threshold"] = "jaccard",
+        threshold: float = 0.5,
+        level: Literal[1, 2] = 1,
+        unscored: Literal["zero", "skip"] = "skip",
+        rule: FormatRule = "full",
+        words: EmotionWords | None = None,
+    ):
+        if form not in ("jaccard", "threshold"):
+            raise ValueError(f"unknown form of the alignment reward {form!r}: choose jaccard or threshold")
+        if unscored not in ("zero", "skip"):
+            raise ValueError(f"unscored={unscored!r}: choose zero or skip")
+        split_think_answer("", rule)  # refuses an unknown rule
+        self.wheel, self.form, self.threshold, self.level = wheel, form, threshold, level
+        self.unscored, self.rule, self.words = unscored, rule, words or EmotionWords(wheel)
+
+    def __call__(self, groups: Sequence[Group]) -> np.ndarray:
+        parts = [split_think_answer(c.text, self.rule) or ("", "") for group in groups for c in group.completions]
+        thoughts = [",".join(self.words.find(think)) for think, _ in parts]
+        think = self.wheel.masks(thoughts, self.level)
+        answer = self.wheel.masks([answer for _, answer in parts], self.level, parse="tolerant")
+        common = np.bitwise_count(think & answer).astype(np.float64)
+        union = np.bitwise_count(think | answer).astype(np.float64)
+        if self.form == "jaccard":
+            agreement = common / np.maximum(union, 1)
+        else:
+            agreement = 2 * common / np.maximum(union + common, 1)
+        wheels = np.full(len(parts), union.shape[1]) if self.unscored == "zero" else (union > 0).sum(axis=1)
+        values = agreement.sum(axis=1) / np.maximum(wheels, 1)
+        if self.form == "threshold":
+            values = (values >= self.threshold).astype(np.float64)
+        return values.reshape(len(groups), -1)

@@ -1,0 +1,120 @@
+"""Which answers of a group fit the clip best, by a judge that compares them in pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import combinations
+from typing import NamedTuple
+
+import numpy as np
+
+from affectgpt.prompts import Mode
+from affectgpt.rewards.format import FormatRule, split_think_answer
+from grpo_core.groups import Group, Prompt
+
+# Each member also wins and loses this much against one of skill 1: else the skill of one that always won is infinite.
+PRIOR = 0.5
+
+
+class Comparison(NamedTuple):
+    """Two answers to one prompt; `prompt.sample` has the clip."""
+
+    prompt: Prompt
+    first: str
+    second: str
+
+
+Judge = Callable[[Sequence[Comparison]], np.ndarray]
+"""Judges n comparisons at once: float64 `[n]`, the probability (or verdict: 1, 0.5, 0) that the first answer is the
+better one, NaN for none. It must be a pure function of the comparisons: the same ones give the same verdicts."""
+
+
+class PerceptionReward:
+    """1 for the better half of a group's completions, 0 for the rest, ranked by Bradley and Terry's model.
+
+    All pairs of a group are compared, over all groups in one call: `G (G − 1) / 2` comparisons a prompt. A completion
+    of the right form beats one without unheard; of two without there is no verdict. Members that are as good as the
+    last one of the better half count to it, so a judge that prefers none gives no signal, and the order of members
+    does not matter. A member without any verdict is NaN.
+
+    Args:
+        judge: compares answers; an MLLM that sees the clip.
+        mode: in `think`, the right form is the think-answer form; in `no_think`, any text.
+        rule: what a think-answer form is, see `split_think_answer`.
+
+    Raises:
+        ValueError: there is no judge.
+    """
+
+    name = "perception"
+
+    def __init__(self, judge: Judge | None, mode: Mode = "think", rule: FormatRule = "full"):
+        if judge is None:
+            raise ValueError(
+                "the perception reward needs a judge that sees the clip: give one, or leave the reward out"
+            )
+        self.judge, self.mode, self.rule = judge, mode, rule
+
+    def __call__(self, groups: Sequence[Group]) -> np.ndarray:
+        size = len(groups[0].completions) if groups else 0
+        wins = np.zeros((len(groups), size, size))
+        asked: list[tuple[int, int, int]] = []
+        comparisons: list[Comparison] = []
+        for n, group in enumerate(groups):
+            texts = [completion.text for completion in group.completions]
+            good = [self._has_form(text) for text in texts]
+            for i, j in combinations(range(size), 2):
+                if good[i] and good[j]:
+                    asked.append((n, i, j))
+                    comparisons.append(Comparison(group.prompt, texts[i], texts[j]))
+                elif good[i] != good[j]:
+                    wins[(n, i, j) if good[i] else (n, j, i)] = 1.0
+        if comparisons:
+            verdicts = np.asarray(self.judge(comparisons), dtype=np.float64)
+            if verdicts.shape != (len(comparisons),) or (verdicts < 0).any() or (verdicts > 1).any():
+                raise ValueError(
+                    f"the judge must give {len(comparisons)} numbers in 0…1 or NaN, got shape {verdicts.shape}"
+                )
+            for (n, i, j), verdict in zip(asked, verdicts.tolist(), strict=True):
+                if verdict == verdict:
+                    wins[n, i, j], wins[n, j, i] = verdict, 1.0 - verdict
+        return top_half(bradley_terry(wins))
+
+    def _has_form(self, text: str) -> bool:
+        return bool(text.strip()) if self.mode == "no_think" else split_think_answer(text, self.rule) is not None
+
+
+def bradley_terry(wins: np.ndarray, iterations: int = 1000, tolerance: float = 1e-8) -> np.ndarray:
+    """Log-skills `[N, G]` of members from wins over each other, by minorisation-maximisation (Hunter, 2004).
+
+    Under the model, i beats j with probability `p_i / (p_i + p_j)`.
+
+    Args:
+        wins: float64 `[N, G, G]`, `wins[n, i, j]` victories of i over j, fractions allowed.
+        iterations, tolerance: until no log-skill moves by more than the tolerance.
+
+    Returns:
+        float64 `[N, G]`; NaN for a member without any comparison.
+    """
+    played = wins + wins.transpose(0, 2, 1)
+    won = wins.sum(axis=2) + PRIOR
+    skill = np.ones(won.shape)
+    for _ in range(iterations):
+        expected = (played / (skill[:, :, None] + skill[:, None, :])).sum(axis=2) + 2 * PRIOR / (skill + 1.0)
+        updated = won / expected
+        moved = np.abs(np.log(updated / skill)).max(initial=0.0)
+        skill = updated
+        if moved < tolerance:
+            break
+    return np.where(played.sum(axis=2) > 0, np.log(skill), np.nan)
+
+
+def top_half(skills: np.ndarray) -> np.ndarray:
+    """1 for members `[N, G]` with at least the ⌈n / 2⌉-th best skill of their group's n, else 0; NaN stays."""
+    values = np.full(skills.shape, np.nan)
+    for row, out in zip(skills, values, strict=True):
+        known = ~np.isnan(row)
+        if known.any():
+            last = np.sort(row[known])[::-1][(known.sum() + 1) // 2 - 1]
+            out[known] = row[known] >= last - 1e-6  # equal skills differ by rounding
+    return values

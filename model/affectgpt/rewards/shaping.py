@@ -1,0 +1,63 @@
+"""Penalties on a completion's tokens, whatever it says: for running to the limit, for repeating itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from grpo_core.groups import Group
+
+
+class SoftOverlongPunishment:
+    """0 up to `max_length − cache` tokens, then falling evenly to −1 at `max_length` (DAPO, arXiv 2503.14476, eq. 13).
+
+    Args:
+        max_length: tokens, `rollout.max_new_tokens`.
+        cache: tokens over which it falls.
+
+    Raises:
+        ValueError: cache is not within 1…max_length.
+    """
+
+    name = "overlong"
+
+    def __init__(self, max_length: int, cache: int):
+        if not 1 <= cache <= max_length:
+            raise ValueError(
+                f"overlong cache is {cache} tokens of {max_length}: set it between 1 and the longest length"
+            )
+        self.max_length, self.cache = max_length, cache
+
+    def __call__(self, groups: Sequence[Group]) -> np.ndarray:
+        lengths = [len(c.token_ids) for group in groups for c in group.completions]
+        excess = np.array(lengths, dtype=np.float64) - (self.max_length - self.cache)
+        return -np.clip(excess / self.cache, 0.0, 1.0).reshape(len(groups), -1)
+
+
+class RepetitionPenalty:
+    """−(1 − different / all) of a completion's n-grams of tokens, in −1…0 (arXiv 2502.03373, appendix C.2; TRL's).
+
+    Args:
+        ngram_size: n; a completion with fewer tokens gets 0.
+
+    Raises:
+        ValueError: n is below 1.
+    """
+
+    name = "repetition"
+
+    def __init__(self, ngram_size: int = 3):
+        if ngram_size < 1:
+            raise ValueError(f"repetition n-gram size is {ngram_size}: set it to 1 or more")
+        self.ngram_size = ngram_size
+
+    def __call__(self, groups: Sequence[Group]) -> np.ndarray:
+        values = [self._repeated(c.token_ids) for group in groups for c in group.completions]
+        return -np.array(values, dtype=np.float64).reshape(len(groups), -1)
+
+    def _repeated(self, tokens: Sequence[int]) -> float:
+        total = len(tokens) - self.ngram_size + 1
+        if total < 1:
+            return 0.0
+        return 1.0 - len(set(zip(*(tokens[i:] for i in range(self.ngram_size)), strict=False))) / total

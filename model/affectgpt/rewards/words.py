@@ -1,0 +1,117 @@
+"""Emotion words in free text: one pass over its words, the longest form of the wheel's tables at each place."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from affectgpt.emotion_wheel import EmotionWheel
+
+Lemmas = Callable[[str], Iterable[str]]
+
+# Words go on over blanks and hyphens; any other mark ends what may be one form.
+_TOKEN = re.compile(r"[^\W_]+(?:'[^\W_]+)*|[^\w\s'-]")
+_APOSTROPHES = str.maketrans("’ʼ‘", "'''")
+
+# Forms that name a feeling when they stand as a label, but in prose describe a face, a voice, a scene, or nothing.
+_DESCRIBING = """
+act aid aim arch art attitude bar bare base bash bit black blue bond boot born brain break bright cast character cheek
+clear close cold color content cool cover cross cut dark dead deep direct down draw drive edge emotion emotional express
+expression face facial fade fail fair fall far fast feel feeling firm fix flat flood fly focus force forward free full
+gentle get give go hard heart heavy help high hold impression intense intent key kick kill kind lack large leave level
+light like link list little live lock long look loose low lower main make mean might mild mind minor miss mood move need
+nose note open pale person plain play point present press question quick quiet raise rapid reach reaction ready real
+reflect response rest rich right rise root rough row salt see seem sense shake sharp shift short show sign slow small
+smart soft sound speak spend start state steady step still stop strong sure tall tell test text thick thin think tight
+tighten tilt tone trial true try turn use view voice wait walk want watch wear wide wild wire word work
+"""
+_IRREGULAR = """
+felt got gotten went gone goes saw seen made held left meant spoke spoken spent stood thought threw thrown told took
+taken tried tries used wore worn drew drawn drove driven broke broken fell fallen gave given kept knew known rose risen
+shown understood in out up on off here fewer less least most even evenly slightly gently
+"""
+
+
+def _inflected(word: str) -> tuple[str, ...]:
+    stem = word.removesuffix("e")
+    return word, f"{word}s", f"{word}es", f"{stem}ed", f"{stem}ing", f"{stem}er", f"{word}ly", f"{word}{word[-1]}ing"
+
+
+PROSE = frozenset(form for word in _DESCRIBING.split() for form in _inflected(word)) | {*_IRREGULAR.split(), "at work"}
+"""Forms that do not count in free text, though the tables have them."""
+
+
+class EmotionWords:
+    """Finds the forms of a wheel's tables in free text.
+
+    A form of several words is found whatever blanks or hyphens join them. Negation is not understood: "not angry"
+    holds *angry*.
+
+    Args:
+        wheel: whose tables.
+        lemmas: for a word that the tables lack, base forms to try, in order; see `wordnet_lemmas`. Without, only what
+            the tables have is found (they hold inflected forms).
+    """
+
+    def __init__(self, wheel: EmotionWheel, lemmas: Lemmas | None = None):
+        self._lemmas = lemmas
+        self._by_first: dict[str, list[tuple[list[str], str]]] = {}
+        self._other: dict[str, str | None] = {}  # what the tables lack, and the form found for it
+        for form in wheel.tables.words:
+            tokens = _tokens(form)
+            if tokens and "," not in form and " ".join(tokens) not in PROSE:
+                self._by_first.setdefault(tokens[0], []).append((tokens, form))
+        for candidates in self._by_first.values():
+            candidates.sort(key=lambda candidate: -len(candidate[0]))
+
+    def find(self, text: str) -> list[str]:
+        """Forms in their order in the text, as the tables spell them; one that stands twice comes twice."""
+        tokens, found, i = _tokens(text), [], 0
+        while i < len(tokens):
+            for form_tokens, form in self._by_first.get(tokens[i], ()):
+                if tokens[i : i + len(form_tokens)] == form_tokens:
+                    found.append(form)
+                    i += len(form_tokens)
+                    break
+            else:
+                form = self._derived(tokens[i])
+                if form is not None:
+                    found.append(form)
+                i += 1
+        return found
+
+    def _derived(self, token: str) -> str | None:
+        """The form of a word that is none as it stands: its possessive's owner, or one of its lemmas."""
+        if token not in self._other:
+            candidates = [token.removesuffix("'s")] if token.endswith("'s") else []
+            if self._lemmas is not None and token not in PROSE and token.isalpha():
+                candidates += self._lemmas(token)
+            self._other[token] = next(
+                (form for word in candidates for tokens, form in self._by_first.get(word, ()) if tokens == [word]), None
+            )
+        return self._other[token]
+
+
+def wordnet_lemmas(folder: Path) -> Lemmas:
+    """Base forms of a word as noun, verb, adjective and adverb by WordNet's morphology (nltk's morphy).
+
+    Args:
+        folder: a WordNet 3.0 database folder, as Debian's wordnet-base installs in /usr/share/wordnet.
+
+    Raises:
+        TablesError: the folder lacks a file.
+    """
+    from affectgpt.emotion_wheel.build import open_wordnet  # needs nltk
+
+    reader = open_wordnet(folder)
+
+    def lemmas(word: str) -> list[str]:
+        bases = (reader.morphy(word, part) for part in "nvar")
+        return list(dict.fromkeys(base for base in bases if base))
+
+    return lemmas
+
+
+def _tokens(text: str) -> list[str]:
+    return _TOKEN.findall(text.lower().translate(_APOSTROPHES))

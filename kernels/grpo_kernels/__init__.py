@@ -6,6 +6,7 @@ from grpo_kernels.grpo_loss import GRPOLoss, grpo_loss, grpo_loss_reference
 from grpo_kernels.interpreter import interpreted, repair_bfloat16
 from grpo_kernels.linear_grpo_loss import linear_grpo_loss, linear_grpo_loss_reference
 from grpo_kernels.linear_logprob import LinearLogprob, linear_logprob, linear_logprob_reference
+from grpo_kernels.sample_head import sample_head, sample_head_reference
 from grpo_kernels.sample_row import SampledTokens, SampleOptions, sample_row, sample_row_reference
 from grpo_kernels.selective_logprob import SelectiveLogprob, selective_logprob, selective_logprob_reference
 from grpo_kernels.spans import GroupSpans
@@ -30,6 +31,8 @@ __all__ = [
     "linear_grpo_loss_reference",
     "linear_logprob",
     "linear_logprob_reference",
+    "sample_head",
+    "sample_head_reference",
     "sample_row",
     "sample_row_reference",
     "selective_logprob",

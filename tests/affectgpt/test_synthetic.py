@@ -92,6 +92,18 @@ def test_what_is_only_heard_cannot_be_seen_and_the_other_way_round(scripts):
             assert not np.array_equal(clip[other], plain[other])
 
 
+def test_who_is_cast_says_nothing_about_the_emotion(scripts):
+    people = [dataset.cast(s) for s in scripts]
+    rows = [[*np.hstack([v for v in vars(who).values()]), *vars(speaker).values(), t] for who, speaker, t in people]
+    traits = np.array(rows)
+    traits = (traits - traits.mean(0)) / traits.std(0)
+    for channel in ("face", "voice"):
+        shown = np.array([s.channels.get(channel, "plain") for s in scripts])
+        for emotion in set(shown):
+            chosen = traits[shown == emotion]
+            assert np.abs(chosen.mean(0) * len(chosen) ** 0.5).max() < 4.5, (channel, emotion)
+
+
 def test_expressions_move_the_drawn_features():
     who = face.Appearance.random(np.random.default_rng(0))
     rest = {name: np.zeros(1, np.float32) for name in face.EXPRESSION}
@@ -168,8 +180,12 @@ def test_taught_encoders_measure_what_random_ones_cannot():
     assert tiny_encoders.teach_hubert(tiny_encoders.tiny_hubert(), seed=0, utterances=128, epochs=5) < 0.92
 
 
-def test_tokenizer_writes_any_text_and_knows_chatml_and_the_labels():
-    tokenizer = tiny_llm.make_tokenizer(0)
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_llm.make_tokenizer(0)
+
+
+def test_tokenizer_writes_any_text_and_knows_chatml_and_the_labels(tokenizer):
     for text in ("happy, ecstatic\n", "naïve 高兴 🙂 <|x|> ###"):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert tokenizer.eos_token == "<|im_end|>"
@@ -181,9 +197,8 @@ def test_tokenizer_writes_any_text_and_knows_chatml_and_the_labels():
     assert np.mean([len(tokenizer(f" {word}")["input_ids"]) == 1 for word in words]) > 0.9
 
 
-def test_pretraining_teaches_the_llm_next_words():
+def test_pretraining_teaches_the_llm_next_words(tokenizer):
     torch.manual_seed(0)
-    tokenizer = tiny_llm.make_tokenizer(0)
     model = tiny_llm.make_llm(tokenizer)
     untaught = tiny_llm.pretrain(model, tokenizer, seed=0, steps=30)
     assert tiny_llm.pretrain(model, tokenizer, seed=1, steps=30) < untaught - 0.1

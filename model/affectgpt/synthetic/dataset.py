@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from affectgpt.synthetic import face, voice
 from affectgpt.synthetic.emotions import EMOTIONS, IRONIC, PLAIN_FACE, PLAIN_LINES, PLAIN_VOICE, THINGS, TIMES
 
-VERSION = 1  # raise when the same seed would give other clips
+VERSION = 3  # raise when the same seed would give other clips
 FPS = 10
 FACE_EVERY = 3  # the face tracker keeps every third frame
 TRAIN_LABELS, TRAIN_REASONS, TEST_LABELS = "track2_train_ovmerd.csv", "track3_train_ovmerd.csv", "track2_test.csv"
@@ -88,13 +88,15 @@ def write_script(name: str, rng: np.random.Generator, seed: tuple[int, ...]) -> 
 def annotate(probabilities: dict[str, float], rng: np.random.Generator) -> tuple[str, ...]:
     """One to five label words: a panel's members each feel one emotion and write one or two words; lists are merged.
 
-    Words of an emotion have Zipf's frequencies (1, 1/2, 1/3, …) in the order of `Emotion.words`.
+    Words of an emotion have frequencies rank^-0.8 in the order of `Emotion.words`. With 24 words the first covers
+    20 % and the first five 51 %, with seven 33 % and 85 %: as in OV-MERD's 332 samples, where these are 18 % and 56 %
+    for the words of sadness (43 in use), 29 % and 86 % for the few of disgust.
     """
     written: list[str] = []
     for _ in range(_pick(rng, (1, 2, 3), PANEL)):
         emotion = _pick(rng, list(probabilities), np.array(list(probabilities.values())))
         words = EMOTIONS[emotion].words
-        zipf = 1 / np.arange(1, len(words) + 1)
+        zipf = np.arange(1, len(words) + 1) ** -0.8
         written += list(rng.choice(words, size=1 + (rng.random() < 0.4), replace=False, p=zipf / zipf.sum()))
     return tuple(dict.fromkeys(str(word) for word in written))[:5]
 
@@ -140,12 +142,22 @@ def tone_of(emotion: str | None, rng: np.random.Generator) -> dict[str, float]:
 
 def film(script: Script) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.float32]]:
     """Draw and voice a clip: frames `[T, 144, 144, 3]`, face crops `[T/3, 112, 112, 3]`, sound `[n]` at 16 kHz."""
-    person, looks, sounds = (np.random.default_rng((*script.seed, part)) for part in range(3))
-    who, speaker = face.Appearance.random(person), voice.Speaker.random(person)
-    seconds = round(person.uniform(2.2, 2.8), 1)
+    who, speaker, seconds = cast(script)
+    looks, sounds = _stream(script, "looks"), _stream(script, "sounds")
     frames = face.render(expression_curves(script.channels.get("face"), round(seconds * FPS), looks), who)
     sound = voice.speak(tone_of(script.channels.get("voice"), sounds), speaker, seconds, sounds)
     return frames, face.face_crops(frames[::FACE_EVERY], who), sound
+
+
+def cast(script: Script) -> tuple[face.Appearance, voice.Speaker, float]:
+    """Who is seen and heard in a clip, and for how many seconds: independent of what it tells."""
+    rng = _stream(script, "person")
+    return face.Appearance.random(rng), voice.Speaker.random(rng), round(rng.uniform(2.2, 2.8), 1)
+
+
+def _stream(script: Script, part: str) -> np.random.Generator:
+    # counted from 1: NumPy takes (a, b, c, 0) for (a, b, c), the stream the script itself was written from
+    return np.random.default_rng((*script.seed, 1 + ("person", "looks", "sounds").index(part)))
 
 
 def write_wav(path: Path, sound: NDArray[np.float32]) -> None:

@@ -32,7 +32,9 @@ class Emotion:
 EMOTIONS: dict[str, Emotion] = {
     "joy": Emotion(
         0.12,
-        ("happy", "joyful", "cheerful", "delighted", "pleased", "amused", "playful", "gleeful", "blissful", "upbeat"),
+        ("happy", "joyful", "cheerful", "delighted", "glad", "amused", "playful", "positive", "gleeful",
+         "pleasant", "joyous", "elated", "upbeat", "cheery", "blissful", "jolly", "humorous", "ecstatic",
+         "jubilant", "radiant", "euphoric", "jovial", "sunny", "tickled"),
         "pride",
         {"smile": 1.0, "mouth_open": 0.3, "mouth_width": 0.5, "brow_raise": 0.2, "eye_open": -0.2,
          "sway": 0.5, "sway_hz": 2.0},
@@ -43,8 +45,9 @@ EMOTIONS: dict[str, Emotion] = {
     ),
     "sadness": Emotion(
         0.16,
-        ("sad", "unhappy", "depressed", "lonely", "sorrowful", "gloomy", "hurt", "miserable", "melancholy", "dejected",
-         "grieving", "downcast"),
+        ("sad", "unhappy", "depressed", "disappointed", "lonely", "sorrowful", "gloomy", "hurt", "miserable",
+         "heartbroken", "melancholy", "hopeless", "dejected", "blue", "grieving", "downcast", "devastated",
+         "wretched", "isolated", "teary", "pessimistic", "crestfallen", "lonesome", "homesick"),
         "fear",
         {"smile": -0.8, "brow_tilt": 0.9, "eye_open": -0.45, "head_pitch": -0.7, "sway": 0.2, "sway_hz": 0.4},
         {"pitch": -3.0, "pitch_range": -0.8, "pitch_slope": -2.5, "tempo": -1.5, "effort": -0.7, "breath": 0.25},
@@ -54,8 +57,9 @@ EMOTIONS: dict[str, Emotion] = {
     ),
     "anger": Emotion(
         0.15,
-        ("angry", "annoyed", "irritated", "mad", "furious", "resentful", "hostile", "enraged", "aggressive", "bitter",
-         "exasperated", "indignant"),
+        ("angry", "annoyed", "irritated", "mad", "frustrated", "furious", "resentful", "displeased",
+         "impatient", "hostile", "enraged", "aggressive", "bitter", "outraged", "exasperated", "indignant",
+         "irritable", "infuriated", "hateful", "livid", "spiteful", "fuming", "incensed", "vengeful"),
         "disgust",
         {"brow_tilt": -1.0, "brow_raise": -0.6, "smile": -0.35, "mouth_open": 0.1, "eye_open": 0.25,
          "sway": 0.5, "sway_hz": 3.0},
@@ -67,9 +71,9 @@ EMOTIONS: dict[str, Emotion] = {
     ),
     "fear": Emotion(
         0.15,
-        ("anxious", "worried", "nervous", "scared", "afraid", "uneasy", "fearful", "frightened", "terrified",
-         "insecure",
-         "apprehensive", "concerned"),
+        ("anxious", "worried", "nervous", "scared", "afraid", "uneasy", "concerned", "fearful", "stressed",
+         "frightened", "terrified", "insecure", "helpless", "apprehensive", "panicked", "alarmed", "troubled",
+         "restless", "agitated", "overwhelmed", "vulnerable", "threatened", "petrified", "jumpy"),
         "sadness",
         {"brow_tilt": 0.8, "brow_raise": 0.7, "eye_open": 0.8, "mouth_open": 0.35, "mouth_width": 0.7, "smile": -0.4,
          "sway": 0.3, "sway_hz": 4.5},
@@ -81,7 +85,8 @@ EMOTIONS: dict[str, Emotion] = {
     ),
     "surprise": Emotion(
         0.14,
-        ("surprised", "amazed", "astonished", "startled", "stunned"),
+        ("surprised", "amazed", "shocked", "astonished", "startled", "stunned", "awed", "speechless",
+         "awestruck"),
         "fear",
         {"brow_raise": 1.0, "eye_open": 0.8, "mouth_open": 0.95, "mouth_width": -0.8, "sway": 0.2, "sway_hz": 1.0},
         {"pitch": 5.0, "pitch_range": 2.5, "pitch_slope": 8.0, "tempo": -0.5, "effort": 0.3},
@@ -91,7 +96,7 @@ EMOTIONS: dict[str, Emotion] = {
     ),
     "disgust": Emotion(
         0.12,
-        ("disgusted", "repulsed", "nauseated", "appalled", "revolted"),
+        ("disgusted", "repulsed", "nauseated", "appalled", "revolted", "repelled", "nauseous"),
         "anger",
         {"nose_wrinkle": 1.0, "smile": -0.55, "eye_open": -0.5, "brow_raise": -0.4, "brow_tilt": -0.25,
          "sway": 0.2, "sway_hz": 1.0},
@@ -103,7 +108,7 @@ EMOTIONS: dict[str, Emotion] = {
     ),
     "calm": Emotion(
         0.08,
-        ("calm", "relaxed", "peaceful", "serene", "tranquil"),
+        ("calm", "relaxed", "peaceful", "serene", "composed", "tranquil", "placid"),
         "joy",
         {"smile": 0.4, "eye_open": -0.5, "brow_raise": 0.15, "sway": 0.25, "sway_hz": 0.3},
         {"pitch": -1.5, "pitch_range": -0.7, "pitch_slope": 1.0, "tempo": -1.4, "effort": -0.5, "breath": 0.1},
@@ -114,7 +119,7 @@ EMOTIONS: dict[str, Emotion] = {
     ),
     "pride": Emotion(
         0.08,
-        ("proud", "confident", "self-assured", "accomplished", "bold"),
+        ("proud", "confident", "self-assured", "accomplished", "bold", "self-confident", "triumphant"),
         "joy",
         {"smile": 0.5, "head_pitch": 1.0, "brow_skew": 0.9, "brow_raise": 0.2, "eye_open": -0.1,
          "sway": 0.15, "sway_hz": 0.6},

@@ -19,6 +19,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from affectgpt.synthetic import face, voice
 
 CLIP_SECONDS = 2.0
+PICTURES, SOUNDS = 11, 12  # random streams beside the data set's, whose second key is its split, 0 or 1
 
 VISUAL_RANGES = {name: (-1.0, 1.0) for name in face.EXPRESSION} | {"mouth_open": (0.0, 1.0), "nose_wrinkle": (0.0, 1.0)}
 TONE_RANGES = {
@@ -170,7 +171,7 @@ def _pictures(seed: int, count: int, size: int) -> tuple[Tensor, Tensor]:
     """
     pictures, targets = [], []
     for person in range(count // 8):
-        rng = np.random.default_rng((seed, 1, person))
+        rng = np.random.default_rng((seed, PICTURES, person))
         who = face.Appearance.random(rng)
         curves = {n: rng.uniform(*VISUAL_RANGES[n], 4).astype(np.float32) for n in face.EXPRESSION}
         frames = face.render(curves, who)
@@ -185,7 +186,7 @@ def _sounds(seed: int, count: int) -> tuple[Tensor, Tensor]:
     """Utterances of 2 s, normalised, float32 `[count, 32000]`, and their parameters `[count, P]`; pitch is absolute."""
     sounds, targets = [], []
     for k in range(count):
-        rng = np.random.default_rng((seed, 2, k))
+        rng = np.random.default_rng((seed, SOUNDS, k))
         who = voice.Speaker.random(rng)
         tone = {name: rng.uniform(*TONE_RANGES[name]) for name in voice.TONE}
         sound = voice.speak(tone, who, CLIP_SECONDS, rng)

@@ -18,7 +18,8 @@ from affectgpt.prompts import PLACEHOLDERS, build_prompt, build_target
 from affectgpt.synthetic.dataset import Script, write_script
 from affectgpt.synthetic.emotions import EMOTIONS, PLAIN_FACE, PLAIN_VOICE
 
-VOCABULARY = 1200
+VOCABULARY = 1400
+PROMPTS, NOTES = 13, 14  # random streams beside the data set's and the encoders'
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -43,12 +44,12 @@ def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
 
 
 def make_llm(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
-    """Qwen2 of 3 layers, 128 wide, 4 heads over 2 key-value heads. Random weights."""
+    """Qwen2 of 2 layers, 96 wide, 4 heads over 2 key-value heads. Random weights."""
     config = Qwen2Config(
         vocab_size=-(-len(tokenizer) // 64) * 64,
-        hidden_size=128,
-        intermediate_size=320,
-        num_hidden_layers=3,
+        hidden_size=96,
+        intermediate_size=256,
+        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=1024,
@@ -93,7 +94,7 @@ def corpus(tokenizer: PreTrainedTokenizerFast, seed: int, count: int) -> list[tu
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in PLACEHOLDERS}
     texts = []
     for k in range(count):
-        rng = np.random.default_rng((seed, 3, k))
+        rng = np.random.default_rng((seed, PROMPTS, k))
         script = write_script(f"text_{k}", rng, (0,))
         sample = Sample(k, None, None, None, script.subtitle, f"[{', '.join(script.labels)}]", script.reason)
         template, mode, shown = _PROMPTS[k % len(_PROMPTS)]
@@ -111,7 +112,7 @@ def short_texts(tokenizer: PreTrainedTokenizerFast, seed: int, lists: int, notes
     """
     texts = []
     for k in range(lists + notes):
-        rng = np.random.default_rng((seed, 4, k))
+        rng = np.random.default_rng((seed, NOTES, k))
         script = write_script(f"note_{k}", rng, (0,))
         cues = "###"
         if k >= lists:

@@ -47,7 +47,7 @@ def main() -> None:
         stages.supervised(config.supervised("sft_continued", config.run.max_steps, patience=0))
         evaluations["sft_continued"] = stages.evaluate_test("sft_continued")
         stages.load(before_grpo)
-    stages.grpo(config.algorithm, config.optim)
+    stages.grpo(config.rewards(stages.wheel), config.algorithm, config.optim)
     evaluations["grpo"] = stages.evaluate_test("grpo")
     if config.controls and stages.test:
         swapped = stages.prompts(shuffle_media([prompt.sample for prompt in stages.test], config.run.seed))

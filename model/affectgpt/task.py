@@ -16,11 +16,9 @@ from affectgpt.encoders import Encoders
 from affectgpt.features import FeatureStore, extract_features
 from affectgpt.modeling import AffectGPT
 from affectgpt.prompts import AnswerForm, Mode, Template, build_prompt, build_target, required_features, stop_strings
-from affectgpt.rewards import AccuracyReward, FormatReward
 from grpo_core.config import RolloutConfig
 from grpo_core.distributed import Distributed, gather_objects, shard
 from grpo_core.groups import Prompt
-from grpo_core.rewards import Reward
 from grpo_core.rng import permutation
 from grpo_core.sampler import GroupSampler
 from grpo_core.sft import Example
@@ -97,16 +95,12 @@ class ModelConfig:
 
 @dataclass
 class MetricConfig:
-    """The emotion wheel, as reward and as metric."""
+    """The emotion wheel, and how evaluations use it."""
 
     emotion_wheel: Path | None = None
     """Folder of published tables (wheel1.xlsx … format.csv, synonym.xlsx); unset, the project's own."""
     level: Literal[1, 2] = 1
-    """Ring of the wheels that is compared."""
-    unscored: Literal["zero", "skip"] = "skip"
-    """In the reward, a wheel that the ground truth is not on counts as 0 or is left out."""
-    rewards: tuple[str, ...] = ("accuracy",)
-    """Rewards by name: accuracy; format, in think mode."""
+    """Ring of the wheels that evaluations compare."""
 
     def wheel(self) -> EmotionWheel:
         """The tables that the config names."""
@@ -206,24 +200,6 @@ def make_examples(prompts: Sequence[Prompt], model: AffectGPT, config: PromptCon
     """Prompts with the targets that supervised training teaches."""
     options = {"template": config.template, "mode": config.mode, "answer_form": config.answer_form}
     return [Example(prompt, build_target(prompt.sample, model.tokenizer, **options)) for prompt in prompts]
-
-
-def make_rewards(config: MetricConfig, mode: Mode) -> list[Reward]:
-    """The rewards that a config names.
-
-    Raises:
-        ValueError: an unknown name, or a reward that the mode has nothing for.
-    """
-    known = {
-        "accuracy": lambda: AccuracyReward(config.wheel(), mode, config.level, config.unscored),
-        "format": FormatReward,
-    }
-    for name in config.rewards:
-        if name not in known:
-            raise ValueError(f"metric.rewards has {name!r}: choose among {', '.join(known)}")
-    if "format" in config.rewards and mode != "think":
-        raise ValueError("metric.rewards has format, which judges think and answer tags: set prompt.mode to think")
-    return [known[name]() for name in config.rewards]
 
 
 def with_stop_strings(rollout: RolloutConfig, prompt: PromptConfig) -> RolloutConfig:

@@ -17,6 +17,7 @@ from affectgpt.emotion_wheel import EmotionWheel, parse_labels
 from affectgpt.encoders import Encoders
 from affectgpt.metrics import Evaluation, score_answers
 from affectgpt.prompts import PLACEHOLDERS, answer_text
+from affectgpt.rewards import RewardConfig, make_rewards
 from affectgpt.task import (
     DataConfig,
     MetricConfig,
@@ -29,7 +30,6 @@ from affectgpt.task import (
     make_examples,
     make_model,
     make_prompts,
-    make_rewards,
     split_samples,
     with_stop_strings,
 )
@@ -38,6 +38,7 @@ from grpo_core.config import AlgorithmConfig, GRPOConfig, OptimConfig, RolloutCo
 from grpo_core.distributed import Distributed, barrier
 from grpo_core.groups import Group, Prompt
 from grpo_core.policy import Policy
+from grpo_core.rewards import Reward
 from grpo_core.sampler import GroupSampler
 from grpo_core.sft import SFTTrainer
 from grpo_core.trainer import GRPOTrainer
@@ -76,6 +77,7 @@ class R1Config(TaskConfig):
     """AffectGPT-R1: what recipes/affectgpt_r1.py runs."""
 
     cold_start: ColdStartConfig = field(default_factory=ColdStartConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     controls: bool = False
@@ -83,9 +85,18 @@ class R1Config(TaskConfig):
 
     def __post_init__(self) -> None:
         GRPOConfig(self.algorithm, self.rollout, self.optim, self.run)  # refuses what GRPO refuses
-        make_rewards(self.metric, self.prompt.mode)
+        self.rewards(EmotionWheel.default())  # refuses what the rewards refuse, before any table is read
         if (self.cold_start.max_steps or self.controls) and not self.data.validation_fraction:
             raise ValueError("cold_start and controls stop by validation samples: set data.validation_fraction above 0")
+
+    def rewards(self, wheel: EmotionWheel) -> list[Reward]:
+        """The run's rewards.
+
+        Raises:
+            ValueError: an unknown name, or a reward that the mode has nothing for.
+        """
+        limit = self.rollout.max_new_tokens
+        return make_rewards(self.reward.names, wheel, self.prompt.mode, self.reward, max_length=limit)
 
     def supervised(self, name: str, max_steps: int, patience: int) -> SFTConfig:
         """A supervised stage within this run, in a folder of its own, that ends with its best validated model."""
@@ -208,16 +219,15 @@ class Stages:
         ).train()
         self.save(config.run.folder / "model")
 
-    def grpo(self, algorithm: AlgorithmConfig, optim: OptimConfig) -> None:
+    def grpo(self, rewards: Sequence[Reward], algorithm: AlgorithmConfig, optim: OptimConfig) -> None:
         """Train on the rewards; saves the model in the run's folder."""
-        config = self.config
         policy, sampler = self.policy(algorithm.reference if algorithm.beta > 0 else None)
         GRPOTrainer(
             policy,
             sampler,
             self.training,
-            make_rewards(config.metric, config.prompt.mode),
-            GRPOConfig(algorithm, self.rollout, optim, config.run),
+            rewards,
+            GRPOConfig(algorithm, self.rollout, optim, self.config.run),
             dist=self.dist,
             save_model=self.model.save_pretrained,
             evaluate=self.evaluate_validation(sampler),

@@ -10,8 +10,8 @@ import pytest
 from affectgpt.datasets import Sample
 from affectgpt.emotion_wheel import EmotionWheel
 from affectgpt.metrics import score_answers
-from affectgpt.rewards import AccuracyReward, FormatReward, has_think_answer_format
-from affectgpt.task import MetricConfig, make_rewards, split_samples
+from affectgpt.rewards import AccuracyReward, FormatReward, RewardConfig, has_think_answer_format
+from affectgpt.task import split_samples
 from affectgpt.training import R1Config, open_run
 from grpo_core.config import RunConfig
 from grpo_core.distributed import Distributed
@@ -70,11 +70,11 @@ def test_format_is_one_think_block_and_one_answer_block(text, valid):
     assert FormatReward()([group("[happy]", text, "")]).tolist() == [[float(valid), 0.0]]
 
 
-def test_unknown_and_impossible_rewards_are_refused():
-    with pytest.raises(ValueError, match=r"metric.rewards has 'speed': choose among accuracy, format"):
-        make_rewards(MetricConfig(rewards=("speed",)), "think")
-    with pytest.raises(ValueError, match=r"set prompt.mode to think"):
-        make_rewards(MetricConfig(rewards=("accuracy", "format")), "no_think")
+def test_unknown_and_impossible_rewards_are_refused_with_the_config():
+    with pytest.raises(ValueError, match="unknown reward 'speed': choose among accuracy, format"):
+        R1Config(reward=RewardConfig(names=("speed",)))
+    with pytest.raises(ValueError, match="judges think and answer tags"):
+        R1Config(reward=RewardConfig(names=("accuracy", "format")))
 
 
 def test_evaluation_is_the_corpus_metric(tmp_path):

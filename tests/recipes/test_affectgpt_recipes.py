@@ -142,7 +142,7 @@ def test_two_ranks_in_think_mode_with_the_format_reward(finished, tmp_path):
     options = options | {
         "run.output_dir": str(tmp_path),
         "prompt.mode": "think",
-        "metric.rewards": "[accuracy, format]",
+        "reward.names": "[accuracy, format]",
         "controls": "false",
         "algorithm.reward_weights": "{format: 0.2}",
     }
@@ -176,7 +176,7 @@ def test_one_unreadable_clip_is_reported_and_skipped(finished, clips, tmp_path):
         ({"data.labels": "track9.csv", "data.format": "mer2025"}, "track9.csv"),
         ({"model.path": "no_model"}, "no_model"),
         ({"rollout.group_size": "1"}, "group_size"),
-        ({"metric.rewards": "[accuracy, format]"}, "prompt.mode"),
+        ({"reward.names": "[accuracy, format]"}, "prompt.mode"),
         ({"metric.emotion_wheel": "no_tables"}, "no_tables"),
     ],
 )

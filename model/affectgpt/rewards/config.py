@@ -22,8 +22,11 @@ from grpo_core.rewards import Reward
 
 @dataclass
 class RewardConfig:
-    """How answers are judged."""
+    """Which rewards a run has, and how they judge; algorithm.reward_weights weighs them."""
 
+    names: tuple[str, ...] = ("accuracy",)
+    """Rewards by name: accuracy, format, alignment, dual, overlong, repetition, hit_rate, sentiment; format, alignment
+    and dual need think mode. (perception needs a judge, a callable: from Python only.)"""
     level: Literal[1, 2] = 1
     """Ring of the wheels that is compared."""
     unscored: Literal["zero", "skip"] = "skip"

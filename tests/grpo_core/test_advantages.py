@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_core.advantages import (
@@ -64,6 +64,7 @@ def test_an_infinite_reward_is_refused():
 
 
 @given(st.lists(st.integers(-50, 50), min_size=2, max_size=12), st.integers(-1000, 1000))
+@settings(deadline=None)
 def test_advantages_are_centred_and_do_not_change_when_a_constant_is_added(values, offset):
     rewards = np.array([values], dtype=np.float64)
     advantages = group_advantages(rewards)
@@ -91,6 +92,7 @@ def test_batch_scale_divides_by_the_spread_of_all_rewards():
 
 
 @given(st.lists(st.lists(st.floats(-5, 5), max_size=6), max_size=5), st.sampled_from([0.0, 1e8]))
+@settings(deadline=None)
 def test_moments_of_parts_combine_to_those_of_the_whole(parts, offset):
     values = np.array([x for part in parts for x in part]) + offset
     combined = combine_moments(np.array([moments(np.array(part) + offset) for part in parts]).reshape(-1, 3))
@@ -131,6 +133,7 @@ def test_groups_may_be_of_unequal_sizes():
 
 
 @given(st.permutations(range(5)), st.sampled_from(SCALES), st.sampled_from(BASELINES))
+@settings(deadline=None)
 def test_advantages_move_with_their_completions(order, scale, baseline):
     rewards = np.array([[0.1, 2.0, np.nan, 0.7, 0.4], [1.0, 0.0, 0.0, 1.0, 5.0]])
     shuffled = group_advantages(rewards[:, order], scale, baseline)
@@ -138,6 +141,7 @@ def test_advantages_move_with_their_completions(order, scale, baseline):
 
 
 @given(st.lists(st.booleans(), max_size=12), st.integers(0, 12))
+@settings(deadline=None)
 def test_a_step_takes_groups_with_signal_first_and_always_as_many(signal, count):
     if count > len(signal):
         with pytest.raises(ValueError, match="sample a reserve"):

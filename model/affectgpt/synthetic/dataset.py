@@ -89,8 +89,8 @@ def annotate(probabilities: dict[str, float], rng: np.random.Generator) -> tuple
     """One to five label words: a panel's members each feel one emotion and write one or two words; lists are merged.
 
     Words of an emotion have frequencies rank^-0.8 in the order of `Emotion.words`. With 24 words the first covers
-    20 % and the first five 51 %, with seven 33 % and 85 %: as in OV-MERD's 332 samples, where these are 18 % and 56 %
-    for the words of sadness (43 in use), 29 % and 86 % for the few of disgust.
+    20 % and the first five 51 %, with seven 33 % and 85 %; in OV-MERD's 332 samples these are 18 % and 56 % for the
+    words of sadness (43 in use).
     """
     written: list[str] = []
     for _ in range(_pick(rng, (1, 2, 3), PANEL)):

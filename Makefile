@@ -1,5 +1,6 @@
 # make demo   run the main job on the embedded default: clips, tiny model, cold start, GRPO, report
-# make test   lint-free test suite on a fresh machine (creates .venv on first use)
+# make test   the test suite (creates .venv on first use)
+# make test-peers  the tests that compare with TRL and Liger (creates .venv-bench)
 # make lint   ruff check and ruff format --check
 # make gpu    GPU tests and benchmarks, in the Python that is given by GPU_PYTHON (default: the current python3)
 # make clean  remove what this file made
@@ -8,7 +9,7 @@ PYTHON ?= python3
 GPU_PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint venv gpu clean
+.PHONY: demo test test-peers lint venv gpu clean
 
 venv: .venv/.installed
 
@@ -29,9 +30,21 @@ lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# the same values as TRL and Liger, in an environment that has them
+test-peers: .venv-bench/.installed
+	.venv-bench/bin/python -m pytest -p no:xdist -m "not gpu" tests/grpo_kernels/test_peers.py \
+		tests/grpo_core/test_losses_trl.py tests/recipes/test_fused_head_examples.py
+
+.venv-bench/.installed: setup.py constraints.txt
+	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch triton
+	.venv-bench/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--editable '.[affectgpt,dev,bench]'
+	touch $@
+
 gpu:
 	PYTHONPATH=.:kernels:model $(GPU_PYTHON) -m pytest -m gpu -p no:xdist $(ARGS)
 
 clean:
-	rm -rf .venv *.egg-info .pytest_cache .ruff_cache .hypothesis build dist runs
+	rm -rf .venv .venv-bench *.egg-info .pytest_cache .ruff_cache .hypothesis build dist runs
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+
+from grpo_core.losses import LOSS_TYPES
 
 
 @dataclass
@@ -49,21 +52,44 @@ class RolloutConfig:
 class AlgorithmConfig:
     """What is optimised."""
 
-    loss_type: Literal["grpo", "dapo", "dr_grpo"] = "dapo"
-    """How token losses are averaged: over each sequence, then over sequences (grpo); over all tokens of the step
-    (dapo); over sequences × rollout.max_new_tokens (dr_grpo)."""
-    scale_rewards: Literal["group", "none"] = "group"
-    """Divide advantages by the standard deviation of their group, or only centre them."""
-    epsilon: float = 0.2
-    """Lower clip range: a ratio below 1 − epsilon gives no gradient to a falling advantage."""
+    loss_type: Literal["grpo", "bnpo", "dapo", "dr_grpo", "gspo", "gspo_token", "cispo", "sapo", "luspo"] = "dapo"
+    """How a token's loss is made from its ratio, and how token losses are averaged; see docs/algorithms.md."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """Divide advantages by the standard deviation of their group, of all rewards of the step, or only centre them."""
+    baseline: Literal["mean", "leave_one_out"] = "mean"
+    """What a reward is compared with: the mean of its group, or of the group's other members."""
+    epsilon: float | None = None
+    """Lower clip range: a ratio below 1 − epsilon gives no gradient to a falling advantage. Unset, the
+    loss type's own."""
     epsilon_high: float | None = None
-    """Upper clip range; unset, the same as epsilon."""
+    """Upper clip range; unset, the same as epsilon, or the loss type's own."""
     delta: float | None = None
     """Upper cap of the ratio for negative advantages (two-sided clipping); unset, off."""
+    cispo_cap: float = 5.0
+    """Cap of the ratio in loss type cispo."""
+    mask_truncated_completions: bool = False
+    """Leave completions that reached rollout.max_new_tokens out of the loss."""
+    sampler_correction: Literal[
+        "none",
+        "token_truncate",
+        "token_mask",
+        "sequence_truncate",
+        "sequence_mask",
+        "geometric_truncate",
+        "geometric_mask",
+    ] = "none"
+    """Weigh the loss by how much likelier the trainer finds a token, or a completion, than the sampler did; truncate
+    clamps the weight into the bounds below, mask makes it 0 outside."""
+    sampler_low: float = 0.0
+    """Lower bound of sampler_correction's weight."""
+    sampler_high: float = 3.0
+    """Upper bound of sampler_correction's weight."""
     beta: float = 0.0
     """Weight of the KL penalty. 0 also skips the reference pass."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Estimator of KL(policy ‖ reference) from the sampled tokens."""
+    unbiased_kl: bool = False
+    """Multiply k3 by the ratio, which makes its gradient that of the reverse KL."""
     reference: Literal["frozen", "adapter_off"] = "frozen"
     """The policy that KL is measured against: the trained parameters as they were when training began (with LoRA, a
     copy of the adapter), or the base model with its adapters off. After a cold start, which lives in the adapter, the
@@ -76,15 +102,33 @@ class AlgorithmConfig:
     @property
     def clip_range(self) -> tuple[float, float]:
         """(lower, upper) clip ranges."""
-        return self.epsilon, self.epsilon if self.epsilon_high is None else self.epsilon_high
+        low, high = LOSS_TYPES[self.loss_type].clip_range
+        if self.epsilon is not None:
+            low = high = self.epsilon
+        return low, high if self.epsilon_high is None else self.epsilon_high
 
     def __post_init__(self) -> None:
-        if not 0 < self.epsilon < 1:
-            raise ValueError(f"algorithm.epsilon is {self.epsilon}: set it between 0 and 1")
+        if self.epsilon is not None and not 0 < self.epsilon < 1:
+            raise ValueError(f"algorithm.epsilon is {self.epsilon}: set it between 0 and 1, or leave it out")
         if self.epsilon_high is not None and self.epsilon_high <= 0:
             raise ValueError(f"algorithm.epsilon_high is {self.epsilon_high}: set it above 0, or leave it out")
+        kind = LOSS_TYPES[self.loss_type]
+        if kind.ratio != "token" and max(self.clip_range) > 0.01:
+            warnings.warn(
+                f"algorithm.epsilon is {self.clip_range[0]} with loss_type {self.loss_type}, whose ratio is a mean "
+                "over tokens and hardly moves: its paper has 3e-4 and 4e-4",
+                stacklevel=2,
+            )
+        if self.delta is not None and kind.surrogate != "clip":
+            raise ValueError(f"algorithm.delta is set, but loss_type {self.loss_type} does not clip: leave it out")
         if self.delta is not None and self.delta <= 1 + self.clip_range[1]:
             raise ValueError(f"algorithm.delta is {self.delta}: set it above 1 + epsilon_high, or leave it out")
+        if self.cispo_cap <= 1:
+            raise ValueError(f"algorithm.cispo_cap is {self.cispo_cap}: set it above 1")
+        if self.sampler_low >= self.sampler_high:
+            raise ValueError("algorithm.sampler_low is not below sampler_high")
+        if self.unbiased_kl and self.kl_estimator != "k3":
+            raise ValueError("algorithm.unbiased_kl multiplies k3 by the ratio: set kl_estimator to k3")
         if self.beta < 0:
             raise ValueError(f"algorithm.beta is {self.beta}: set it to 0 (no reference) or above")
         if self.num_iterations < 1:
@@ -177,6 +221,12 @@ class GRPOConfig:
     def __post_init__(self) -> None:
         if self.rollout.group_size < 2:
             raise ValueError("rollout.group_size is 1: an advantage compares members of a group, set it to 2 or more")
+        truncated = self.rollout.top_p < 1 or self.rollout.top_k > 0 or self.rollout.min_p > 0
+        if truncated and self.algorithm.sampler_correction != "none":
+            raise ValueError(
+                "algorithm.sampler_correction compares full distributions, but rollout.top_p, top_k or min_p truncates "
+                "what is sampled: set them to 1, 0 and 0, or the correction to none"
+            )
         if self.rollout.temperature == 0:
             raise ValueError("rollout.temperature is 0: greedy members of a group are all the same, set it above 0")
 

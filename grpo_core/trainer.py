@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grpo_core.advantages import group_advantages, has_signal
+from grpo_core.advantages import combine_moments, group_advantages, has_signal, moments, moments_std
 from grpo_core.config import GRPOConfig
 from grpo_core.data import by_token_budget, step_items
-from grpo_core.distributed import Distributed, all_reduce_sum, gather_objects, shard
-from grpo_core.groups import Group, GroupLayout, Prompt
+from grpo_core.distributed import Distributed, all_reduce_sum, gather_objects, gather_rows, shard
+from grpo_core.groups import Completion, Group, GroupLayout, Prompt
 from grpo_core.loop import TrainingLoop
-from grpo_core.losses import clipped_surrogate, kl_penalty, token_weights
+from grpo_core.losses import LOSS_TYPES, importance_ratio, kl_penalty, policy_loss, sampler_correction, token_weights
 from grpo_core.metrics import CompletionsWriter, MetricsWriter
 from grpo_core.policy import Policy, disable_dropout
 from grpo_core.rewards import Reward, check_reward_weights, score_groups
@@ -142,7 +142,12 @@ class GRPOTrainer(TrainingLoop):
     def compare(self, groups: list[Group]) -> None:
         """Fill every group's advantages."""
         rewards = np.array([group.rewards for group in groups]).reshape(len(groups), self.rollout.group_size)
-        for group, row in zip(groups, group_advantages(rewards, self.algorithm.scale_rewards), strict=True):
+        algorithm, batch_std = self.algorithm, None
+        if algorithm.scale_rewards == "batch":
+            row = torch.from_numpy(moments(rewards)).to(self.dist.device)
+            batch_std = moments_std(combine_moments(gather_rows(row, self.dist).cpu().numpy()))
+        advantages = group_advantages(rewards, algorithm.scale_rewards, algorithm.baseline, batch_std=batch_std)
+        for group, row in zip(groups, advantages, strict=True):
             group.advantages = row
         signal = has_signal(rewards)
         self.metrics.mean("reward", rewards[~np.isnan(rewards)])
@@ -153,8 +158,8 @@ class GRPOTrainer(TrainingLoop):
     def pack(self, groups: list[Group]) -> list[MicroBatch]:
         """Pack groups into micro-batches by the token budget; weigh every token by the counts of the whole step."""
         algorithm, device = self.algorithm, self.policy.device
-        lengths = [len(c.token_ids) for group in groups for c in group.completions]
-        counts = torch.tensor([len(lengths), sum(lengths)], device=device)
+        lengths = [len(c.token_ids) for group in groups for c in group.completions if self.counts(c)]
+        counts = torch.tensor([sum(len(group.completions) for group in groups), sum(lengths)], device=device)
         completions, tokens = all_reduce_sum(counts, self.dist).tolist()
         batches = []
         sizes = [len(g.prompt.token_ids) + sum(len(c.token_ids) for c in g.completions) for g in groups]
@@ -168,6 +173,7 @@ class GRPOTrainer(TrainingLoop):
                 total_completions=completions,
                 total_tokens=tokens,
                 max_length=self.rollout.max_new_tokens,
+                completion_weights=torch.tensor([float(self.counts(c)) for c in members], device=device),
             )
             batches.append(
                 MicroBatch(
@@ -179,6 +185,10 @@ class GRPOTrainer(TrainingLoop):
                 )
             )
         return batches
+
+    def counts(self, completion: Completion) -> bool:
+        """Whether a completion takes part in the loss: a truncated one may be masked."""
+        return not (self.algorithm.mask_truncated_completions and completion.finish_reason == "length")
 
     def reference(self, batches: list[MicroBatch]) -> None:
         """Log-probabilities under the reference, unless β = 0."""
@@ -202,17 +212,34 @@ class GRPOTrainer(TrainingLoop):
                 )
                 if batch.old_logprob is None:
                     batch.old_logprob = result.logprob.detach()
-                surrogate = clipped_surrogate(
+                completions = (batch.layout.completion_index, batch.layout.num_completions)
+                surrogate = policy_loss(
+                    algorithm.loss_type,
                     result.logprob,
                     batch.old_logprob,
                     batch.advantages,
+                    *completions,
                     clip_low=clip_low,
                     clip_high=clip_high,
                     delta=algorithm.delta,
+                    cispo_cap=algorithm.cispo_cap,
                 )
                 token_loss = surrogate.loss
+                if algorithm.sampler_correction != "none":
+                    token_loss = token_loss * sampler_correction(
+                        batch.old_logprob,
+                        batch.sampler_logprob,
+                        *completions,
+                        algorithm.sampler_correction,
+                        low=algorithm.sampler_low,
+                        high=algorithm.sampler_high,
+                    )
                 if batch.reference_logprob is not None:
-                    kl = kl_penalty(result.logprob, batch.reference_logprob, algorithm.kl_estimator)
+                    ratio = None
+                    if algorithm.unbiased_kl:
+                        level = LOSS_TYPES[algorithm.loss_type].ratio
+                        ratio = importance_ratio(result.logprob, batch.old_logprob, *completions, level)
+                    kl = kl_penalty(result.logprob, batch.reference_logprob, algorithm.kl_estimator, ratio)
                     token_loss = token_loss + algorithm.beta * kl
                     self.metrics.mean("kl", kl)
                 loss = (batch.weights * token_loss).sum()

@@ -2,8 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
+
+from grpo_core.losses import LOSS_TYPES
 
 from .toy import make_trainer, weights
 
@@ -42,11 +45,24 @@ def test_the_reference_stays_the_policy_at_the_start(tmp_path):
     assert not torch.equal(weights(trainer), before)
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
-def test_micro_batches_change_nothing_but_memory(tmp_path, loss_type):
+OPTIONS = [
+    *({"loss_type": name} for name in LOSS_TYPES),
+    {"scale_rewards": "batch"},
+    {"baseline": "leave_one_out"},
+    {"unbiased_kl": True},
+    {"mask_truncated_completions": True},
+    {"sampler_correction": "sequence_mask"},
+    {"delta": 2.0},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(map(str, *options.items())))
+def test_micro_batches_change_nothing_but_memory(tmp_path, options):
     results = []
-    for budget in (1, 60, 10**6):
-        trainer = make_trainer(tmp_path / str(budget), loss_type=loss_type, beta=0.1, max_tokens_per_micro_batch=budget)
+    for budget in (1, 80, 10**6):
+        trainer = make_trainer(
+            tmp_path / str(budget), beta=0.1, max_tokens_per_micro_batch=budget, max_new_tokens=8, **options
+        )
         groups = trainer.sample(trainer.next_prompts())
         trainer.score(groups)
         trainer.compare(groups)
@@ -94,6 +110,41 @@ def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(tmp_path, options):
 
     for name in ("metrics.jsonl", "completions.jsonl"):
         assert read("parts", name) == read("whole", name)
+
+
+def test_masking_truncated_completions_takes_their_gradient_away(tmp_path):
+    gradients = []
+    for masked in (False, True):
+        trainer = make_trainer(tmp_path / str(masked), max_new_tokens=1, mask_truncated_completions=masked)
+        groups = trainer.sample(trainer.next_prompts())
+        assert {c.finish_reason for group in groups for c in group.completions} == {"length"}
+        for group in groups:
+            group.advantages = np.arange(4.0) - 1.5
+        trainer.optimizer_step = lambda *_: None
+        trainer.update(trainer.pack(groups), 0)
+        gradients.append(sum(p.grad.abs().sum().item() for p in trainer.parameters.values()))
+    assert gradients[0] > 0
+    assert gradients[1] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"delta": 1.1}, "delta is 1.1"),
+        ({"delta": 2.0, "loss_type": "sapo"}, "does not clip"),
+        ({"unbiased_kl": True, "kl_estimator": "k1"}, "kl_estimator to k3"),
+        ({"sampler_correction": "token_mask", "top_p": 0.9}, "top_p"),
+        ({"epsilon": 1.5}, "epsilon is 1.5"),
+    ],
+)
+def test_impossible_combinations_are_refused_with_the_key(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, **options)
+
+
+def test_a_clip_range_for_tokens_is_warned_of_where_ratios_are_of_sequences(tmp_path):
+    with pytest.warns(UserWarning, match="3e-4 and 4e-4"):
+        make_trainer(tmp_path, loss_type="gspo", epsilon=0.2)
 
 
 def test_a_reward_weight_that_names_no_reward_is_refused(tmp_path):

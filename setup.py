@@ -30,6 +30,6 @@ setup(
         "affectgpt": ["av>=14", "nltk>=3.9", "openpyxl>=3.1", "pillow>=11", "matplotlib>=3.9"],
         # the peers that losses and kernels are compared with
         "bench": ["trl==1.16.0", "liger-kernel==0.8.5"],
-        "dev": ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "ruff>=0.12", "scipy>=1.13"],
+        "dev": ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "ruff>=0.12", "scipy>=1.13", "pandas>=2.2"],
     },
 )

@@ -90,6 +90,18 @@ class Head:
             torch.mm(hidden, self.weight[slab].to(self.accumulator).t(), out=out[:, slab])
         return out
 
+    def logits_and_drift(self, hidden: Tensor, reference_hidden: Tensor, out: Tensor) -> Tensor:
+        """Logits over `out[:r]`, and over `out[r:]`, which is returned, how far they lie from the reference's.
+
+        The drift is a product of the difference of hidden states, unless that would have to be rounded to half
+        precision: then it is a difference of accumulators.
+        """
+        hidden, reference_hidden = hidden.to(self.operand), reference_hidden.to(self.operand)
+        other = reference_hidden if self.exports else hidden - reference_hidden
+        self.logits(torch.cat([hidden, other]), out)
+        logits, drift = out.chunk(2)
+        return torch.sub(logits, drift, out=drift) if self.exports else drift
+
     def grad_place(self, logits: Tensor) -> Tensor:
         """Where the gradient of logits `[r, V]` goes: over them, a narrower operand into the front of each row."""
         if self.operand == self.accumulator:
@@ -199,20 +211,23 @@ def head_rows(
         count = rows.stop - rows.start
         if buffer is None:
             buffer = hidden.new_empty(streams * count, vocabulary, dtype=head.accumulator)
-        stacked = hidden[rows] if streams == 1 else torch.cat([hidden[rows], reference_hidden[rows]])
-        logits = head.logits(stacked, buffer[: streams * count])
+        logits, drift = buffer[:count], None
+        if reference_hidden is None:
+            head.logits(hidden[rows], logits)
+        else:
+            drift = head.logits_and_drift(hidden[rows], reference_hidden[rows], buffer[: 2 * count])
         if bias is not None:
             logits.add_(bias)
         yield (
             rows,
             make_rows(
                 options.backend,
-                logits[:count],
+                logits,
                 targets[rows],
                 options.transform,
                 stats.rows(rows),
                 saved=saved,
-                reference_logits=logits[count:] if streams == 2 else None,
-                out=head.grad_place(logits[:count]) if options.backend == "triton" else None,
+                drift=drift,
+                out=head.grad_place(logits) if options.backend == "triton" else None,
             ),
         )

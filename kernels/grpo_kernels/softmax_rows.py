@@ -6,10 +6,13 @@ p = exp(z − m) / s:
     log p_y = −log(1 + exp(log s_o + m − z_y))      s_o = Σ_{v≠y} exp(z_v − m)
     H       = log s + Σ p (m − z)
     KL      = Σ p (log p − log q)                    q: the same softmax of reference logits, a constant
-    ∂/∂z_v  = g_logp ([v = y] − p_v) − g_H p_v (log p_v + H) + g_KL p_v (log p_v − log q_v − KL)
+            = log(1 + Σ p (exp(−d) − 1 + d))         δ = z − z_ref,  d = δ − Σ p δ
+    ∂/∂z_v  = g_logp ([v = y] − p_v) − g_H p_v (log p_v + H) + g_KL p_v d_v
 
 Summing the other tokens apart keeps log p_y and 1 − p_y = s_o / s exact for confident tokens, where `z_y − lse` is 0
 from a margin of some 15 nats in float32. Both terms of H are ≥ 0 and free of the logits' offset, so nothing cancels.
+KL and its gradient know the reference by δ alone, which is given as a difference of raw logits: two models that are
+close to each other would lose it between the roundings of two logits, and KL between two normalisers.
 """
 
 from __future__ import annotations
@@ -43,6 +46,14 @@ class Transform(NamedTuple):
             return logits.div_(self.softcap).tanh_().mul_(self.softcap / self.temperature)
         return logits if self.temperature == 1.0 else logits.div_(self.temperature)
 
+    def difference(self, logits: Tensor, drift: Tensor) -> Tensor:
+        """`self(logits) − self(logits − drift)` over `drift`, without forming it by subtraction."""
+        if self.softcap is None:
+            return drift if self.temperature == 1.0 else drift.div_(self.temperature)
+        # tanh a − tanh b = tanh(a − b) (1 − tanh a · tanh b)
+        product = torch.sub(logits, drift).div_(self.softcap).tanh_().mul_(torch.tanh(logits / self.softcap))
+        return drift.div_(self.softcap).tanh_().mul_(product.neg_().add_(1.0)).mul_(self.softcap / self.temperature)
+
 
 @dataclass(frozen=True)
 class RowStatistics:
@@ -53,7 +64,8 @@ class RowStatistics:
     log_sum: Tensor
     entropy: Tensor | None
     kl: Tensor | None
-    reference_lse: Tensor | None
+    mean_drift: Tensor | None
+    """Σ p δ."""
 
     @classmethod
     def empty(cls, rows: int, device: torch.device, dtype: torch.dtype, *, entropy: bool, kl: bool) -> RowStatistics:
@@ -67,7 +79,7 @@ class RowStatistics:
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The fields, in order."""
-        return self.logprob, self.row_max, self.log_sum, self.entropy, self.kl, self.reference_lse
+        return self.logprob, self.row_max, self.log_sum, self.entropy, self.kl, self.mean_drift
 
 
 @triton.jit
@@ -75,14 +87,14 @@ def softmax_rows_kernel(
     logits,
     grad,  # where the gradient goes: over the logits, each row's from the row's start on
     targets,
-    reference_logits,
+    drift,  # raw logits minus the reference's
     # statistics: read if SAVED, else written
     logprob_ptr,
     row_max_ptr,
     log_sum_ptr,
     entropy_ptr,
     kl_ptr,
-    reference_lse_ptr,
+    mean_drift_ptr,
     # upstream gradient of logprob, entropy and KL (UPSTREAM), or what a GRPO loss is made of (LOSS)
     grad_logprob_ptr,
     grad_entropy_ptr,
@@ -95,7 +107,7 @@ def softmax_rows_kernel(
     V,
     logits_stride,
     grad_stride,
-    reference_stride,
+    drift_stride,
     # numbers
     inverse_temperature,
     softcap,
@@ -125,9 +137,9 @@ def softmax_rows_kernel(
     t = tl.program_id(0).to(tl.int64)  # T·V passes 2³¹ at T = 14,123 for V = 152,064
     z_row = logits + t * logits_stride
     g_row = grad + t * grad_stride
-    q_row = z_row
+    d_row = z_row
     if KL:
-        q_row = reference_logits + t * reference_stride
+        d_row = drift + t * drift_stride
     lanes = tl.arange(0, BLOCK)
     y = tl.load(targets + t)
 
@@ -176,20 +188,10 @@ def softmax_rows_kernel(
 
     if KL:
         if SAVED:
-            reference_lse = tl.load(reference_lse_ptr + t)
-            kl = tl.load(kl_ptr + t)
+            mean = tl.load(mean_drift_ptr + t)
         else:
-            q_max, q_sum, _ = _online(q_row, -1, V, lanes, inverse_temperature, softcap, SOFTCAP, False, BLOCK)
-            reference_lse = q_max + tl.log(q_sum)
-            total = tl.zeros((BLOCK,), tl.float32)
-            for v0 in range(0, V, BLOCK):
-                live = v0 + lanes < V
-                z = _load(z_row + v0 + lanes, live, inverse_temperature, softcap, SOFTCAP)
-                q = _load(q_row + v0 + lanes, live, inverse_temperature, softcap, SOFTCAP)
-                logp = (z - row_max) - log_sum
-                total += tl.where(live, tl.exp(logp) * (logp - (q - reference_lse)), 0.0)
-            kl = tl.sum(total, 0)
-            tl.store(reference_lse_ptr + t, reference_lse)
+            mean, kl = _kl(z_row, d_row, row_max, log_sum, V, lanes, inverse_temperature, softcap, SOFTCAP, BLOCK)
+            tl.store(mean_drift_ptr + t, mean)
             tl.store(kl_ptr + t, kl)
 
     if GRAD:
@@ -236,14 +238,14 @@ def softmax_rows_kernel(
             logp = (z - row_max) - log_sum
             bracket = -g_entropy * (logp + entropy)
             if UPSTREAM_KL:
-                q = _load(q_row + v, live, inverse_temperature, softcap, SOFTCAP)
-                bracket += g_kl * (logp - (q - reference_lse) - kl)
+                delta = _difference(raw, d_row + v, live, inverse_temperature, softcap, SOFTCAP)
+                bracket += g_kl * (delta - mean)
             p = tl.exp(logp)
             # at the target, −g p and +g join to g (1 − p), which is not formed by subtraction
             dz = tl.where(v == y, p * bracket + g_logprob * one_minus_p, p * (bracket - g_logprob))
             if SOFTCAP:
-                tanh = z / (softcap * inverse_temperature)
-                dz *= 1.0 - tanh * tanh
+                bend = z / (softcap * inverse_temperature)
+                dz *= 1.0 - bend * bend
             # a narrow gradient's block i lies inside the logits' blocks ≤ i: all lanes must have read theirs
             tl.debug_barrier()
             tl.store(g_row + v, (dz * inverse_temperature).to(grad.dtype.element_ty), live)
@@ -254,10 +256,28 @@ def transform_logits(x, inverse_temperature, softcap, SOFTCAP: tl.constexpr):
     """Raw logits to the softmax's; −∞ becomes a number so small that its probability is 0 and 0·z is 0."""
     if SOFTCAP:
         decay = tl.exp(-2.0 * tl.abs(x) / softcap)
-        tanh = (1.0 - decay) / (1.0 + decay)
-        x = tl.where(x < 0, -tanh, tanh) * softcap
+        bent = (1.0 - decay) / (1.0 + decay)
+        x = tl.where(x < 0, -bent, bent) * softcap
     x = x * inverse_temperature
     return tl.where(x < -1e30, -1e30, x)
+
+
+@triton.jit
+def tanh(x):
+    """To the last bits for small x too, as differences of logits are; logits make do with fewer registers."""
+    decay = expm1(-2.0 * tl.abs(x))
+    y = -decay / (2.0 + decay)
+    return tl.where(x < 0, -y, y)
+
+
+@triton.jit
+def _difference(raw, pointers, live, inverse_temperature, softcap, SOFTCAP: tl.constexpr):
+    """δ = z − z_ref from raw logits and where their drift is; `Transform.difference` has the formula."""
+    delta = tl.load(pointers, live, other=0.0).to(tl.float32)
+    if SOFTCAP:
+        product = tanh(raw / softcap) * tanh((raw - delta) / softcap)
+        delta = tanh(delta / softcap) * (1.0 - product) * softcap
+    return delta * inverse_temperature
 
 
 @triton.jit
@@ -292,6 +312,39 @@ def _online(
     return highest, tl.sum(s * shrink, 0), tl.sum(q, 0)
 
 
+@triton.jit
+def _kl(
+    z_row, d_row, row_max, log_sum, V, lanes, inverse_temperature, softcap, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr
+):
+    """`(Σ p δ, KL)` of a row: one pass for the mean and the reference's normaliser, one for the terms around it."""
+    mean = tl.zeros((BLOCK,), tl.float32)
+    m = tl.full((BLOCK,), -1e30, tl.float32)
+    s = tl.zeros((BLOCK,), tl.float32)
+    for v0 in range(0, V, BLOCK):
+        live = v0 + lanes < V
+        raw = tl.load(z_row + v0 + lanes, live, other=-1e30).to(tl.float32)
+        z = transform_logits(raw, inverse_temperature, softcap, SOFTCAP) - row_max
+        delta = _difference(raw, d_row + v0 + lanes, live, inverse_temperature, softcap, SOFTCAP)
+        mean += tl.where(live, tl.exp(z - log_sum) * delta, 0.0)
+        n = tl.maximum(m, tl.where(live, z - delta, -1e30))
+        s = s * tl.exp(m - n) + tl.where(live, tl.exp(z - delta - n), 0.0)
+        m = n
+    mean = tl.sum(mean, 0)
+    highest = tl.max(m, 0)
+    rough = mean - log_sum + highest + tl.log(tl.sum(s * tl.exp(m - highest), 0))
+    terms = tl.zeros((BLOCK,), tl.float32)
+    for v0 in range(0, V, BLOCK):
+        live = v0 + lanes < V
+        raw = tl.load(z_row + v0 + lanes, live, other=-1e30).to(tl.float32)
+        logp = transform_logits(raw, inverse_temperature, softcap, SOFTCAP) - row_max - log_sum
+        d = _difference(raw, d_row + v0 + lanes, live, inverse_temperature, softcap, SOFTCAP) - mean
+        p = tl.exp(logp)
+        term = tl.where(tl.abs(d) < 1.0, p * (expm1(-d) + d), tl.exp(logp - d) - p + p * d)
+        terms += tl.where(live, term, 0.0)
+    # a sum of exponentials is good until it overflows; from 1 nat on a difference of normalisers is as good
+    return mean, tl.where(rough < 1.0, log1p(tl.sum(terms, 0)), rough)
+
+
 @dataclass(frozen=True)
 class RowLaunch:
     """How `softmax_rows_kernel` is launched."""
@@ -313,7 +366,7 @@ class TritonRows:
         targets: `[r]`.
         transform: raw logits to the softmax's.
         stats: room for the statistics, or the statistics themselves if `saved`.
-        reference_logits: `[r, V]`.
+        drift: `[r, V]`, raw logits minus the reference's, for KL. Plain torch works on it in place.
         out: `[r, V]`, where the gradient goes: over the logits by default. It may be a narrower view of their memory,
             if each of its rows starts where the logits' row does.
     """
@@ -326,11 +379,11 @@ class TritonRows:
         stats: RowStatistics,
         *,
         saved: bool = False,
-        reference_logits: Tensor | None = None,
+        drift: Tensor | None = None,
         out: Tensor | None = None,
     ):
         self.logits, self.targets, self.transform, self.stats = logits, targets, transform, stats
-        self.saved, self.reference_logits = saved, reference_logits
+        self.saved, self.drift = saved, drift
         self.out = logits if out is None else out
 
     def statistics_(self) -> None:
@@ -350,7 +403,7 @@ class TritonRows:
 
     def _launch(self, *, grad=False, upstream=(None, None, None), loss=None) -> Tensor:
         rows, vocabulary = self.logits.shape
-        stats, logits, reference = self.stats, self.logits, self.reference_logits
+        stats, logits, drift = self.stats, self.logits, self.drift
         weight, advantages, old, reference_logprob = loss[:4] if loss else (None,) * 4
         config = loss.config if loss else LossConfig()
         launch = launch_rows()
@@ -358,13 +411,13 @@ class TritonRows:
             logits,
             self.out,
             self.targets,
-            reference,
+            drift,
             stats.logprob,
             stats.row_max,
             stats.log_sum,
             stats.entropy,
             stats.kl,
-            stats.reference_lse,
+            stats.mean_drift,
             *upstream,
             weight,
             advantages,
@@ -373,7 +426,7 @@ class TritonRows:
             vocabulary,
             logits.stride(0),
             self.out.stride(0),
-            0 if reference is None else reference.stride(0),
+            0 if drift is None else drift.stride(0),
             1.0 / self.transform.temperature,
             self.transform.softcap or 1.0,
             config.clip_low,
@@ -384,7 +437,7 @@ class TritonRows:
             config.entropy_coef,
             SOFTCAP=self.transform.softcap is not None,
             ENTROPY=stats.entropy is not None,
-            KL=reference is not None,
+            KL=drift is not None,
             SAVED=self.saved,
             GRAD=grad,
             UPSTREAM_LOGPROB=upstream[0] is not None,
@@ -416,20 +469,23 @@ class TorchRows:
         stats: RowStatistics,
         *,
         saved: bool = False,
-        reference_logits: Tensor | None = None,
+        drift: Tensor | None = None,
         out: Tensor | None = None,
     ):
         self.targets = targets.long()[:, None]
         self.transform, self.stats, self.out = transform, stats, out
         self.exp = logits.to(stats.logprob.dtype, copy=out is not None)  # becomes exp(z − m)
-        self.log_ratio = reference_logits  # becomes log p − log q
+        self.drift = drift  # becomes δ
         self.others = self.exp.new_empty(self.exp.shape[0], 1)
         self.saved, self.ready = saved, False
 
     def statistics_(self) -> None:
         """Fill `stats`."""
         for rows in self._blocks():
-            stats, targets, x = self.stats.rows(rows), self.targets[rows], self.transform(self.exp[rows])
+            stats, targets, x = self.stats.rows(rows), self.targets[rows], self.exp[rows]
+            if stats.kl is not None:
+                delta = self.transform.difference(x, self.drift[rows])
+            self.transform(x)
             row_max = x.amax(1, keepdim=True)
             x.sub_(row_max)
             target_z = x.gather(1, targets)
@@ -446,10 +502,9 @@ class TorchRows:
             stats.log_sum.copy_(log_sum[:, 0])
             stats.logprob.copy_((-(gap.clamp(min=0.0) + torch.log1p(torch.exp(-gap.abs()))))[:, 0])
             if stats.kl is not None:
-                reference = self.transform(self.log_ratio[rows])
-                stats.reference_lse.copy_(reference.logsumexp(1))
-                log_ratio = self._take_log_ratio(rows, z)
-                stats.kl.copy_((x * log_ratio).sum(1) / total[:, 0])
+                mean = (x * delta).sum(1, keepdim=True) / total
+                stats.mean_drift.copy_(mean[:, 0])
+                stats.kl.copy_(torch_kl(x / total, z - log_sum, delta, mean)[:, 0])
             if stats.entropy is not None:
                 stats.entropy.copy_(stats.log_sum - z.mul_(x).sum(1) / total[:, 0])
         self.ready = True
@@ -501,7 +556,7 @@ class TorchRows:
             slope = -grad_entropy[rows, None]
             bracket = z.add_((stats.entropy - stats.log_sum)[:, None]).mul_(slope)
         if grad_kl is not None:
-            bracket.addcmul_(self.log_ratio[rows] - stats.kl[:, None], grad_kl[rows, None])
+            bracket.addcmul_(self.drift[rows] - stats.mean_drift[:, None], grad_kl[rows, None])
         # at the target, −g p and +g join to g (1 − p), which is not formed by subtraction
         at_target = bracket.gather(1, targets)
         bracket.sub_(grad_logprob).scatter_(1, targets, at_target)
@@ -510,20 +565,12 @@ class TorchRows:
             x.mul_(bend)
 
     def _restore(self, kl: bool) -> None:
-        """exp(z − m), and log p − log q, from saved statistics."""
+        """exp(z − m), and δ, from saved statistics."""
         for rows in self._blocks():
-            x = self.transform(self.exp[rows]).sub_(self.stats.row_max[rows, None])
             if kl:
-                self.transform(self.log_ratio[rows])
-                self._take_log_ratio(rows, x.clamp(min=-1e30))
-            x.exp_()
+                self.transform.difference(self.exp[rows], self.drift[rows])
+            self.transform(self.exp[rows]).sub_(self.stats.row_max[rows, None]).exp_()
         torch.mul(torch.expm1(self.stats.logprob).neg_(), self.stats.log_sum.exp(), out=self.others[:, 0])
-
-    def _take_log_ratio(self, rows: slice, z: Tensor) -> Tensor:
-        """log p − log q, over the transformed reference logits."""
-        reference, stats = self.log_ratio[rows], self.stats.rows(rows)
-        reference.sub_(stats.reference_lse[:, None]).clamp_(min=-1e30)
-        return torch.sub(z, reference, out=reference).sub_(stats.log_sum[:, None])
 
     def _blocks(self) -> Iterator[slice]:
         count, vocabulary = self.exp.shape
@@ -531,6 +578,14 @@ class TorchRows:
         if self.exp.is_cuda:
             size = count
         return (slice(start, min(start + size, count)) for start in range(0, count, max(1, size)))
+
+
+def torch_kl(p: Tensor, logp: Tensor, delta: Tensor, mean: Tensor) -> Tensor:
+    """KL `[r, 1]` of rows, as `_kl` has it; delta and its mean under p are of log-probs up to a constant."""
+    rough = mean + (logp - delta).logsumexp(1, keepdim=True)
+    d = delta - mean
+    terms = torch.where(d.abs() < 1.0, p * (torch.expm1(-d) + d), torch.exp(logp - d) - p + p * d)
+    return torch.where(rough < 1.0, torch.log1p(terms.sum(1, keepdim=True)), rough)
 
 
 def make_rows(backend: Backend, *arguments, **options) -> TritonRows | TorchRows:

@@ -55,9 +55,9 @@ def compile_rows(mode, logits, grad, vocabulary_aligned=True):
     switches = dict.fromkeys((n for n in names if n.isupper() and n != "V"), False) | {"KL_ESTIMATOR": 0}
     launch = RowLaunch()
     signature = {name: "*fp32" if name.endswith("_ptr") else "fp32" for name in names}
-    signature |= {"logits": logits, "reference_logits": logits, "grad": grad, "targets": "*i64", "V": "i32"}
-    signature |= dict.fromkeys(("logits_stride", "grad_stride", "reference_stride"), "i32")
-    aligned = ("V", "logits_stride", "grad_stride", "reference_stride") if vocabulary_aligned else ()
+    signature |= {"logits": logits, "drift": logits, "grad": grad, "targets": "*i64", "V": "i32"}
+    signature |= dict.fromkeys(("logits_stride", "grad_stride", "drift_stride"), "i32")
+    aligned = ("V", "logits_stride", "grad_stride", "drift_stride") if vocabulary_aligned else ()
     return compile_sm90(
         softmax_rows_kernel,
         signature,

@@ -37,17 +37,17 @@ class GroupRows(NamedTuple):
     """B rows sorted by the group they belong to."""
 
     order: Tensor
-    """int32 `[B]`, the rows of group 0, then those of group 1, …"""
+    """int32 `[B]`, the rows without a group, those of group 0, then those of group 1, …"""
     starts: Tensor
     """int32 `[N + 1]`, where each group begins in `order`."""
     group_of_row: Tensor
-    """int32 `[B]`"""
+    """int32 `[B]`; -1 for a row that sees its own tokens alone."""
     widest: int
     """Most rows that a group may have; a larger bound costs empty programs."""
 
     @classmethod
     def sort(cls, group_of_row: Tensor, groups: int, widest: int) -> GroupRows:
-        """Arrange integer `[B]` in `[0, groups)`, on its device and without synchronising."""
+        """Arrange integer `[B]` in `[-1, groups)`, on its device and without synchronising."""
         ordered, order = group_of_row.sort(stable=True)
         bounds = torch.arange(groups + 1, device=ordered.device, dtype=ordered.dtype)
         return cls(order.int(), torch.searchsorted(ordered, bounds).int(), group_of_row.int(), widest)
@@ -213,7 +213,8 @@ def suffix_attention_kernel(
         acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None], input_precision="ieee")
         highest = peak
 
-    prefix = tl.load(prefix_lengths + tl.load(group_of_row + row)).to(tl.int32)
+    group = tl.load(group_of_row + row)
+    prefix = tl.load(prefix_lengths + group, group >= 0, other=0).to(tl.int32)
     for part in range(0, tl.cdiv(prefix, split)):
         at = (part * B + row) * kv_heads * R + head
         lse = tl.load(part_lse + at, live, other=0.0)
@@ -248,7 +249,7 @@ def group_decode_attention(
         prefix_k, prefix_v: `[N, K, E, D]`, each prompt's keys and values in its first `prefix_lengths` columns.
         prefix_lengths: integer `[N]`, 1 ≤ length ≤ E.
         suffix_k, suffix_v: `[B, K, S, D]`, each row's own ones.
-        suffix_lengths: integer `[B]`, 0 ≤ length ≤ S.
+        suffix_lengths: integer `[B]`, 0 ≤ length ≤ S; at least 1 for a row without a group.
         rows: which group each row belongs to.
         scale: of the scores; `D^-0.5` unless given.
         backend: `triton`, `torch`, or None: Triton on CUDA.
@@ -321,7 +322,7 @@ def group_decode_attention_reference(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     for row, group in enumerate(rows.group_of_row.tolist()):
-        prefix, own = int(prefix_lengths[group]), int(suffix_lengths[row])
+        prefix, own = int(prefix_lengths[group]) if group >= 0 else 0, int(suffix_lengths[row])
         k = torch.cat([prefix_k[group, :, :prefix], suffix_k[row, :, :own]], 1)  # [K, P + L, D]
         v = torch.cat([prefix_v[group, :, :prefix], suffix_v[row, :, :own]], 1)
         queries = q[row].view(k.shape[0], -1, q.shape[-1])  # [K, R, D]

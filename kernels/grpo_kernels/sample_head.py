@@ -41,6 +41,7 @@ def sample_head_kernel(
     weight,  # descriptor [V, H]
     bias,
     forbidden,
+    forced,
     keys,
     positions,
     stats,  # [8, B, tiles] float32
@@ -52,6 +53,7 @@ def sample_head_kernel(
     GREEDY: tl.constexpr,
     BIAS: tl.constexpr,
     FORBIDDEN: tl.constexpr,
+    FORCED: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -71,7 +73,7 @@ def sample_head_kernel(
     live = v < V
     if BIAS:
         x += tl.load(bias + v, live, other=0.0).to(tl.float32)[:, None]
-    x = tl.where(live[:, None], tl.maximum(x, -1e30), -1e30)
+    x = tl.where(live[:, None] & ~(x < -1e30), x, -1e30)  # NaN stays
     m = tl.max(x, 0)
     shifted = x - m[None, :]
     s1 = tl.sum(tl.where(live[:, None], tl.exp(shifted), 0.0), 0)
@@ -84,9 +86,9 @@ def sample_head_kernel(
     may = live
     if FORBIDDEN:
         may = live & (tl.load(forbidden + v, live, other=1) == 0)
-        x = tl.where(may[:, None], x, -1e30)
-        peak = tl.max(x, 0)
-        e = tl.exp((x - peak[None, :]) * inverse_temperature)
+        y = tl.where(may[:, None], x, -1e30)
+        peak = tl.max(y, 0)
+        e = tl.exp((y - peak[None, :]) * inverse_temperature)
         admitted = tl.sum(tl.where(may[:, None], e, 0.0), 0)
     race = x * inverse_temperature
     if not GREEDY:
@@ -94,6 +96,10 @@ def sample_head_kernel(
         position = tl.load(positions + b, rows, other=0).to(tl.int32)
         race += gumbel_noise(key[None, :], position[None, :], v[:, None])
     race = tl.where(may[:, None], race, -float("inf"))
+    if FORCED:
+        given = tl.load(forced + b, rows, other=-1).to(tl.int32)[None, :]
+        chosen = tl.where(may, 1e30, 2e30)[:, None]
+        race = tl.where(given < 0, race, tl.where(v[:, None] == given, chosen, -float("inf")))
     best, at = tl.max(race, 0, return_indices=True)
     picked = tl.sum(tl.where(tl.arange(0, BLOCK_V)[:, None] == at[None, :], x, 0.0), 0)
 
@@ -123,6 +129,7 @@ def combine_samples_kernel(
     B,
     tiles,
     inverse_temperature,
+    FORCED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Fold the tiles of one row, of which BLOCK holds all."""
@@ -148,10 +155,14 @@ def combine_samples_kernel(
     total1 = tl.sum(s1 * tl.exp(m - highest), 0)
     top = tl.max(peak, 0)
     kept = tl.sum(admitted * tl.exp((peak - top) * inverse_temperature), 0)
-    lead = tl.argmax(best, 0)  # of equal ones the first
+    most = tl.max(best, 0)
+    lead = tl.min(tl.where(best == most, tile, BLOCK), 0)  # of equal ones the first
     x = tl.sum(tl.where(tile == lead, picked, 0.0), 0)
-    tl.store(token_ptr + row, tl.load(winners + row * tiles + lead).to(tl.int64))
-    tl.store(logprob_ptr + row, (x - top) * inverse_temperature - tl.log(kept))
+    tl.store(token_ptr + row, tl.load(winners + row * tiles + lead, lead < tiles, other=0).to(tl.int64))
+    logprob = (x - top) * inverse_temperature - tl.log(kept)
+    if FORCED:
+        logprob = tl.where(most > 1.5e30, -float("inf"), logprob)
+    tl.store(logprob_ptr + row, logprob)
     tl.store(tempered_ptr + row, (x - highest) * inverse_temperature - tl.log(total))
     tl.store(raw_ptr + row, x - highest - tl.log(total1))
     tl.store(entropy_ptr + row, tl.log(total) - moment / total)
@@ -178,6 +189,7 @@ def sample_head(
     bias: Tensor | None = None,
     seen: Tensor | None = None,
     forbidden: Tensor | None = None,
+    forced: Tensor | None = None,
     backend: Backend | None = None,
 ) -> SampledTokens:
     """Draw the next token of each row from its last hidden state. Without gradient.
@@ -185,7 +197,7 @@ def sample_head(
     Args:
         hidden: `[B, H]`, after the final norm.
         weight: `[V, H]` of the LM head; bias: `[V]`.
-        keys, positions, options, seen, forbidden, backend: as in `sample_row`.
+        keys, positions, options, seen, forbidden, forced, backend: as in `sample_row`.
 
     Returns:
         `SampledTokens`. For the same logits the same tokens as `sample_row`'s.
@@ -198,12 +210,13 @@ def sample_head(
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"need hidden [B, H] and weight [V, H], got {list(hidden.shape)} and {list(weight.shape)}")
     batch, vocabulary = hidden.shape[0], weight.shape[0]
-    check_sampling(batch, vocabulary, keys, positions, options, seen, forbidden)
+    check_sampling(batch, vocabulary, keys, positions, options, seen, forbidden, forced)
     backend = choose_backend(hidden.device, backend, hidden.dtype)
     fused = hidden.dtype in (torch.float16, torch.bfloat16) and can_describe(hidden, weight)
     if backend == "torch" or not (fused and options.whole):
         logits = _logits(hidden, weight, bias)
-        return sample_row(logits, keys, positions, options, seen=seen, forbidden=forbidden, backend=backend)
+        masks = dict(seen=seen, forbidden=forbidden, forced=forced)
+        return sample_row(logits, keys, positions, options, **masks, backend=backend)
     config = head_config(batch)
     tiles_v = triton.cdiv(vocabulary, config["BLOCK_V"])
     stats = torch.empty(8, batch, tiles_v, dtype=torch.float32, device=hidden.device)
@@ -214,6 +227,7 @@ def sample_head(
         TensorDescriptor(weight, list(weight.shape), list(weight.stride()), [config["BLOCK_V"], config["BLOCK_H"]]),
         bias,
         None if forbidden is None else forbidden.view(torch.uint8),
+        forced,
         keys,
         positions,
         stats,
@@ -225,6 +239,7 @@ def sample_head(
         GREEDY=options.temperature == 0,
         BIAS=bias is not None,
         FORBIDDEN=forbidden is not None,
+        FORCED=forced is not None,
         **config,
     )
     combine_samples_kernel[(batch,)](
@@ -234,6 +249,7 @@ def sample_head(
         batch,
         tiles_v,
         options.inverse_temperature,
+        FORCED=forced is not None,
         BLOCK=triton.next_power_of_2(tiles_v),
         num_warps=4,
     )
@@ -250,10 +266,11 @@ def sample_head_reference(
     bias: Tensor | None = None,
     seen: Tensor | None = None,
     forbidden: Tensor | None = None,
+    forced: Tensor | None = None,
 ) -> SampledTokens:
     """`sample_head` in plain torch."""
     logits = _logits(hidden, weight, bias)
-    return sample_row_reference(logits, keys, positions, options, seen=seen, forbidden=forbidden)
+    return sample_row_reference(logits, keys, positions, options, seen=seen, forbidden=forbidden, forced=forced)
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -93,7 +93,8 @@ def ordered_bits(x):
 @triton.jit
 def _load_scores(logits, seen, forbidden, v, live, penalty, PENALTY: tl.constexpr, FORBIDDEN: tl.constexpr):
     """Logits and scores of tokens v; −∞ is −1e30, as is the score of a token that may not be drawn."""
-    x = tl.maximum(tl.load(logits + v, live, other=-1e30).to(tl.float32), -1e30)
+    x = tl.load(logits + v, live, other=-1e30).to(tl.float32)
+    x = tl.where(x < -1e30, -1e30, x)  # NaN stays
     y = x
     if PENALTY:
         y = tl.where(tl.load(seen + v, live, other=0) != 0, tl.where(x > 0, x / penalty, x * penalty), x)
@@ -150,6 +151,7 @@ def sample_row_kernel(
     seen,
     seen_stride,
     forbidden,
+    forced,
     keys,
     positions,
     # outputs, [B] each
@@ -169,6 +171,7 @@ def sample_row_kernel(
     GREEDY: tl.constexpr,
     PENALTY: tl.constexpr,
     FORBIDDEN: tl.constexpr,
+    FORCED: tl.constexpr,
     TOP_K: tl.constexpr,
     TOP_P: tl.constexpr,
     MIN_P: tl.constexpr,
@@ -228,6 +231,9 @@ def sample_row_kernel(
 
     key = tl.load(keys + b)
     position = tl.load(positions + b).to(tl.int32)
+    given = -1
+    if FORCED:
+        given = tl.load(forced + b).to(tl.int32)
     total = tl.zeros((BLOCK,), tl.float32)
     best = tl.full((BLOCK,), -float("inf"), tl.float32)
     winner = tl.zeros((BLOCK,), tl.int32)
@@ -247,19 +253,25 @@ def sample_row_kernel(
         if not GREEDY:
             race += gumbel_noise(key, position, v)
         race = tl.where(keep, race, -float("inf"))
+        if FORCED:
+            race = tl.where(given < 0, race, tl.where(v == given, tl.where(keep, 1e30, 2e30), -float("inf")))
         ahead = race > best
         best = tl.where(ahead, race, best)
         winner = tl.where(ahead, v, winner)
         picked_x = tl.where(ahead, x, picked_x)
         picked_y = tl.where(ahead, y, picked_y)
     # of equal ones the first
-    leads = best == tl.max(best, 0)
+    most = tl.max(best, 0)
+    leads = best == most
     token = tl.min(tl.where(leads, winner, V), 0)
     mine = leads & (winner == token)
     x = tl.sum(tl.where(mine, picked_x, 0.0), 0)
     y = tl.sum(tl.where(mine, picked_y, 0.0), 0)
     tl.store(token_ptr + b, token.to(tl.int64))
-    tl.store(logprob_ptr + b, (y - peak) * inverse_temperature - tl.log(tl.sum(total, 0)))
+    logprob = (y - peak) * inverse_temperature - tl.log(tl.sum(total, 0))
+    if FORCED:
+        logprob = tl.where(most > 1.5e30, -float("inf"), logprob)
+    tl.store(logprob_ptr + b, logprob)
     tl.store(tempered_ptr + b, (x - highest) * inverse_temperature - tl.log(s))
     tl.store(raw_ptr + b, x - highest - tl.log(s1))
 
@@ -276,6 +288,7 @@ def sample_row(
     *,
     seen: Tensor | None = None,
     forbidden: Tensor | None = None,
+    forced: Tensor | None = None,
     backend: Backend | None = None,
 ) -> SampledTokens:
     """Draw a token for each row.
@@ -287,6 +300,8 @@ def sample_row(
         options: temperature and truncation; the whole softmax at temperature 1 unless given.
         seen: bool `[B, V]`, tokens that the repetition penalty is for.
         forbidden: bool `[V]`, tokens that are never drawn; at least one is admissible.
+        forced: integer `[B]`, the token that a row takes whatever the draw, or -1. Its log-probs are reported like a
+            drawn one's; `logprob` is −∞ if it could not have been drawn.
         backend: `triton`, `torch`, or None: Triton on CUDA.
 
     Returns:
@@ -297,9 +312,9 @@ def sample_row(
     """
     options = options or SampleOptions()
     seen = seen if options.repetition_penalty != 1 else None
-    check_sampling(logits.shape[0], logits.shape[1], keys, positions, options, seen, forbidden)
+    check_sampling(logits.shape[0], logits.shape[1], keys, positions, options, seen, forbidden, forced)
     if choose_backend(logits.device, backend, logits.dtype) == "torch":
-        return sample_row_reference(logits, keys, positions, options, seen=seen, forbidden=forbidden)
+        return sample_row_reference(logits, keys, positions, options, seen=seen, forbidden=forbidden, forced=forced)
     if logits.stride(1) != 1:
         logits = logits.contiguous()
     batch, vocabulary = logits.shape
@@ -309,7 +324,7 @@ def sample_row(
         *(logits, logits.stride(0)),
         *((logits, 0) if seen is None else (seen.view(torch.uint8), seen.stride(0))),
         logits if forbidden is None else forbidden.view(torch.uint8),
-        *(keys, positions),
+        *(keys if forced is None else forced, keys, positions),
         *result,
         vocabulary,
         options.inverse_temperature,
@@ -320,6 +335,7 @@ def sample_row(
         GREEDY=options.temperature == 0,
         PENALTY=seen is not None,
         FORBIDDEN=forbidden is not None,
+        FORCED=forced is not None,
         TOP_K=0 < options.top_k < vocabulary,
         TOP_P=options.top_p < 1,
         MIN_P=options.min_p > 0,
@@ -336,6 +352,7 @@ def sample_row_reference(
     *,
     seen: Tensor | None = None,
     forbidden: Tensor | None = None,
+    forced: Tensor | None = None,
 ) -> SampledTokens:
     """`sample_row` in plain torch, by sorting, in float64: the same tokens, save where two scores race within 1e-5."""
     options = options or SampleOptions()
@@ -365,6 +382,8 @@ def sample_row_reference(
         columns = torch.arange(scores.shape[1], device=scores.device)
         race = scores + gumbel_noise_reference(keys[:, None], positions[:, None].long(), columns)
     token = race.argmax(-1)
+    if forced is not None:
+        token = torch.where(forced >= 0, forced.long(), token)
     logprobs = (torch.log_softmax(scores, -1), tempered, torch.log_softmax(x, -1))
     entropy = -torch.where(tempered.isneginf(), 0.0, tempered.exp() * tempered).sum(-1)
     return SampledTokens(token, *(p.gather(1, token[:, None])[:, 0].float() for p in logprobs), entropy.float())
@@ -385,6 +404,7 @@ def check_sampling(
     options: SampleOptions,
     seen: Tensor | None,
     forbidden: Tensor | None,
+    forced: Tensor | None,
 ) -> None:
     """Refuse arguments of sampling that do not fit each other.
 
@@ -398,6 +418,8 @@ def check_sampling(
         )
     if options.repetition_penalty != 1 and seen is None:
         raise ValueError(f"repetition_penalty is {options.repetition_penalty}: pass seen [{batch}, {vocabulary}]")
+    if forced is not None and (forced.shape != (batch,) or forced.dtype not in (torch.int32, torch.int64)):
+        raise ValueError(f"forced must be int32 or int64 [{batch}], got {forced.dtype} {list(forced.shape)}")
     for name, tensor, shape in (("seen", seen, (batch, vocabulary)), ("forbidden", forbidden, (vocabulary,))):
         if tensor is not None and (tensor.shape != shape or tensor.dtype != torch.bool):
             raise ValueError(f"{name} must be bool {list(shape)}, got {tensor.dtype} {list(tensor.shape)}")

@@ -123,10 +123,28 @@ def test_a_row_does_not_depend_on_its_neighbours(backend):
     torch.testing.assert_close(part, whole[pick], rtol=1e-6, atol=1e-6)
 
 
+def test_a_row_without_a_group_sees_its_own_tokens_alone(backend):
+    """Rows that fill a batch up to the size a graph was captured for."""
+    q, pk, pv, pl, sk, sv, sl, rows = make()
+    rows = GroupRows.sort(torch.tensor([0, -1, -1, 1, 0, 0]), 3, widest=4)
+    sl = sl.clamp(min=1)
+    sk, sv = sk.nan_to_num(0.5), sv.nan_to_num(0.5)
+    out = group_decode_attention(q, pk, pv, pl, sk, sv, sl, rows, backend=backend)
+    k, v = (x[2].double().repeat_interleave(3, 0)[:, : sl[2]] for x in (sk, sv))
+    weights = torch.softmax((k @ q[2].double()[..., None])[..., 0] * 16**-0.5, -1)
+    torch.testing.assert_close(out[2].double(), (weights[:, None] @ v)[:, 0], rtol=1e-5, atol=1e-6)
+    with_groups = [0, 3, 4, 5]
+    want = oracle(q, pk, pv, pl, sk, sv, sl, rows)[with_groups]
+    torch.testing.assert_close(out[with_groups].double(), want, rtol=1e-5, atol=1e-6)
+
+
 def test_rows_are_sorted_by_group():
     rows = GroupRows.sort(torch.tensor([2, 0, 2, 3, 0]), 5, widest=2)
     assert rows.order.tolist() == [1, 4, 0, 2, 3]
     assert rows.starts.tolist() == [0, 2, 2, 4, 5, 5]
+    rows = GroupRows.sort(torch.tensor([1, -1, 0, -1]), 2, widest=1)
+    assert rows.order.tolist() == [1, 3, 2, 0]
+    assert rows.starts.tolist() == [2, 3, 4]
 
 
 def test_the_decoders_own_attention_agrees():

@@ -45,6 +45,28 @@ def test_fused_kernel_equals_its_reference(temperature, banned, biased, monkeypa
         assert not forbidden[got.token].any()
 
 
+@pytest.mark.parametrize("temperature", [0.7, 0.0])
+def test_forced_tokens_in_the_fused_kernel(temperature, monkeypatch):
+    hidden, weight, keys, positions = make()
+    forced = torch.where(torch.arange(21) % 3 == 0, -1, torch.arange(21) * 9)
+    forbidden = torch.arange(203) % 5 == 0
+    arguments = (hidden, weight, keys, positions, SampleOptions(temperature=temperature))
+    want = sample_head_reference(*arguments, forbidden=forbidden, forced=forced)
+    with interpret():
+        monkeypatch.setitem(sample_head.__globals__, "sample_row", None)
+        got = sample_head(*arguments, forbidden=forbidden, forced=forced, backend="triton")
+    assert_same(got, want)
+    assert got.token[forced >= 0].tolist() == forced[forced >= 0].tolist()
+    assert got.logprob.isinf().tolist() == ((forced >= 0) & (forced % 5 == 0)).tolist()
+
+
+def test_a_nan_in_a_hidden_state_shows_in_its_rows_log_probs(backend):
+    hidden, weight, keys, positions = make()
+    hidden[3, 1] = torch.nan
+    result = sample_head(hidden, weight, keys, positions, backend=backend)
+    assert result.tempered_logprob.isnan().nonzero().flatten().tolist() == [3]
+
+
 @pytest.mark.parametrize(
     "options",
     [{"top_k": 5}, {"top_p": 0.8, "temperature": 1.3}, {"min_p": 0.1}, {"repetition_penalty": 1.5}],

@@ -198,3 +198,35 @@ def test_bad_input_is_refused():
         sample_row(logits, keys.int(), positions)
     with pytest.raises(ValueError, match="forbidden must be bool"):
         sample_row(logits, keys, positions, forbidden=seen[0, :5])
+
+
+def forced_case(V, batch):
+    """Forced tokens: none, an ordinary one, the last one, one that is forbidden; and what `forbidden` is."""
+    forced = torch.full((batch,), -1)
+    forced[1], forced[2], forced[3] = 11, V - 1, 7
+    return forced, torch.arange(V) == 7
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.0}, {"temperature": 0.7, "top_k": 20, "top_p": 0.9}], ids=str
+)
+def test_a_forced_token_is_taken_and_its_log_probs_are_those_of_a_draw(options, backend):
+    logits, keys, positions, _ = make(batch=5)
+    logits[1, 11] = 9.0  # within what top-k keeps
+    forced, forbidden = forced_case(V, 5)
+    options = SampleOptions(**options)
+    free = sample_row(logits, keys, positions, options, forbidden=forbidden, backend=backend)
+    got = sample_row(logits, keys, positions, options, forbidden=forbidden, forced=forced, backend=backend)
+    want = sample_row_reference(logits, keys, positions, options, forbidden=forbidden, forced=forced)
+    compare(got, want)
+    assert got.token.tolist() == [free.token[0], 11, V - 1, 7, free.token[4]]
+    whole = torch.log_softmax(logits.double() / (options.temperature or 1), -1).gather(1, got.token[:, None])[:, 0]
+    torch.testing.assert_close(got.tempered_logprob, whole.float(), rtol=1e-6, atol=4e-6)
+    assert got.logprob[3] == -torch.inf  # forbidden: it could not have been drawn
+
+
+def test_a_nan_logit_shows_in_the_log_probs(backend):
+    logits, keys, positions, _ = make(batch=3)
+    logits[1, 200] = torch.nan
+    result = sample_row(logits, keys, positions, backend=backend)
+    assert result.tempered_logprob.isnan().tolist() == [False, True, False]

@@ -11,7 +11,7 @@ from grpo_kernels.sm90 import SHARED_LIMIT, compile_sm90
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="TRITON_INTERPRET=1: there is nothing to compile")
 
-ALL = dict.fromkeys(("PENALTY", "FORBIDDEN", "TOP_K", "TOP_P", "MIN_P"), True)
+ALL = dict.fromkeys(("PENALTY", "FORBIDDEN", "FORCED", "TOP_K", "TOP_P", "MIN_P"), True)
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +33,7 @@ def types(kernel, **others):
         "positions": "*i32",
         "token_ptr": "*i64",
         "forbidden": "*u8",
+        "forced": "*i64",
         "inverse_temperature": "fp32",
         **others,
     }
@@ -51,7 +52,12 @@ def test_row_kernel(kind, switches):
 
 @pytest.mark.parametrize(
     ("batch", "switches"),
-    [(1, {}), (16, {"FORBIDDEN": True}), (32, {"FORBIDDEN": True}), (256, {"FORBIDDEN": True, "BIAS": True})],
+    [
+        (1, {}),
+        (16, {"FORBIDDEN": True}),
+        (32, {"FORBIDDEN": True}),
+        (256, {"FORBIDDEN": True, "BIAS": True, "FORCED": True}),
+    ],
 )
 def test_head_kernel(batch, switches):
     config = head_config(batch)
@@ -64,7 +70,7 @@ def test_head_kernel(batch, switches):
         winners="*i32",
         **dict.fromkeys("BVH", "i32"),
     )
-    constants = dict.fromkeys(("GREEDY", "BIAS", "FORBIDDEN"), False) | switches | config
+    constants = dict.fromkeys(("GREEDY", "BIAS", "FORBIDDEN", "FORCED"), False) | switches | config
     compiled = compile_sm90(sample_head_kernel, signature, constants, aligned=("V", "H"), **launch)
     check(compiled)
     assert compiled.count("HGMMA") > 0
@@ -73,4 +79,4 @@ def test_head_kernel(batch, switches):
 
 def test_combine_kernel():
     signature = types(combine_samples_kernel, winners="*i32", B="i32", tiles="i32")
-    check(compile_sm90(combine_samples_kernel, signature, {"BLOCK": 2048}, num_warps=4))
+    check(compile_sm90(combine_samples_kernel, signature, {"BLOCK": 2048, "FORCED": True}, num_warps=4))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from grpo_core.losses import LOSS_TYPES
+from grpo_core.algorithm import AlgorithmConfig
 
 
 @dataclass
@@ -46,93 +45,6 @@ class RolloutConfig:
             raise ValueError(f"rollout.top_k is {self.top_k}: set it to 0 (off) or above")
         if self.repetition_penalty <= 0:
             raise ValueError(f"rollout.repetition_penalty is {self.repetition_penalty}: set it above 0 (1 is off)")
-
-
-@dataclass
-class AlgorithmConfig:
-    """What is optimised."""
-
-    loss_type: Literal["grpo", "bnpo", "dapo", "dr_grpo", "gspo", "gspo_token", "cispo", "sapo", "luspo"] = "dapo"
-    """How a token's loss is made from its ratio, and how token losses are averaged; see docs/algorithms.md."""
-    scale_rewards: Literal["group", "batch", "none"] = "group"
-    """Divide advantages by the standard deviation of their group, of all rewards of the step, or only centre them."""
-    baseline: Literal["mean", "leave_one_out"] = "mean"
-    """What a reward is compared with: the mean of its group, or of the group's other members."""
-    epsilon: float | None = None
-    """Lower clip range: a ratio below 1 − epsilon gives no gradient to a falling advantage. Unset, the
-    loss type's own."""
-    epsilon_high: float | None = None
-    """Upper clip range; unset, the same as epsilon, or the loss type's own."""
-    delta: float | None = None
-    """Upper cap of the ratio for negative advantages (two-sided clipping); unset, off."""
-    cispo_cap: float = 5.0
-    """Cap of the ratio in loss type cispo."""
-    mask_truncated_completions: bool = False
-    """Leave completions that reached rollout.max_new_tokens out of the loss."""
-    sampler_correction: Literal[
-        "none",
-        "token_truncate",
-        "token_mask",
-        "sequence_truncate",
-        "sequence_mask",
-        "geometric_truncate",
-        "geometric_mask",
-    ] = "none"
-    """Weigh the loss by how much likelier the trainer finds a token, or a completion, than the sampler did; truncate
-    clamps the weight into the bounds below, mask makes it 0 outside."""
-    sampler_low: float = 0.0
-    """Lower bound of sampler_correction's weight."""
-    sampler_high: float = 3.0
-    """Upper bound of sampler_correction's weight."""
-    beta: float = 0.0
-    """Weight of the KL penalty. 0 also skips the reference pass."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """Estimator of KL(policy ‖ reference) from the sampled tokens."""
-    unbiased_kl: bool = False
-    """Multiply k3 by the ratio, which makes its gradient that of the reverse KL."""
-    reference: Literal["frozen", "adapter_off"] = "frozen"
-    """The policy that KL is measured against: the trained parameters as they were when training began (with LoRA, a
-    copy of the adapter), or the base model with its adapters off. After a cold start, which lives in the adapter, the
-    two differ."""
-    num_iterations: int = 1
-    """μ, optimiser steps on each rollout."""
-    reward_weights: dict[str, float] = field(default_factory=dict)
-    """Weight of each reward by name; a reward that is not named weighs 1."""
-
-    @property
-    def clip_range(self) -> tuple[float, float]:
-        """(lower, upper) clip ranges."""
-        low, high = LOSS_TYPES[self.loss_type].clip_range
-        if self.epsilon is not None:
-            low = high = self.epsilon
-        return low, high if self.epsilon_high is None else self.epsilon_high
-
-    def __post_init__(self) -> None:
-        if self.epsilon is not None and not 0 < self.epsilon < 1:
-            raise ValueError(f"algorithm.epsilon is {self.epsilon}: set it between 0 and 1, or leave it out")
-        if self.epsilon_high is not None and self.epsilon_high <= 0:
-            raise ValueError(f"algorithm.epsilon_high is {self.epsilon_high}: set it above 0, or leave it out")
-        kind = LOSS_TYPES[self.loss_type]
-        if kind.ratio != "token" and max(self.clip_range) > 0.01:
-            warnings.warn(
-                f"algorithm.epsilon is {self.clip_range[0]} with loss_type {self.loss_type}, whose ratio is a mean "
-                "over tokens and hardly moves: its paper has 3e-4 and 4e-4",
-                stacklevel=2,
-            )
-        if self.delta is not None and kind.surrogate != "clip":
-            raise ValueError(f"algorithm.delta is set, but loss_type {self.loss_type} does not clip: leave it out")
-        if self.delta is not None and self.delta <= 1 + self.clip_range[1]:
-            raise ValueError(f"algorithm.delta is {self.delta}: set it above 1 + epsilon_high, or leave it out")
-        if self.cispo_cap <= 1:
-            raise ValueError(f"algorithm.cispo_cap is {self.cispo_cap}: set it above 1")
-        if self.sampler_low >= self.sampler_high:
-            raise ValueError("algorithm.sampler_low is not below sampler_high")
-        if self.unbiased_kl and self.kl_estimator != "k3":
-            raise ValueError("algorithm.unbiased_kl multiplies k3 by the ratio: set kl_estimator to k3")
-        if self.beta < 0:
-            raise ValueError(f"algorithm.beta is {self.beta}: set it to 0 (no reference) or above")
-        if self.num_iterations < 1:
-            raise ValueError(f"algorithm.num_iterations is {self.num_iterations}: set it to 1 or more")
 
 
 @dataclass
@@ -192,6 +104,11 @@ class RunConfig:
     """Newest checkpoints that are kept."""
     resume: bool = True
     """Continue from the newest checkpoint of this run, when there is one."""
+    check_first_step: bool = True
+    """Stop the run if its first step shows that sampler and trainer disagree, that the policy is not its reference,
+    that a gradient is not finite, or that a modality has no effect."""
+    tensorboard: bool = False
+    """Also write TensorBoard's files (needs the package tensorboard)."""
 
     @property
     def folder(self) -> Path:
@@ -222,10 +139,17 @@ class GRPOConfig:
         if self.rollout.group_size < 2:
             raise ValueError("rollout.group_size is 1: an advantage compares members of a group, set it to 2 or more")
         truncated = self.rollout.top_p < 1 or self.rollout.top_k > 0 or self.rollout.min_p > 0
-        if truncated and self.algorithm.sampler_correction != "none":
+        corrected = self.algorithm.sampler_correction != "none" or self.algorithm.off_policy_mask_threshold is not None
+        if truncated and corrected:
             raise ValueError(
-                "algorithm.sampler_correction compares full distributions, but rollout.top_p, top_k or min_p truncates "
-                "what is sampled: set them to 1, 0 and 0, or the correction to none"
+                "algorithm.sampler_correction and off_policy_mask_threshold compare full distributions, but "
+                "rollout.top_p, top_k or min_p truncates what is sampled: set them to 1, 0 and 0, or leave both out"
+            )
+        parts = self.algorithm.steps_per_generation
+        if self.run.prompts_per_step < parts:
+            raise ValueError(
+                f"algorithm.steps_per_generation is {parts}, but a step has {self.run.prompts_per_step} prompts: raise "
+                "run.prompts_per_step, or lower it"
             )
         if self.rollout.temperature == 0:
             raise ValueError("rollout.temperature is 0: greedy members of a group are all the same, set it above 0")

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from grpo_core.algorithm import AlgorithmConfig
 
 
 def beta_schedule(
@@ -113,3 +115,58 @@ class AdaptiveEntropy:
     def load_state_dict(self, state: dict[str, float | None]) -> None:
         """Continue from `state_dict`."""
         self.coefficient, self.entropy = float(state["coefficient"]), state["entropy"]
+
+
+class Coefficients:
+    """β and the weight of the entropy bonus, as they stand at each step of a run.
+
+    Args:
+        algorithm: constants, a schedule, or targets.
+        max_steps: of the run.
+    """
+
+    def __init__(self, algorithm: AlgorithmConfig, max_steps: int):
+        self.algorithm, self.max_steps = algorithm, max_steps
+        self._kl = self._entropy = None
+        if algorithm.kl_target is not None:
+            self._kl = AdaptiveKL(algorithm.beta, algorithm.kl_target, algorithm.kl_horizon)
+        if algorithm.entropy_target is not None:
+            self._entropy = AdaptiveEntropy(
+                algorithm.entropy_coef,
+                algorithm.entropy_target,
+                algorithm.entropy_coef_delta,
+                algorithm.entropy_coef_min,
+                algorithm.entropy_coef_max,
+            )
+
+    def beta(self, step: int) -> float:
+        """β of a step, counted from 0."""
+        a = self.algorithm
+        if self._kl is not None:
+            return self._kl.beta
+        return (
+            a.beta if a.beta_end is None else beta_schedule(step, self.max_steps, a.beta, a.beta_end, a.beta_schedule)
+        )
+
+    @property
+    def entropy(self) -> float:
+        """Weight of the entropy bonus in the step to come."""
+        return self.algorithm.entropy_coef if self._entropy is None else self._entropy.applied
+
+    def update(self, kl: float | None, entropy: float, completions: int) -> None:
+        """Take in a step's mean KL and entropy, over all ranks."""
+        if self._kl is not None and kl is not None:
+            self._kl.update(kl, completions)
+        if self._entropy is not None:
+            self._entropy.update(entropy)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What changes, in JSON's types."""
+        parts = {"kl": self._kl, "entropy": self._entropy}
+        return {name: part.state_dict() for name, part in parts.items() if part is not None}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`."""
+        for name, part in (("kl", self._kl), ("entropy", self._entropy)):
+            if part is not None:
+                part.load_state_dict(state[name])

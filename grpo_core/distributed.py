@@ -173,6 +173,29 @@ def gather_objects(value: Any, dist: Distributed) -> list[Any]:
     return [json.loads(row[:size].numpy().tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
+def send_to_main(name: str, value: Any, dist: Distributed) -> list[Any] | None:
+    """Every rank's value, by rank, on the main process; None elsewhere. JSON, as in `gather_objects`.
+
+    It goes through the process group's key-value store: no collective, and no rank waits for its device. Only the main
+    process waits, for ranks that have not written yet.
+
+    Args:
+        name: unique to this call, the same on every rank.
+    """
+    if dist.world_size == 1:
+        return [json.loads(json.dumps(value))]
+    store = c10d.distributed_c10d._get_default_store()  # torch has no public name for the store it made
+    if not dist.main_process:
+        store.set(f"{name}/{dist.rank}", json.dumps(value))
+        return None
+    values = [json.loads(json.dumps(value))]
+    with _collective("send_to_main", dist):
+        for rank in range(1, dist.world_size):
+            values.append(json.loads(store.get(f"{name}/{rank}")))
+            store.delete_key(f"{name}/{rank}")
+    return values
+
+
 def require_same(what: str, value: Any, dist: Distributed) -> None:
     """Stop all ranks where they disagree about a value that JSON can write, naming each rank's.
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from tqdm import tqdm
 
 from grpo_core.checkpoint import CheckpointError, CheckpointManager, read_manifest
@@ -19,6 +19,7 @@ from grpo_core.distributed import Distributed, all_reduce_gradients, barrier, br
 from grpo_core.metrics import MetricsWriter, StepMetrics, postfix
 from grpo_core.optim import learning_rate, make_optimizer, optimizer_step
 from grpo_core.policy import Policy
+from grpo_core.timing import PhaseClock
 
 TRAINED_FILE = "trained.safetensors"
 
@@ -54,7 +55,7 @@ class TrainingLoop:
         self.parameters = policy.named_parameters()
         self.optimizer = make_optimizer(self.parameters, optim)
         self.metrics = StepMetrics(self.dist)
-        self.seconds = dict.fromkeys(self.phases, 0.0)
+        self.clock = PhaseClock(self.phases, self.dist.device)
         self.step_index = 0
         self.best: float | None = None
         self.evaluations_since_best = 0
@@ -98,7 +99,18 @@ class TrainingLoop:
 
     def open_writer(self, resume_step: int | None) -> MetricsWriter:
         """The run's metrics file, on the main process."""
-        return MetricsWriter(self.run.folder, resume_step)
+        return MetricsWriter(self.run.folder, resume_step, tensorboard=self.run.tensorboard)
+
+    def state(self) -> dict[str, Any]:
+        """What else a resumed run needs, in JSON's types."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from `state`."""
+
+    def more_tensors(self) -> dict[str, dict[str, Tensor]]:
+        """What a resumed run needs beside the trained parameters: tensors by file and name, filled in place."""
+        return {}
 
     def optimizer_step(self, schedule_step: int, schedule_length: int) -> None:
         """Sum gradients over ranks, clip, and step with the scheduled learning rate."""
@@ -108,18 +120,14 @@ class TrainingLoop:
         self.metrics.mean("grad_norm", norm)
         self.metrics.mean("learning_rate", lr)
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Add the seconds spent inside to a phase; on CUDA, those the host spent."""
-        start = time.perf_counter()
-        yield
-        self.seconds[name] += time.perf_counter() - start
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Add the seconds spent inside to a phase."""
+        return self.clock.phase(name)
 
     def report_phases(self) -> None:
         """Put the step's phase times, those of the slowest rank, among its metrics."""
-        for name, value in self.seconds.items():
+        for name, value in self.clock.read().items():
             self.metrics.max(f"time/{name}", value)
-        self.seconds = dict.fromkeys(self.phases, 0.0)
 
     @property
     def out_of_patience(self) -> bool:
@@ -145,6 +153,8 @@ class TrainingLoop:
         def save_model(folder: Path) -> None:
             trained = {name: p.detach().contiguous() for name, p in self.parameters.items()}
             save_file(trained, folder / TRAINED_FILE)
+            for name, tensors in self.more_tensors().items():
+                save_file({key: t.contiguous() for key, t in tensors.items()}, folder / name)
             if self.save_model:
                 self.save_model(folder)
 
@@ -154,7 +164,11 @@ class TrainingLoop:
                 save_model=save_model,
                 optimizer=self.optimizer,
                 named_parameters=self.parameters.items(),
-                state={"best": self.best, "evaluations_since_best": self.evaluations_since_best},
+                state={
+                    "best": self.best,
+                    "evaluations_since_best": self.evaluations_since_best,
+                    "loop": self.state(),
+                },
                 metric=metric,
             )
         barrier(self.dist)
@@ -175,17 +189,24 @@ class TrainingLoop:
         self.step_index = manifest["step"]
         self.best = manifest["state"]["best"]
         self.evaluations_since_best = manifest["state"]["evaluations_since_best"]
+        self.load_state(manifest["state"]["loop"])
+        for name, tensors in self.more_tensors().items():
+            _fill(tensors, folder / "model" / name)
 
-    @torch.no_grad()
     def load_trained(self, folder: Path) -> None:
         """Give the trained parameters the values of a checkpoint.
 
         Raises:
             CheckpointError: names or shapes differ.
         """
-        path = folder / "model" / TRAINED_FILE
-        saved = load_file(path)
-        if {n: t.shape for n, t in saved.items()} != {n: p.shape for n, p in self.parameters.items()}:
-            raise CheckpointError(f"{path} holds other parameters: resume with the configuration it was trained with")
-        for name, parameter in self.parameters.items():
-            parameter.copy_(saved[name])
+        _fill(self.parameters, folder / "model" / TRAINED_FILE)
+
+
+@torch.no_grad()
+def _fill(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Give tensors the values that a file holds under their names."""
+    saved = load_file(path)
+    if {n: t.shape for n, t in saved.items()} != {n: t.shape for n, t in tensors.items()}:
+        raise CheckpointError(f"{path} holds other parameters: resume with the configuration it was trained with")
+    for name, tensor in tensors.items():
+        tensor.copy_(saved[name])

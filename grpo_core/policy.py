@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -67,6 +68,8 @@ class LogProbs(NamedTuple):
     """float32 `[R]`."""
     entropy: Tensor | None
     """float32 `[R]`, in nats."""
+    kl: Tensor | None = None
+    """float32 `[R]`, KL to the reference over the whole vocabulary, in nats."""
 
 
 class Policy:
@@ -77,10 +80,12 @@ class Policy:
         embed: gives `[P, H]` per prompt, differentiably; the LM's token embeddings unless given.
         module: owns every trained parameter (the LM and what `embed` uses); the LM unless given.
         reference: which policy `reference=True` means; see `AlgorithmConfig.reference`. `frozen` copies the trained
-            parameters now, in their own dtype; `None` keeps no reference.
+            parameters now, in their own dtype (sharded ones, as FSDP2 makes them, stay sharded); `None` keeps no
+            reference.
+        offload: keep the frozen copy in host memory.
 
     Raises:
-        ValueError: nothing is trainable, or `adapter_off` without PEFT adapters.
+        ValueError: nothing is trainable, an adapter on the LM head, or `adapter_off` without PEFT adapters.
     """
 
     def __init__(
@@ -89,6 +94,7 @@ class Policy:
         embed: Callable[[Sequence[Prompt]], list[Tensor]] | None = None,
         module: nn.Module | None = None,
         reference: Literal["frozen", "adapter_off"] | None = None,
+        offload: bool = False,
     ):
         self.model = model
         self.causal_lm: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -97,11 +103,16 @@ class Policy:
         self._embed = embed or self._embed_tokens
         if not self.named_parameters():
             raise ValueError("the policy has no trainable parameter: add an adapter or set requires_grad")
+        if isinstance(self.causal_lm.get_output_embeddings(), BaseTunerLayer):
+            raise ValueError(
+                "the model has an adapter on its LM head, whose weight the fused log-probs read as it is: leave "
+                "lm_head out of the adapter's target modules, or train it whole (modules_to_save)"
+            )
         if reference == "adapter_off" and not isinstance(model, PeftModel):
             raise ValueError("algorithm.reference is adapter_off, but the model has no adapters: set it to frozen")
         self.reference = reference
         self._frozen = (
-            {name: parameter.detach().clone() for name, parameter in self.named_parameters().items()}
+            {name: _copy(parameter.detach(), offload) for name, parameter in self.named_parameters().items()}
             if reference == "frozen"
             else {}
         )
@@ -160,6 +171,7 @@ class Policy:
         *,
         temperature: float = 1.0,
         entropy: bool = False,
+        reference_hidden: Tensor | None = None,
     ) -> LogProbs:
         """Log-probability `[R]` of every completion token, and the entropy of its distribution, differentiably.
 
@@ -168,13 +180,21 @@ class Policy:
             prompts: the N prompts.
             temperature: divides the logits, as it did in sampling.
             entropy: also give entropies.
+            reference_hidden: `[R, H]` of `reference_hidden_states`: also give the KL to the reference.
         """
         hidden = self.hidden_states(layout, self.embed(prompts))
         head = self.causal_lm.get_output_embeddings()
-        result = linear_logprob(
-            hidden, head.weight, layout.target_ids, bias=head.bias, temperature=temperature, entropy=entropy
+        return LogProbs(
+            *linear_logprob(
+                hidden,
+                head.weight,
+                layout.target_ids,
+                bias=head.bias,
+                temperature=temperature,
+                entropy=entropy,
+                reference_hidden=reference_hidden,
+            )
         )
-        return LogProbs(result.logprob, result.entropy)
 
     @torch.no_grad()
     def reference_logprobs(self, layout: GroupLayout, prompts: Sequence[Prompt], *, temperature: float = 1.0) -> Tensor:
@@ -186,6 +206,32 @@ class Policy:
         with self._as_reference():
             return self.logprobs(layout, prompts, temperature=temperature).logprob
 
+    @torch.no_grad()
+    def reference_hidden_states(self, layout: GroupLayout, prompts: Sequence[Prompt]) -> Tensor:
+        """`[R, H]` last hidden states of the reference policy at the predictor rows, without gradient.
+
+        Raises:
+            RuntimeError: the policy was made without a reference.
+            ValueError: the LM head is trained, so that policy and reference do not share it.
+        """
+        if self.causal_lm.get_output_embeddings().weight.requires_grad:
+            raise ValueError(
+                "algorithm.kl_estimator is full, which policy and reference need one LM head for, but the head is "
+                "trained (or tied to trained embeddings): set kl_estimator to k3"
+            )
+        with self._as_reference():
+            return self.hidden_states(layout, self.embed(prompts))
+
+    @torch.no_grad()
+    def sync_reference(self, alpha: float = 1.0) -> None:
+        """Move the frozen reference to `alpha · policy + (1 − alpha) · reference` (TR-DPO, arXiv 2404.09656)."""
+        for name, parameter in self.named_parameters().items():
+            self._frozen[name].lerp_(parameter.detach().to(self._frozen[name].device), alpha)
+
+    def reference_tensors(self) -> dict[str, Tensor]:
+        """The frozen reference's parameters, by name; empty without one."""
+        return self._frozen
+
     @contextmanager
     def _as_reference(self) -> Iterator[None]:
         if self.reference is None:
@@ -194,16 +240,27 @@ class Policy:
             with self.model.disable_adapter():
                 yield
             return
-        self._swap_frozen()
+        self._exchange()
         try:
             yield
         finally:
-            self._swap_frozen()
+            self._exchange()
 
-    def _swap_frozen(self) -> None:
-        """Exchange the trained parameters' storage with the frozen copies': no weights move."""
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        """Exchange the values of the trained parameters and the frozen ones. In place: addresses, shards and devices
+        stay, whatever else refers to them."""
         for name, parameter in self.named_parameters().items():
-            parameter.data, self._frozen[name] = self._frozen[name], parameter.data
+            own = parameter.detach().clone()
+            parameter.data.copy_(self._frozen[name])
+            self._frozen[name].copy_(own)
+
+
+def _copy(tensor: Tensor, offload: bool) -> Tensor:
+    if not offload:
+        return tensor.clone()
+    host = tensor.to("cpu", copy=True)
+    return host.pin_memory() if tensor.is_cuda and type(host) is Tensor else host
 
 
 def disable_dropout(module: nn.Module) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,35 +11,34 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grpo_core.advantages import combine_moments, group_advantages, has_signal, moments, moments_std
+from grpo_core.advantages import (
+    choose_groups,
+    combine_moments,
+    combined_advantages,
+    group_advantages,
+    has_signal,
+    moments,
+    moments_std,
+    weighted_advantages,
+)
 from grpo_core.config import GRPOConfig
+from grpo_core.controllers import Coefficients
 from grpo_core.data import by_token_budget, step_items
-from grpo_core.distributed import Distributed, all_reduce_sum, gather_objects, gather_rows, shard
+from grpo_core.distributed import Distributed, all_reduce_sum, gather_rows, send_to_main, shard
+from grpo_core.first_step import check_features, check_first_step
 from grpo_core.groups import Completion, Group, GroupLayout, Prompt
 from grpo_core.loop import TrainingLoop
-from grpo_core.losses import LOSS_TYPES, importance_ratio, kl_penalty, policy_loss, sampler_correction, token_weights
+from grpo_core.losses import completion_kl, entropy_histogram, entropy_threshold, kl_penalty, token_weights
 from grpo_core.metrics import CompletionsWriter, MetricsWriter
+from grpo_core.objective import MicroBatch, Objective
 from grpo_core.policy import Policy, disable_dropout
 from grpo_core.rewards import Reward, check_reward_weights, score_groups
 from grpo_core.sampler import GroupSampler
 
+Rollout = list[list[MicroBatch]]
+"""A step's groups, packed: a list of micro-batches for each optimiser step of a pass."""
 
-@dataclass
-class MicroBatch:
-    """Some groups of a step, packed for one forward and backward; R predicted tokens."""
-
-    prompts: list[Prompt]
-    layout: GroupLayout
-    advantages: Tensor
-    """float32 `[R]`."""
-    weights: Tensor
-    """float32 `[R]`, of each token's loss in the whole step."""
-    sampler_logprob: Tensor
-    """float32 `[R]`."""
-    reference_logprob: Tensor | None = None
-    """float32 `[R]`; None when β = 0."""
-    old_logprob: Tensor | None = None
-    """float32 `[R]`; set by the first pass over the batch, whose policy is the one that sampled."""
+REFERENCE_FILE = "reference.safetensors"
 
 
 class GRPOTrainer(TrainingLoop):
@@ -63,7 +61,7 @@ class GRPOTrainer(TrainingLoop):
         ValueError: a weight names no reward, β > 0 without a reference, or too few prompts for a step.
     """
 
-    phases = ("sample", "reward", "reference", "forward", "backward", "optimizer")
+    phases = ("sample", "reward", "old", "reference", "forward", "backward", "optimizer")
     shown = ("reward", "kl", "entropy", "completions/mean_length")
 
     def __init__(
@@ -82,10 +80,12 @@ class GRPOTrainer(TrainingLoop):
         check_reward_weights(rewards, config.algorithm.reward_weights)
         if config.algorithm.beta > 0 and policy.reference is None:
             raise ValueError("algorithm.beta is above 0, but the policy keeps no reference: make it with one")
-        step_items(prompts, 0, config.run.prompts_per_step, config.run.seed)
         super().__init__(policy, config.optim, config.run, dist=dist, save_model=save_model, evaluate=evaluate)
         self.sampler, self.prompts, self.rewards, self.describe = sampler, prompts, rewards, describe
         self.algorithm, self.rollout = config.algorithm, config.rollout
+        self.objective = Objective(config.algorithm, self.metrics)
+        self.coefficients = Coefficients(config.algorithm, config.run.max_steps)
+        self.next_prompts()
         disable_dropout(policy.module)
 
     def open_writer(self, resume_step: int | None) -> MetricsWriter:
@@ -95,29 +95,47 @@ class GRPOTrainer(TrainingLoop):
     def step(self) -> dict[str, float]:
         """One rollout and its optimiser steps."""
         start = time.perf_counter()
-        prompts = self.next_prompts()
-        groups = self.sample(prompts)
+        groups = self.sample(self.next_prompts())
         self.score(groups)
-        self.compare(groups)
-        batches = self.pack(groups)
-        self.reference(batches)
+        groups = self.choose(groups)
+        rollout = self.pack(groups)
+        self.old(rollout)
+        self.reference(rollout)
+        self.compare(groups, rollout)
+        first = self.step_index == 0 and self.run.check_first_step
+        if first and groups:
+            check_features(self.policy, rollout[0][0], self.rollout.temperature)
         for iteration in range(self.algorithm.num_iterations):
-            self.update(batches, iteration)
-        self.step_index += 1
+            for part, batches in enumerate(rollout):
+                self.update(batches, iteration, part)
         self.record(groups)
-        self.metrics.max("step_time", time.perf_counter() - start)
-        return self.report()
+        values = self.report(start)
+        if first:
+            check_first_step(values, self.algorithm, self.policy.dtype)
+        self.step_index += 1
+        self.steer(values)
+        return values
 
-    def next_prompts(self) -> Sequence[Prompt]:
-        """This rank's share of the step's prompts."""
-        run = self.run
-        prompts = step_items(self.prompts, self.step_index, run.prompts_per_step, run.seed)
-        return shard(prompts, self.dist.rank, self.dist.world_size)
+    def next_prompts(self) -> list[Prompt]:
+        """This rank's share of the step's prompts, and of the reserve behind them."""
+        run, reserve = self.run, self.algorithm.reserve_prompts
+        prompts = step_items(self.prompts, self.step_index, run.prompts_per_step + reserve, run.seed)
+        return [
+            prompt
+            for part in (prompts[: run.prompts_per_step], prompts[run.prompts_per_step :])
+            for prompt in shard(part, self.dist.rank, self.dist.world_size)
+        ]
 
     def sample(self, prompts: Sequence[Prompt]) -> list[Group]:
         """G completions of each prompt."""
         with self.phase("sample"):
             groups = self.sampler.sample(prompts, self.rollout, step=self.step_index)
+        for group in groups:
+            if len(group.completions) != self.rollout.group_size:
+                raise ValueError(
+                    f"the sampler gave {len(group.completions)} completions of prompt {group.id!r}, not "
+                    f"rollout.group_size {self.rollout.group_size}"
+                )
         completions = [completion for group in groups for completion in group.completions]
         lengths = np.array([len(c.token_ids) for c in completions], dtype=np.float64)
         stopped = np.array([c.finish_reason == "stop" for c in completions], dtype=bool)
@@ -138,124 +156,181 @@ class GRPOTrainer(TrainingLoop):
             self.metrics.mean(f"rewards/{name}/mean", judged)
             self.metrics.mean(f"rewards/{name}/std", _group_std([group.rewards_by_name[name] for group in groups]))
             self.metrics.max(f"rewards/{name}/seconds", value)
-
-    def compare(self, groups: list[Group]) -> None:
-        """Fill every group's advantages."""
-        rewards = np.array([group.rewards for group in groups]).reshape(len(groups), self.rollout.group_size)
-        algorithm, batch_std = self.algorithm, None
-        if algorithm.scale_rewards == "batch":
-            row = torch.from_numpy(moments(rewards)).to(self.dist.device)
-            batch_std = moments_std(combine_moments(gather_rows(row, self.dist).cpu().numpy()))
-        advantages = group_advantages(rewards, algorithm.scale_rewards, algorithm.baseline, batch_std=batch_std)
-        for group, row in zip(groups, advantages, strict=True):
-            group.advantages = row
-        signal = has_signal(rewards)
+        rewards = self.rewards_of(groups)
         self.metrics.mean("reward", rewards[~np.isnan(rewards)])
         self.metrics.mean("reward_std", _group_std(rewards))
-        self.metrics.mean("frac_reward_zero_std", (~signal).astype(np.float64))
-        self.metrics.sum("effective_groups", signal.astype(np.float64))
 
-    def pack(self, groups: list[Group]) -> list[MicroBatch]:
-        """Pack groups into micro-batches by the token budget; weigh every token by the counts of the whole step."""
-        algorithm, device = self.algorithm, self.policy.device
-        lengths = [len(c.token_ids) for group in groups for c in group.completions if self.counts(c)]
-        counts = torch.tensor([sum(len(group.completions) for group in groups), sum(lengths)], device=device)
-        completions, tokens = all_reduce_sum(counts, self.dist).tolist()
-        batches = []
+    def choose(self, groups: list[Group]) -> list[Group]:
+        """The groups to train on: all, or with dynamic sampling those that can teach something, before the others.
+
+        Every rank chooses among its own groups and keeps as many as it would have sampled without a reserve.
+        """
+        signal = has_signal(self.rewards_of(groups))
+        if self.algorithm.multi_objective_aggregation == "normalize_then_sum" and groups:
+            signal = np.any([has_signal(table) for table in self.reward_tables(groups)], axis=0)
+        self.metrics.mean("frac_reward_zero_std", (~signal).astype(np.float64))
+        if self.algorithm.dynamic_sampling:
+            own = shard(range(self.run.prompts_per_step), self.dist.rank, self.dist.world_size)
+            kept = choose_groups(signal, len(own))
+            groups, signal = [groups[i] for i in kept], signal[kept]
+        self.metrics.sum("effective_groups", signal.astype(np.float64))
+        return groups
+
+    def pack(self, groups: list[Group]) -> Rollout:
+        """Pack groups into micro-batches by the token budget, for each optimiser step of a pass; weigh every token by
+        the counts of its whole optimiser step."""
+        parts = [
+            shard(groups, i, self.algorithm.steps_per_generation) for i in range(self.algorithm.steps_per_generation)
+        ]
+        counts = torch.tensor(
+            [
+                [
+                    sum(len(group.completions) for group in part),
+                    sum(len(c.token_ids) for group in part for c in group.completions if self.counts(c)),
+                ]
+                for part in parts
+            ],
+            device=self.policy.device,
+        )
+        totals = all_reduce_sum(counts, self.dist).tolist()
+        return [
+            [self.micro_batch(packed, *total) for packed in self.micro_batches(part)]
+            for part, total in zip(parts, totals, strict=True)
+        ]
+
+    def micro_batches(self, groups: Sequence[Group]) -> Iterator[list[Group]]:
+        """Consecutive groups of together at most `optim.max_tokens_per_micro_batch` tokens."""
         sizes = [len(g.prompt.token_ids) + sum(len(c.token_ids) for c in g.completions) for g in groups]
-        for part in by_token_budget(groups, sizes, self.optim.max_tokens_per_micro_batch):
-            layout = GroupLayout.from_groups(part, device)
-            members = [completion for group in part for completion in group.completions]
-            weights = token_weights(
-                torch.tensor([len(c.token_ids) for c in members], device=device),
-                layout.completion_index,
-                algorithm.loss_type,
-                total_completions=completions,
-                total_tokens=tokens,
-                max_length=self.rollout.max_new_tokens,
-                completion_weights=torch.tensor([float(self.counts(c)) for c in members], device=device),
-            )
-            batches.append(
-                MicroBatch(
-                    prompts=[group.prompt for group in part],
-                    layout=layout,
-                    advantages=layout.per_token(np.concatenate([group.advantages for group in part])),
-                    weights=weights,
-                    sampler_logprob=torch.from_numpy(np.concatenate([c.logprobs for c in members])).to(device),
-                )
-            )
-        return batches
+        return by_token_budget(groups, sizes, self.optim.max_tokens_per_micro_batch)
+
+    def micro_batch(self, groups: list[Group], total_completions: int, total_tokens: int) -> MicroBatch:
+        """Groups on one token axis; the totals are of the optimiser step."""
+        device = self.policy.device
+        layout = GroupLayout.from_groups(groups, device)
+        members = [completion for group in groups for completion in group.completions]
+        weights = token_weights(
+            torch.tensor([len(c.token_ids) for c in members], device=device),
+            layout.completion_index,
+            self.algorithm.loss_type,
+            total_completions=total_completions,
+            total_tokens=total_tokens,
+            max_length=self.rollout.max_new_tokens,
+            completion_weights=torch.tensor([float(self.counts(c)) for c in members], device=device),
+        )
+        sampler_logprob = torch.from_numpy(np.concatenate([c.logprobs for c in members])).to(device)
+        return MicroBatch(groups, layout, weights, total_tokens, sampler_logprob)
 
     def counts(self, completion: Completion) -> bool:
         """Whether a completion takes part in the loss: a truncated one may be masked."""
         return not (self.algorithm.mask_truncated_completions and completion.finish_reason == "length")
 
-    def reference(self, batches: list[MicroBatch]) -> None:
-        """Log-probabilities under the reference, unless β = 0."""
+    @torch.no_grad()
+    def old(self, rollout: Rollout) -> None:
+        """Log-probabilities of the policy that sampled, where the first pass of `update` comes too late for them."""
+        if not self.algorithm.needs_old_pass:
+            return
+        batches, entropies = [batch for part in rollout for batch in part], []
+        with self.phase("old"):
+            for batch in batches:
+                batch.old_logprob, entropy, _ = self.policy.logprobs(
+                    batch.layout, batch.prompts, temperature=self.rollout.temperature, entropy=True
+                )
+                entropies.append(entropy)
+            if self.algorithm.top_entropy_quantile < 1:
+                empty = entropy_histogram(torch.zeros(0, device=self.policy.device))
+                histogram = sum(
+                    (entropy_histogram(e, b.weights > 0) for e, b in zip(entropies, batches, strict=True)), empty
+                )
+                threshold = entropy_threshold(all_reduce_sum(histogram, self.dist), self.algorithm.top_entropy_quantile)
+                for batch, entropy in zip(batches, entropies, strict=True):
+                    batch.entropy_mask = entropy >= threshold
+
+    def reference(self, rollout: Rollout) -> None:
+        """What the KL to the reference needs of it, unless β = 0."""
         if self.algorithm.beta == 0:
             return
         with self.phase("reference"):
-            for batch in batches:
-                batch.reference_logprob = self.policy.reference_logprobs(
-                    batch.layout, batch.prompts, temperature=self.rollout.temperature
-                )
+            for batch in (batch for part in rollout for batch in part):
+                if self.algorithm.kl_estimator == "full":
+                    batch.reference_hidden = self.policy.reference_hidden_states(batch.layout, batch.prompts)
+                else:
+                    batch.reference_logprob = self.policy.reference_logprobs(
+                        batch.layout, batch.prompts, temperature=self.rollout.temperature
+                    )
 
-    def update(self, batches: list[MicroBatch], iteration: int) -> None:
+    def compare(self, groups: list[Group], rollout: Rollout) -> None:
+        """Fill every group's advantages, and spread them over its tokens."""
+        for group, row in zip(groups, self.advantages(groups, rollout), strict=True):
+            group.advantages = row
+        for batch in (batch for part in rollout for batch in part):
+            batch.advantages = batch.layout.per_token(np.concatenate([group.advantages for group in batch.groups]))
+
+    def advantages(self, groups: list[Group], rollout: Rollout) -> np.ndarray:
+        """float64 `[N, G]`; one small collective where a standard deviation is the whole step's."""
+        a = self.algorithm
+        if a.multi_objective_aggregation == "normalize_then_sum":
+            tables = self.reward_tables(groups)
+            weights = [a.reward_weights.get(reward.name, 1.0) for reward in self.rewards]
+            std = self.step_std(weighted_advantages(tables, weights, a.baseline))
+            return combined_advantages(tables, weights, a.baseline, batch_std=std)
+        rewards = self.rewards_of(groups)
+        if a.beta > 0 and a.kl_in == "reward":
+            rewards = rewards - self.coefficients.beta(self.step_index) * self.kl_of_completions(rollout).reshape(
+                rewards.shape
+            )
+        std = self.step_std(rewards) if a.scale_rewards == "batch" else None
+        return group_advantages(rewards, a.scale_rewards, a.baseline, batch_std=std)
+
+    def kl_of_completions(self, rollout: Rollout) -> np.ndarray:
+        """float64 `[N · G]`, the estimate summed over each completion, in the groups' order."""
+        estimator, sums = self.algorithm.kl_estimator, [np.zeros(0)]
+        for batch in (batch for part in rollout for batch in part):
+            pair = batch.old_logprob, batch.reference_logprob
+            self.metrics.mean("kl", kl_penalty(*pair, estimator))
+            sums.append(completion_kl(*pair, *batch.completions, estimator).cpu().numpy())
+        return np.concatenate(sums)
+
+    def step_std(self, values: np.ndarray) -> float:
+        """Standard deviation of values over all ranks."""
+        row = torch.from_numpy(moments(values)).to(self.dist.device)
+        return moments_std(combine_moments(gather_rows(row, self.dist).cpu().numpy()))
+
+    def rewards_of(self, groups: Sequence[Group]) -> np.ndarray:
+        """float64 `[N, G]`."""
+        return np.array([group.rewards for group in groups]).reshape(len(groups), self.rollout.group_size)
+
+    def reward_tables(self, groups: Sequence[Group]) -> np.ndarray:
+        """float64 `[K, N, G]`, of each of the K rewards."""
+        tables = [[group.rewards_by_name[reward.name] for group in groups] for reward in self.rewards]
+        return np.array(tables, dtype=np.float64).reshape(len(self.rewards), len(groups), self.rollout.group_size)
+
+    def update(self, batches: list[MicroBatch], iteration: int, part: int = 0) -> None:
         """Accumulate the gradient over micro-batches and ranks, and take one optimiser step."""
-        algorithm = self.algorithm
-        clip_low, clip_high = algorithm.clip_range
+        parts = self.algorithm.steps_per_generation
+        steps_per_rollout = self.algorithm.num_iterations * parts
+        beta, entropy_coef = self.coefficients.beta(self.step_index), self.coefficients.entropy
         self.policy.module.train()  # gradient checkpointing asks for it; dropout is off
         for batch in batches:
             with self.phase("forward"):
                 result = self.policy.logprobs(
-                    batch.layout, batch.prompts, temperature=self.rollout.temperature, entropy=True
+                    batch.layout,
+                    batch.prompts,
+                    temperature=self.rollout.temperature,
+                    entropy=True,
+                    reference_hidden=batch.reference_hidden,
                 )
                 if batch.old_logprob is None:
                     batch.old_logprob = result.logprob.detach()
-                completions = (batch.layout.completion_index, batch.layout.num_completions)
-                surrogate = policy_loss(
-                    algorithm.loss_type,
-                    result.logprob,
-                    batch.old_logprob,
-                    batch.advantages,
-                    *completions,
-                    clip_low=clip_low,
-                    clip_high=clip_high,
-                    delta=algorithm.delta,
-                    cispo_cap=algorithm.cispo_cap,
-                )
-                token_loss = surrogate.loss
-                if algorithm.sampler_correction != "none":
-                    token_loss = token_loss * sampler_correction(
-                        batch.old_logprob,
-                        batch.sampler_logprob,
-                        *completions,
-                        algorithm.sampler_correction,
-                        low=algorithm.sampler_low,
-                        high=algorithm.sampler_high,
-                    )
-                if batch.reference_logprob is not None:
-                    ratio = None
-                    if algorithm.unbiased_kl:
-                        level = LOSS_TYPES[algorithm.loss_type].ratio
-                        ratio = importance_ratio(result.logprob, batch.old_logprob, *completions, level)
-                    kl = kl_penalty(result.logprob, batch.reference_logprob, algorithm.kl_estimator, ratio)
-                    token_loss = token_loss + algorithm.beta * kl
-                    self.metrics.mean("kl", kl)
-                loss = (batch.weights * token_loss).sum()
+                loss = self.objective(batch, result, beta, entropy_coef)
             with self.phase("backward"):
                 loss.backward()
-            self.metrics.sum("loss", loss / algorithm.num_iterations)
-            self.metrics.mean("entropy", result.entropy)
-            self.metrics.mean("clip_ratio/low_mean", surrogate.clipped_low)
-            self.metrics.mean("clip_ratio/high_mean", surrogate.clipped_high)
-            self.metrics.mean("clip_ratio/region_mean", surrogate.clipped_low | surrogate.clipped_high)
+            self.metrics.sum("loss", loss / steps_per_rollout)
             if iteration == 0:
-                self.compare_with_sampler(result.logprob.detach(), batch.sampler_logprob)
+                self.compare_with_sampler(batch.old_logprob, batch.sampler_logprob)
         self.policy.module.eval()
         with self.phase("optimizer"):
-            iterations = self.algorithm.num_iterations
-            self.optimizer_step(self.step_index * iterations + iteration, self.run.max_steps * iterations)
+            made = self.step_index * steps_per_rollout + iteration * parts + part
+            self.optimizer_step(made, self.run.max_steps * steps_per_rollout)
 
     def compare_with_sampler(self, logprob: Tensor, sampler_logprob: Tensor) -> None:
         """How far the trainer's log-probabilities are from the sampler's: both come from the same policy."""
@@ -265,20 +340,63 @@ class GRPOTrainer(TrainingLoop):
         for kind in ("min", "mean", "max"):
             getattr(self.metrics, kind)(f"sampling/importance_sampling_ratio/{kind}", difference.exp())
 
-    def report(self) -> dict[str, float]:
-        """The step's metrics over all ranks: one collective, one host synchronisation."""
-        names = ["entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"]
-        names += ["kl"] * (self.algorithm.beta > 0)
+    def report(self, start: float) -> dict[str, float]:
+        """The step's metrics over all ranks: one collective, one host synchronisation.
+
+        Args:
+            start: `time.perf_counter()` at the step's start.
+        """
         self.metrics.register("sum", "loss")
-        self.metrics.register("mean", *names, "sampling/sampling_logp_difference/mean")
+        self.metrics.register("mean", *self.objective.metric_names(), "sampling/sampling_logp_difference/mean")
         self.metrics.register("max", "sampling/sampling_logp_difference/max")
         for kind in ("min", "mean", "max"):
             self.metrics.register(kind, f"sampling/importance_sampling_ratio/{kind}")
+        timings = self.sampler.timings
+        for phase in ("prefill", "decode"):
+            self.metrics.max(f"sampling/seconds/{phase}", timings[phase])
+        self.metrics.sum("sampling/prompt_tokens", timings["prompt_tokens"])
+        self.metrics.sum("sampling/completion_tokens", timings["completion_tokens"])
         self.report_phases()
-        return self.metrics.reduce()
+        self.metrics.max("step_time", time.perf_counter() - start)
+        return self.with_rates(self.metrics.reduce())
+
+    def with_rates(self, values: dict[str, float]) -> dict[str, float]:
+        """Add tokens a second of each kind of work, over all ranks, what no phase accounts for, and coefficients."""
+        values["time/idle"] = max(0.0, values["step_time"] - sum(values[f"time/{name}"] for name in self.phases))
+        training = values["time/forward"] + values["time/backward"]
+        for name, tokens, seconds in (
+            ("prefill", values["sampling/prompt_tokens"], values["sampling/seconds/prefill"]),
+            ("decode", values["sampling/completion_tokens"], values["sampling/seconds/decode"]),
+            ("train", values["num_tokens"] * self.algorithm.num_iterations, training),
+            ("step", values["num_tokens"], values["step_time"]),
+        ):
+            values[f"tokens_per_second/{name}"] = tokens / seconds if seconds else 0.0
+        if self.algorithm.beta > 0:
+            values["beta"] = self.coefficients.beta(self.step_index)
+        if self.algorithm.entropy_coef or self.algorithm.entropy_target is not None:
+            values["entropy_coef"] = self.coefficients.entropy
+        return values
+
+    def steer(self, values: dict[str, float]) -> None:
+        """After a step: adapt the coefficients, and move the reference where it follows the policy."""
+        a = self.algorithm
+        self.coefficients.update(
+            values.get("kl"), values["entropy"], self.run.prompts_per_step * self.rollout.group_size
+        )
+        if a.ref_model_sync_steps and self.step_index % a.ref_model_sync_steps == 0:
+            self.policy.sync_reference(a.ref_model_mixup_alpha)
+
+    def state(self) -> dict[str, Any]:
+        return self.coefficients.state_dict()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.coefficients.load_state_dict(state)
+
+    def more_tensors(self) -> dict[str, dict[str, Tensor]]:
+        return {REFERENCE_FILE: self.policy.reference_tensors()} if self.algorithm.ref_model_sync_steps else {}
 
     def record(self, groups: list[Group]) -> None:
-        """Write every completion of the step, all ranks', into `completions.jsonl`."""
+        """Write every completion that was trained on, all ranks', into `completions.jsonl`."""
         rows = [
             {
                 "prompt_id": group.id,
@@ -294,9 +412,9 @@ class GRPOTrainer(TrainingLoop):
             for group in groups
             for member, completion in enumerate(group.completions)
         ]
-        parts = gather_objects(rows, self.dist)
-        if self.dist.main_process:
-            self.completions_file.write(self.step_index, [row for part in parts for row in part])
+        parts = send_to_main(f"completions/{self.run.name}/{self.step_index}", rows, self.dist)
+        if parts is not None:
+            self.completions_file.write(self.step_index + 1, [row for part in parts for row in part])
 
 
 def _group_std(rewards: Sequence[np.ndarray]) -> np.ndarray:

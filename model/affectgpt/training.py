@@ -170,9 +170,9 @@ class Stages:
             self.model.save_pretrained(folder)
         barrier(self.dist)
 
-    def policy(self, reference: str | None = None) -> tuple[Policy, GroupSampler]:
+    def policy(self, reference: str | None = None, offload: bool = False) -> tuple[Policy, GroupSampler]:
         """The model as a policy, and its sampler."""
-        policy = Policy(self.model.llm, embed=self.model.embed, module=self.model, reference=reference)
+        policy = Policy(self.model.llm, embed=self.model.embed, module=self.model, reference=reference, offload=offload)
         tokenizer = self.model.tokenizer
         placeholders = tokenizer.convert_tokens_to_ids(list(PLACEHOLDERS))
         return policy, GroupSampler(policy, tokenizer, seed=self.config.run.seed, forbidden_tokens=placeholders)
@@ -221,7 +221,7 @@ class Stages:
 
     def grpo(self, rewards: Sequence[Reward], algorithm: AlgorithmConfig, optim: OptimConfig) -> None:
         """Train on the rewards; saves the model in the run's folder."""
-        policy, sampler = self.policy(algorithm.reference if algorithm.beta > 0 else None)
+        policy, sampler = self.policy(algorithm.reference if algorithm.beta > 0 else None, algorithm.reference_offload)
         GRPOTrainer(
             policy,
             sampler,

@@ -53,10 +53,19 @@ OPTIONS = [
     {"mask_truncated_completions": True},
     {"sampler_correction": "sequence_mask"},
     {"delta": 2.0},
+    {"importance_sampling_level": "sequence", "epsilon": 3e-4},
+    {"multi_objective_aggregation": "normalize_then_sum"},
+    {"kl_in": "reward", "kl_estimator": "k1"},
+    {"kl_estimator": "full"},
+    {"entropy_coef": 0.01},
+    {"top_entropy_quantile": 0.4},
+    {"off_policy_mask_threshold": 0.01},
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(map(str, *options.items())))
+@pytest.mark.parametrize(
+    "options", OPTIONS, ids=lambda options: "-".join(f"{key}={value}" for key, value in options.items())
+)
 def test_micro_batches_change_nothing_but_memory(tmp_path, options):
     results = []
     for budget in (1, 80, 10**6):
@@ -65,20 +74,31 @@ def test_micro_batches_change_nothing_but_memory(tmp_path, options):
         )
         groups = trainer.sample(trainer.next_prompts())
         trainer.score(groups)
-        trainer.compare(groups)
-        batches = trainer.pack(groups)
-        trainer.reference(batches)
+        rollout = trainer.pack(trainer.choose(groups))
+        trainer.old(rollout)
+        trainer.reference(rollout)
+        trainer.compare(groups, rollout)
         trainer.optimizer_step = lambda *_: None
+        (batches,) = rollout
         trainer.update(batches, 0)
         gradient = torch.cat([p.grad.flatten() for p in trainer.parameters.values()])
-        results.append((len(batches), trainer.report()["loss"], gradient))
+        results.append((len(batches), trainer.report(0.0)["loss"], gradient))
     assert [count for count, _, _ in results] == [4, pytest.approx(2, abs=1), 1]
     for _, loss, gradient in results[1:]:
         assert loss == pytest.approx(results[0][1], abs=1e-6)
         assert (gradient - results[0][2]).norm() <= 1e-5 * results[0][2].norm()
 
 
-@pytest.mark.parametrize("options", [{}, {"beta": 0.05, "num_iterations": 2}], ids=["plain", "beta-mu2"])
+RESUMED = {
+    "plain": {},
+    "beta-mu2": {"beta": 0.05, "num_iterations": 2},
+    "parts": {"steps_per_generation": 2, "num_iterations": 2},
+    "moving-reference": {"beta": 0.1, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.5},
+    "adaptive": {"beta": 0.1, "kl_target": 0.001, "kl_horizon": 32, "entropy_coef": 0.01, "entropy_target": 4.4},
+}
+
+
+@pytest.mark.parametrize("options", RESUMED.values(), ids=RESUMED)
 def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(tmp_path, options):
     whole = make_trainer(tmp_path / "whole", steps=6, save_steps=3, **options)
     whole.train()
@@ -103,7 +123,7 @@ def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(tmp_path, options):
             {
                 key: row[key]
                 for key in row
-                if not key.startswith("time/") and "step_time" not in key and "seconds" not in key
+                if not key.startswith("time/") and "step_time" not in key and "second" not in key
             }
             for row in rows
         ]
@@ -118,10 +138,11 @@ def test_masking_truncated_completions_takes_their_gradient_away(tmp_path):
         trainer = make_trainer(tmp_path / str(masked), max_new_tokens=1, mask_truncated_completions=masked)
         groups = trainer.sample(trainer.next_prompts())
         assert {c.finish_reason for group in groups for c in group.completions} == {"length"}
-        for group in groups:
-            group.advantages = np.arange(4.0) - 1.5
+        trainer.advantages = lambda groups, rollout: [np.arange(4.0) - 1.5 for _ in groups]
         trainer.optimizer_step = lambda *_: None
-        trainer.update(trainer.pack(groups), 0)
+        rollout = trainer.pack(groups)
+        trainer.compare(groups, rollout)
+        trainer.update(rollout[0], 0)
         gradients.append(sum(p.grad.abs().sum().item() for p in trainer.parameters.values()))
     assert gradients[0] > 0
     assert gradients[1] == 0

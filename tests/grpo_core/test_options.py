@@ -1,0 +1,291 @@
+"""What each option of the algorithm does to a step, on the toy task."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+import grpo_core.metrics
+import grpo_core.trainer
+from grpo_core.advantages import group_advantages
+from grpo_core.first_step import FirstStepError, check_features
+from grpo_core.groups import Prompt
+from grpo_core.policy import Policy
+
+from .conftest import make_lm
+from .toy import make_trainer, weights
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def prepared(trainer):
+    """Groups and packed rollout of the first step, up to the update."""
+    groups = trainer.sample(trainer.next_prompts())
+    trainer.score(groups)
+    groups = trainer.choose(groups)
+    rollout = trainer.pack(groups)
+    trainer.old(rollout)
+    trainer.reference(rollout)
+    trainer.compare(groups, rollout)
+    return groups, rollout
+
+
+def moved(trainer):
+    """The trainer with a policy away from its reference."""
+    with torch.no_grad():
+        for parameter in trainer.parameters.values():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.manual_seed(3)))
+    return trainer
+
+
+def test_every_part_of_a_rollout_is_an_optimiser_step_against_the_policy_that_sampled(tmp_path):
+    trainer = make_trainer(tmp_path, steps=2, steps_per_generation=2, num_iterations=3, warmup_steps=100)
+    steps = []
+    step = trainer.optimizer_step
+    trainer.optimizer_step = lambda *arguments: (steps.append(arguments), step(*arguments))
+    trainer.train()
+    assert steps == [(made, 12) for made in range(12)]
+    for row in lines(tmp_path / "toy" / "metrics.jsonl"):
+        assert row["sampling/sampling_logp_difference/max"] < 1e-5  # of the second part too
+        assert row["time/old"] > 0
+
+
+def test_kl_in_the_reward_lowers_a_completions_reward_by_beta_times_its_sum(tmp_path):
+    trainer = moved(make_trainer(tmp_path, beta=0.3, kl_in="reward", kl_estimator="k1"))
+    groups, ((batch,),) = prepared(trainer)
+    difference = (batch.old_logprob - batch.reference_logprob).double()
+    kl = torch.zeros(16, dtype=torch.float64).index_add(0, batch.layout.completion_index, difference).view(4, 4)
+    assert kl.abs().min() > 1e-3
+    rewards = np.array([group.rewards for group in groups])
+    want = group_advantages(rewards - 0.3 * kl.numpy())
+    np.testing.assert_allclose([group.advantages for group in groups], want, rtol=1e-6)
+
+
+def test_the_full_kl_is_the_sum_over_the_vocabulary(tmp_path):
+    trainer = moved(make_trainer(tmp_path, beta=0.3, kl_estimator="full", temperature=0.7))
+    _, ((batch,),) = prepared(trainer)
+    policy = trainer.policy
+    head = policy.causal_lm.get_output_embeddings().weight
+    own = torch.log_softmax(policy.hidden_states(batch.layout, policy.embed(batch.prompts)) @ head.T / 0.7, -1)
+    other = torch.log_softmax(batch.reference_hidden @ head.T / 0.7, -1)
+    want = (own.exp() * (own - other)).sum(-1)
+    result = policy.logprobs(
+        batch.layout, batch.prompts, temperature=0.7, entropy=True, reference_hidden=batch.reference_hidden
+    )
+    assert want.min() > 1e-4
+    torch.testing.assert_close(trainer.objective.kl(batch, result), want, rtol=1e-4, atol=1e-6)
+
+
+def test_the_full_kl_needs_a_head_that_is_not_trained(tmp_path):
+    trainer = make_trainer(tmp_path, beta=0.3, kl_estimator="full", lora=False)
+    with pytest.raises(ValueError, match="head is trained"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("budget", [60, 10**6])
+def test_the_most_uncertain_tokens_of_the_step_are_trained_on(tmp_path, budget):
+    trainer = make_trainer(tmp_path, top_entropy_quantile=0.3, max_tokens_per_micro_batch=budget)
+    _, (batches,) = prepared(trainer)
+    entropy = torch.cat([trainer.policy.logprobs(b.layout, b.prompts, entropy=True).entropy for b in batches])
+    kept = torch.cat([b.entropy_mask for b in batches])
+    assert 0.3 <= kept.double().mean() <= 0.6
+    assert entropy[kept].min() >= entropy[~kept].max() - 1e-6
+
+
+def test_the_entropy_bonus_is_coefficient_times_mean_entropy(tmp_path):
+    trainer = make_trainer(tmp_path, entropy_coef=0.25)
+    _, ((batch,),) = prepared(trainer)
+    result = trainer.policy.logprobs(batch.layout, batch.prompts, entropy=True)
+    batch.old_logprob = result.logprob.detach()
+    plain, paid = (trainer.objective(batch, result, 0.0, coef) for coef in (0.0, 0.25))
+    assert (plain - paid).item() == pytest.approx(0.25 * result.entropy.mean().item(), rel=1e-5)
+
+
+def test_dynamic_sampling_prefers_groups_with_different_rewards_and_keeps_their_number(tmp_path):
+    trainer = make_trainer(tmp_path, dynamic_sampling=True, reserve_prompts=8, prompts_per_step=3, max_new_tokens=3)
+    groups = trainer.sample(trainer.next_prompts())
+    assert len(groups) == 11
+    for index, group in enumerate(groups):
+        group.rewards = np.arange(4.0) if index in (2, 5, 9) else np.ones(4)
+    assert [group.id for group in trainer.choose(groups)] == [groups[i].id for i in (2, 5, 9)]
+    values = trainer.metrics.reduce()
+    assert values["effective_groups"] == 3
+    assert values["frac_reward_zero_std"] == pytest.approx(8 / 11)
+    groups[5].rewards = groups[9].rewards = np.ones(4)
+    assert [group.id for group in trainer.choose(groups)] == [groups[i].id for i in (0, 1, 2)]
+    assert trainer.metrics.reduce()["effective_groups"] == 1
+
+
+def test_gdpo_lets_every_reward_count_by_its_weight_whatever_its_spread(tmp_path):
+    trainer = make_trainer(tmp_path, multi_objective_aggregation="normalize_then_sum")
+    trainer.rewards.append(type("Wide", (), {"name": "wide"})())
+    groups = trainer.sample(trainer.next_prompts())
+    for group in groups:
+        small, wide = np.array([0.0, 0.0, 0.1, 0.1]), np.array([0.0, 1000.0, 0.0, 1000.0])
+        group.rewards_by_name = {"sevens": small, "wide": wide}
+        group.rewards = small + wide
+    trainer.compare(trainer.choose(groups), rollout := trainer.pack(groups))
+    assert rollout[0][0].advantages is not None
+    for group in groups:
+        assert group.advantages[0] == pytest.approx(-group.advantages[3])
+        assert group.advantages[1] == pytest.approx(0, abs=1e-2)  # good by one reward, bad by the other
+
+
+def test_beta_follows_its_schedule(tmp_path):
+    make_trainer(tmp_path, steps=5, beta=0.2, beta_end=0.0).train()
+    betas = [row["beta"] for row in lines(tmp_path / "toy" / "metrics.jsonl")]
+    np.testing.assert_allclose(betas, [0.2, 0.15, 0.1, 0.05, 0.0], atol=1e-12)
+
+
+def test_beta_grows_while_the_kl_is_above_its_target(tmp_path):
+    make_trainer(
+        tmp_path, steps=4, beta=0.01, kl_target=1e-6, kl_horizon=128, prompts_per_step=8, group_size=16
+    ).train()
+    betas = [row["beta"] for row in lines(tmp_path / "toy" / "metrics.jsonl")]
+    np.testing.assert_allclose(betas[:2], [0.01, 0.008])  # the first KL is 0
+    np.testing.assert_allclose(betas[2:], [0.008 * 1.2, 0.008 * 1.2**2])
+
+
+def test_a_synchronised_reference_is_the_policy_again(tmp_path):
+    make_trainer(tmp_path, steps=5, beta=0.1, ref_model_sync_steps=2, prompts_per_step=8, group_size=16).train()
+    kl = [row["kl"] for row in lines(tmp_path / "toy" / "metrics.jsonl")]
+    assert kl[0] == kl[2] == kl[4] == 0
+    assert min(kl[1], kl[3]) > 0
+
+
+def test_a_moving_average_reference_lags_behind(tmp_path):
+    trainer = make_trainer(tmp_path, beta=0.1, ref_model_sync_steps=1, ref_model_mixup_alpha=0.25)
+    start = weights(trainer).clone()
+    moved(trainer).policy.sync_reference(0.25)
+    reference = torch.cat([t.flatten() for t in trainer.policy.reference_tensors().values()])
+    torch.testing.assert_close(reference, start + 0.25 * (weights(trainer) - start))
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_the_reference_pass_leaves_the_policy_where_it_was(tmp_path, offload):
+    trainer = moved(make_trainer(tmp_path, beta=0.1, reference_offload=offload))
+    before, addresses = weights(trainer).clone(), [p.data_ptr() for p in trainer.parameters.values()]
+    _, ((batch,),) = prepared(trainer)
+    assert torch.equal(weights(trainer), before)
+    assert [p.data_ptr() for p in trainer.parameters.values()] == addresses
+    assert (batch.reference_logprob - batch.sampler_logprob).abs().max() > 1e-2
+
+
+def test_masks_and_bonuses_are_reported_and_a_whole_run_with_them_learns(tmp_path):
+    options = {
+        "steps_per_generation": 2,
+        "top_entropy_quantile": 0.8,
+        "off_policy_mask_threshold": 0.5,
+        "entropy_coef": 1e-4,
+        "dynamic_sampling": True,
+        "reserve_prompts": 4,
+        "beta": 1e-3,
+        "kl_estimator": "k3",
+        "sampler_correction": "token_truncate",
+    }
+    make_trainer(tmp_path, steps=25, lora=False, prompts_per_step=8, group_size=8, **options).train()
+    rows = lines(tmp_path / "toy" / "metrics.jsonl")
+    assert sum(row["reward"] for row in rows[-5:]) / 5 > 0.6
+    assert all(row["off_policy_masked"] is not None and row["entropy_coef"] == 1e-4 for row in rows)
+
+
+REFUSED = [
+    ({"kl_in": "reward"}, "algorithm.kl_in is set, but beta is 0"),
+    ({"kl_target": 0.1}, "algorithm.kl_target is set, but beta is 0"),
+    ({"beta": 0.1, "kl_target": 0.1, "beta_end": 0.0}, "both steer beta"),
+    ({"dynamic_sampling": True}, "needs a reserve above 0"),
+    ({"reserve_prompts": 4}, "a reserve is for nothing else"),
+    ({"steps_per_generation": 5}, "steps_per_generation is 5, but a step has 4 prompts"),
+    ({"multi_objective_aggregation": "normalize_then_sum", "scale_rewards": "none"}, "leave scale_rewards at group"),
+    ({"beta": 0.1, "kl_in": "reward", "kl_estimator": "full"}, "not full, but k1"),
+    ({"beta": 0.1, "kl_in": "reward", "unbiased_kl": True}, "unbiased_kl"),
+    ({"top_entropy_quantile": 0.0}, "top_entropy_quantile is 0.0"),
+    ({"entropy_target": 1.0, "entropy_coef": 2.0}, "entropy_coef ≤ entropy_coef_max"),
+    ({"beta": 0.1, "reference": "adapter_off", "ref_model_sync_steps": 3}, "the base model itself"),
+    ({"off_policy_mask_threshold": 1.0, "top_k": 5}, "top_k"),
+    ({"ref_model_mixup_alpha": 0.0}, "ref_model_mixup_alpha is 0.0"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED, ids=[message for _, message in REFUSED])
+def test_impossible_options_are_refused_at_the_start(tmp_path, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make_trainer(tmp_path, **options)
+
+
+def test_an_adapter_on_the_head_is_refused():
+    model = get_peft_model(make_lm("qwen2", lora=False), LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
+    with pytest.raises(ValueError, match="adapter on its LM head"):
+        Policy(model)
+
+
+def test_a_sampler_of_another_policy_stops_the_run_in_its_first_step(tmp_path):
+    trainer = make_trainer(tmp_path)
+    sample = trainer.sampler.sample
+    trainer.sampler.sample = lambda prompts, rollout, **k: [
+        type(g)(g.prompt, [type(c)(c.token_ids, c.logprobs - 0.1, c.finish_reason, c.text) for c in g.completions])
+        for g in sample(prompts, rollout, **k)
+    ]
+    with pytest.raises(FirstStepError, match=r"differ from the trainer's by 0.1 nats"):
+        trainer.train()
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_in_its_first_step(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.objective.policy_loss = lambda batch, logprob: logprob * float("inf")
+    with pytest.raises(FirstStepError, match="first gradient is not finite"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("used", [True, False])
+def test_a_feature_without_effect_stops_the_run(tmp_path, used):
+    trainer = make_trainer(tmp_path)
+    policy = trainer.policy
+    plain = policy._embed_tokens
+    policy._embed = lambda prompts: [
+        e + used * p.features["audio"] for e, p in zip(plain(prompts), prompts, strict=True)
+    ]
+    groups = trainer.sample([Prompt("clip", (3, 4), {"audio": torch.full((2, 32), 0.5)})])
+    ((batch,),) = trainer.pack(groups)
+    if used:
+        check_features(policy, batch, 1.0)
+    else:
+        with pytest.raises(FirstStepError, match="do not depend on its 'audio' features"):
+            check_features(policy, batch, 1.0)
+
+
+def test_logging_costs_one_collective_and_one_copy_to_the_host(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, steps=1, beta=0.1)
+    calls = []
+    gather = grpo_core.metrics.gather_rows
+    monkeypatch.setattr(grpo_core.metrics, "gather_rows", lambda *a: calls.append("gather") or gather(*a))
+    reduce = grpo_core.trainer.all_reduce_sum
+    monkeypatch.setattr(grpo_core.trainer, "all_reduce_sum", lambda *a: calls.append("counts") or reduce(*a))
+    report, read = trainer.report, []
+
+    def counted(start):
+        with monkeypatch.context() as patch:
+            for name in ("cpu", "item", "tolist", "__bool__", "__float__"):
+                method = getattr(torch.Tensor, name)
+                patch.setattr(torch.Tensor, name, lambda *a, m=method, n=name: read.append(n) or m(*a))
+            return report(start)
+
+    trainer.report = counted
+    trainer.train()
+    assert calls == ["counts", "gather"]  # the first one is the loss's own: how many tokens there are
+    assert read == ["cpu"]
+
+
+def test_tokens_per_second_are_tokens_over_seconds(tmp_path):
+    make_trainer(tmp_path, steps=1).train()
+    (row,) = lines(tmp_path / "toy" / "metrics.jsonl")
+    tokens = row["sampling/completion_tokens"]
+    assert tokens == sum(line["length"] for line in lines(tmp_path / "toy" / "completions.jsonl"))
+    assert row["num_tokens"] == tokens + row["sampling/prompt_tokens"]
+    assert row["tokens_per_second/decode"] == pytest.approx(tokens / row["sampling/seconds/decode"])
+    assert row["tokens_per_second/step"] == pytest.approx(row["num_tokens"] / row["step_time"])

@@ -90,7 +90,12 @@ def uniform(
         token: index of the sampled token in its completion, 0 ≤ token < 2³².
         column: which of several draws for that token; the vocabulary index for Gumbel-max.
     """
-    draw, _, _, _ = philox((token, column, 0, 0), _words(row_key(seed, step, prompt_key, member)))
+    return row_uniform(row_key(seed, step, prompt_key, member), token, column)
+
+
+def row_uniform(row_key: ArrayLike, token: ArrayLike, column: ArrayLike = 0) -> NDArray[np.float64]:
+    """`uniform` of rows whose keys are known: uint64 `row_key`, broadcast against `token` and `column`."""
+    draw, _, _, _ = philox((token, column, 0, 0), _words(row_key))
     return (draw + 0.5) * 2.0**-32
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from functools import partial
 
 import numpy as np
 import torch
@@ -12,7 +11,7 @@ from tqdm import tqdm
 
 from grpo_core import rng
 from grpo_core.config import RolloutConfig
-from grpo_core.decoder import Rollout, StopConditions, TokenChooser, check_lengths, make_decoder, timed
+from grpo_core.decoder import DrawRules, Rollout, StopConditions, check_lengths, make_decoder, timed
 from grpo_core.groups import Completion, Group, Prompt
 from grpo_core.policy import Policy
 
@@ -83,13 +82,12 @@ class GroupSampler:
             with timed(self.timings, "refresh"):
                 self.decoder.refresh()
             limit = min(len(self.tokenizer), self.model.get_output_embeddings().weight.shape[0])
+            prompt_keys = np.array([rng.prompt_key(prompt.id) for prompt in prompts], dtype=np.uint64)
             run = Rollout(
                 self.decoder,
                 embeds,
-                keys=np.array([rng.prompt_key(prompt.id) for prompt in prompts], dtype=np.uint64),
-                draw=partial(rng.uniform, self.seed, step),
-                rollout=rollout,
-                choose=TokenChooser(rollout, self.forbidden_tokens, limit, embeds[0].device),
+                keys=rng.row_key(self.seed, step, prompt_keys[:, None], np.arange(rollout.group_size)).ravel(),
+                rules=DrawRules(rollout, self.forbidden_tokens, limit, stop.end),
                 stop=stop,
                 timings=self.timings,
                 bar=bar,
@@ -126,7 +124,7 @@ class GroupSampler:
         if self.policy.device.type == "cuda":
             device = self.policy.device
             unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-            return int(0.8 * (torch.cuda.mem_get_info(device)[0] + unused))
+            return int(0.8 * (torch.cuda.mem_get_info(device)[0] + unused + self.decoder.held_bytes))
         return _CPU_BUDGET
 
 

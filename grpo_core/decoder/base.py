@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
-import numpy as np
-from torch import Tensor
 from transformers import PreTrainedModel
 
+from grpo_core.decoder.drawing import Drawer, DrawRules
 from grpo_core.decoder.flat import FlatDecoder
+from grpo_core.decoder.kernels import KernelDecoder
 from grpo_core.decoder.transformers_decoder import TransformersDecoder
 
 
 class Decoder(Protocol):
     """Holds the caches of groups that are decoded together.
 
-    Rows are completions under way, numbered 0 … B - 1 in the order in which they were added; groups likewise.
+    Attributes:
+        held_bytes: of caches that it keeps between rollouts.
     """
+
+    held_bytes: int
 
     def refresh(self) -> None:
         """Take over the model's present weights."""
@@ -26,23 +28,17 @@ class Decoder(Protocol):
         """How many of `groups` groups fit `budget` bytes together, at least 1; sizes are the longest ones."""
 
     def reserve(self, slots: int, group_size: int, prompt_tokens: int, new_tokens: int) -> None:
-        """Make empty caches for `slots` groups of `group_size` rows."""
+        """Have empty caches for `slots` groups of `group_size` rows."""
 
-    def release(self) -> None:
-        """Give the caches' memory back."""
+    def drawer(self, rules: DrawRules) -> Drawer:
+        """Begin a rollout over the reserved caches."""
 
-    def prefill(self, embeds: Sequence[Tensor]) -> Tensor:
-        """Add N groups with prompts `[P_n, H]`, each with group_size rows: logits `[N, V]` that follow the prompts."""
-
-    def step(self, tokens: Tensor) -> Tensor:
-        """Append one token `[B]` to every row: logits `[B, V]` of the next ones."""
-
-    def keep(self, rows: np.ndarray) -> None:
-        """Make row `rows[i]` row i and drop all others, and every group that has no row left."""
+    def release(self, reuse: bool = False) -> None:
+        """Give the caches' memory back; with `reuse`, some may be kept for the next rollout."""
 
 
 def make_decoder(model: PreTrainedModel) -> Decoder:
-    """The flat decoder for the families it knows, transformers' own forward for any other.
+    """Kernels where they run, else flat weights in torch, for the families they know; transformers' forward for others.
 
     Raises:
         NotImplementedError: the model caps its attention scores, which neither training nor sampling does here.
@@ -53,7 +49,10 @@ def make_decoder(model: PreTrainedModel) -> Decoder:
                 f"config.{key} is {getattr(model.config, key)}: models with capped logits cannot be sampled or "
                 "trained; use one of the Qwen2, Qwen3, Llama or Mistral families"
             )
-    return FlatDecoder(model) if FlatDecoder.supports(model) else TransformersDecoder(model)
+    for decoder in (KernelDecoder, FlatDecoder):
+        if decoder.supports(model):
+            return decoder(model)
+    return TransformersDecoder(model)
 
 
 def check_lengths(model: PreTrainedModel, prompt_tokens: int, new_tokens: int) -> None:

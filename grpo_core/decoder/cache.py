@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,52 +11,53 @@ from torch import Tensor
 from grpo_core.decoder.attention import RowPlan, extent
 
 
+class CacheShape(NamedTuple):
+    """Of one token's keys and values."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def token_bytes(self) -> int:
+        return 2 * self.layers * self.kv_heads * self.head_dim * self.dtype.itemsize
+
+
 class GroupCache:
-    """Room for `slots` groups of `group_size` rows; live groups and rows lie at the front of the buffers.
+    """Room for `slots` groups and `rows` rows; live groups and rows lie at the front of the buffers.
 
     Attributes:
+        group_size: rows that a new group gets.
         prefix: `[layers, slots, 2 (keys, values), K, E, D]`, one prompt per slot.
         suffix: `[layers, rows, 2, K, S, D]`, a row's own tokens by index.
         prefix_lengths: tokens of each live group's prompt, `[N]`.
         group_of_row: int64 `[B]` on the host.
-        own_lengths: int64 `[rows]` on the device, tokens that each row has in the cache.
-        longest: the host's upper bound of own_lengths.
-        plan: the rows' arrangement for attention, remade whenever rows come or go.
     """
 
     def __init__(
         self,
-        layers: int,
-        kv_heads: int,
-        heads_per_kv: int,
-        head_dim: int,
+        shape: CacheShape,
         slots: int,
+        rows: int,
         group_size: int,
         prompt_tokens: int,
         new_tokens: int,
-        dtype: torch.dtype,
         device: torch.device,
     ):
-        self.group_size, self.heads_per_kv, self.kv_heads = group_size, heads_per_kv, kv_heads
-        rows = slots * group_size
+        self.group_size = group_size
         # zeros, not empty: masked columns get weight 0, and 0 times a stray NaN would still be NaN
-        sizes = dict(dtype=dtype, device=device)
+        sizes = dict(dtype=shape.dtype, device=device)
+        layers, kv_heads, head_dim, _ = shape
         self.prefix = torch.zeros(layers, slots, 2, kv_heads, extent(prompt_tokens), head_dim, **sizes)
         self.suffix = torch.zeros(layers, rows, 2, kv_heads, extent(new_tokens), head_dim, **sizes)
         self.prefix_lengths: list[int] = []
         self.group_of_row = np.zeros(0, dtype=np.int64)
-        self.own_lengths = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.longest = np.zeros(0, dtype=np.int64)
-        self._flat_heads = torch.arange(rows * 2 * kv_heads, device=device).view(rows, -1) * self.suffix.shape[4]
-        self.plan: RowPlan | None = None
 
     @staticmethod
-    def bytes_per_group(
-        layers: int, kv_heads: int, head_dim: int, group_size: int, prompt_tokens: int, new_tokens: int, itemsize: int
-    ) -> int:
+    def bytes_per_group(shape: CacheShape, group_size: int, prompt_tokens: int, new_tokens: int) -> int:
         """Bytes that one more slot takes."""
-        tokens = extent(prompt_tokens) + group_size * extent(new_tokens)
-        return 2 * layers * kv_heads * head_dim * itemsize * tokens
+        return shape.token_bytes * (extent(prompt_tokens) + group_size * extent(new_tokens))
 
     @property
     def rows(self) -> int:
@@ -68,28 +71,53 @@ class GroupCache:
 
     def add_groups(self, lengths: list[int]) -> None:
         """Open slots for prompts of these lengths, and `group_size` empty rows for each."""
-        first, rows = self.groups, self.rows
+        first = self.groups
         self.prefix_lengths += lengths
-        new = np.repeat(np.arange(first, self.groups), self.group_size)
-        self.group_of_row = np.r_[self.group_of_row, new]
-        self.longest = np.r_[self.longest, np.zeros_like(new)]
-        self.own_lengths[rows : self.rows] = 0
-        self._arrange()
+        self.group_of_row = np.r_[self.group_of_row, np.repeat(np.arange(first, self.groups), self.group_size)]
 
     def keep(self, rows: np.ndarray) -> None:
         """Make row `rows[i]` row i, drop the others and the groups without rows. Only what moves is copied."""
-        count = len(rows)
-        _move(self.suffix, rows, dim=1)
-        _move(self.own_lengths, rows, dim=0)
-        self.longest = self.longest[rows]
+        move(self.suffix, rows, dim=1)
         group_of_row = self.group_of_row[rows]
         groups = fill_holes(np.isin(np.arange(self.groups), group_of_row))
-        _move(self.prefix, groups, dim=1)
+        move(self.prefix, groups, dim=1)
         renumbered = np.full(self.groups, -1)
         renumbered[groups] = np.arange(len(groups))
         self.group_of_row = renumbered[group_of_row]
         self.prefix_lengths = [self.prefix_lengths[group] for group in groups]
-        if count:
+
+
+class MaskedCache(GroupCache):
+    """A cache for attention in plain torch, which masks what lies behind a length.
+
+    Attributes:
+        own_lengths: int64 `[rows]` on the device, tokens that each row has in the cache.
+        longest: the host's upper bound of own_lengths.
+        plan: the rows' arrangement for attention, remade whenever rows come or go.
+    """
+
+    def __init__(self, shape: CacheShape, heads_per_kv: int, slots: int, group_size: int, prompt_tokens: int,
+                 new_tokens: int, device: torch.device):  # fmt: skip
+        rows = slots * group_size
+        super().__init__(shape, slots, rows, group_size, prompt_tokens, new_tokens, device)
+        self.heads_per_kv, self.kv_heads = heads_per_kv, shape.kv_heads
+        self.own_lengths = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.longest = np.zeros(0, dtype=np.int64)
+        self._flat_heads = torch.arange(rows * 2 * self.kv_heads, device=device).view(rows, -1) * self.suffix.shape[4]
+        self.plan: RowPlan | None = None
+
+    def add_groups(self, lengths: list[int]) -> None:
+        before = self.rows
+        super().add_groups(lengths)
+        self.longest = np.r_[self.longest, np.zeros(self.rows - before, dtype=np.int64)]
+        self.own_lengths[before : self.rows] = 0
+        self._arrange()
+
+    def keep(self, rows: np.ndarray) -> None:
+        super().keep(rows)
+        move(self.own_lengths, rows, dim=0)
+        self.longest = self.longest[rows]
+        if len(rows):
             self._arrange()
 
     def positions(self) -> Tensor:
@@ -128,7 +156,7 @@ def fill_holes(alive: np.ndarray) -> np.ndarray:
     return order
 
 
-def _move(buffer: Tensor, order: np.ndarray, dim: int) -> None:
+def move(buffer: Tensor, order: np.ndarray, dim: int) -> None:
     """In place, make entry `order[i]` along `dim` entry i."""
     targets = np.flatnonzero(order != np.arange(len(order)))
     if len(targets):

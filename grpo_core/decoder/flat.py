@@ -1,42 +1,45 @@
-"""Decoding of Qwen2, Qwen3, Llama and Mistral models over flat weights: some twenty operations a layer."""
+"""Decoding of Qwen2, Qwen3, Llama and Mistral models over flat weights, in plain torch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from grpo_core.decoder.attention import decode_attention, prefill_attention
-from grpo_core.decoder.cache import GroupCache
-from grpo_core.decoder.weights import FlatLayer, FlatWeights
+from grpo_core.decoder.cache import CacheShape, GroupCache, MaskedCache
+from grpo_core.decoder.drawing import DrawRules, LogitsDrawer
+from grpo_core.decoder.weights import CopiedVector, FlatLayer, FlatWeights
 
 _FAMILIES = ("qwen2", "qwen3", "llama", "mistral")
 _STATIC_ROPES = ("default", "linear", "llama3", "yarn")
-_PREFILL_TOKENS = 16384
+PREFILL_TOKENS = 16384
+"""Prompts are prefilled together up to this many tokens."""
 
 
-class FlatDecoder:
-    """`Decoder` of a model whose family and rotary embedding `supports` accepts.
+class FlatModel:
+    """What decoding in torch and by kernels share: the weights and sizes of a model that `supports` accepts.
 
     Args:
         model: the causal LM without its outer PEFT wrapper; adapters inside are merged at `refresh`.
+        input_major: how weights lie in memory, see `FusedLinear`.
     """
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, input_major: bool):
         config = model.config
-        self.weights = FlatWeights(model)
+        self.weights = FlatWeights(model, input_major)
         self.rotary = model.base_model.rotary_emb
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.activation = ACT2FN[config.hidden_act]
         self.eps = config.rms_norm_eps
         self.vocabulary = config.vocab_size
-        self.cache: GroupCache | None = None
+        dtype = self.weights.norm.weight.dtype
+        self.shape = CacheShape(len(self.weights.layers), self.kv_heads, self.head_dim, dtype)
 
     @staticmethod
     def supports(model: PreTrainedModel) -> bool:
@@ -48,43 +51,58 @@ class FlatDecoder:
     def refresh(self) -> None:
         self.weights.refresh()
 
+    def _rotations(self, positions: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines `[positions, D / 2]` that queries and keys are turned by."""
+        weight = self.weights.norm.weight
+        tables = self.rotary(weight, torch.arange(positions, device=weight.device)[None])
+        return tuple(table[0, :, : self.head_dim // 2].contiguous() for table in tables)
+
+    @staticmethod
+    def _parts(lengths: Sequence[int]) -> Iterator[slice]:
+        """Runs of prompts that are prefilled together."""
+        start = 0
+        while start < len(lengths):
+            end = start + 1
+            while end < len(lengths) and sum(lengths[start : end + 1]) <= PREFILL_TOKENS:
+                end += 1
+            yield slice(start, end)
+            start = end
+
+
+class FlatDecoder(FlatModel):
+    """`Decoder` that gives logits, by some twenty torch operations a layer."""
+
+    held_bytes = 0
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__(model, input_major=model.get_input_embeddings().weight.device.type == "cpu")
+        self.activation = ACT2FN[model.config.hidden_act]
+        self.cache: MaskedCache | None = None
+
     def plan(self, groups: int, group_size: int, prompt_tokens: int, new_tokens: int, budget: int) -> int:
-        dtype = self.weights.norm.weight.dtype
-        cache = GroupCache.bytes_per_group(
-            len(self.weights.layers),
-            self.kv_heads,
-            self.head_dim,
-            group_size,
-            prompt_tokens,
-            new_tokens,
-            dtype.itemsize,
-        )
+        cache = GroupCache.bytes_per_group(self.shape, group_size, prompt_tokens, new_tokens)
         logits = 6 * 4 * self.vocabulary * group_size  # fp32 logits, log-probs, probabilities, their sums, and slack
         return max(1, min(groups, budget // (cache + logits)))
 
     def reserve(self, slots: int, group_size: int, prompt_tokens: int, new_tokens: int) -> None:
-        weight = self.weights.norm.weight
-        heads_per_kv = self.heads // self.kv_heads
-        shape = (len(self.weights.layers), self.kv_heads, heads_per_kv, self.head_dim)
-        self.cache = GroupCache(*shape, slots, group_size, prompt_tokens, new_tokens, weight.dtype, weight.device)
-        positions = torch.arange(prompt_tokens + new_tokens, device=weight.device)
-        cos, sin = self.rotary(weight, positions[None])
-        half = self.head_dim // 2
-        self._cos, self._sin = cos[0, :, None], torch.cat((-sin[0, :, None, :half], sin[0, :, None, half:]), dim=-1)
+        heads_per_kv, device = self.heads // self.kv_heads, self.weights.norm.weight.device
+        self.cache = MaskedCache(self.shape, heads_per_kv, slots, group_size, prompt_tokens, new_tokens, device)
+        cos, sin = self._rotations(prompt_tokens + new_tokens)
+        self._cos, self._sin = torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]
 
-    def release(self) -> None:
+    def release(self, reuse: bool = False) -> None:
         self.cache = None
+
+    def drawer(self, rules: DrawRules) -> LogitsDrawer:
+        return LogitsDrawer(self, rules, self.weights.norm.weight.device)
 
     def prefill(self, embeds: Sequence[Tensor]) -> Tensor:
         lengths = [len(embed) for embed in embeds]
         first = self.cache.groups
-        logits, start = [], 0
-        while start < len(embeds):
-            end = start + 1
-            while end < len(embeds) and sum(lengths[start : end + 1]) <= _PREFILL_TOKENS:
-                end += 1
-            logits.append(self._prefill(torch.cat(list(embeds[start:end])), lengths[start:end], first + start))
-            start = end
+        logits = [
+            self._prefill(torch.cat(list(embeds[part])), lengths[part], first + part.start)
+            for part in self._parts(lengths)
+        ]
         self.cache.add_groups(lengths)
         return torch.cat(logits)
 
@@ -147,8 +165,8 @@ class FlatDecoder:
         gate, up = layer.gate_up(self._norm(x, layer.mlp_norm)).chunk(2, dim=-1)
         return layer.down(self.activation(gate).mul_(up), residual=x)
 
-    def _norm(self, x: Tensor, module: nn.Module) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), module.weight, self.eps)
+    def _norm(self, x: Tensor, norm: CopiedVector) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), norm.weight, self.eps)
 
     def _logits(self, x: Tensor) -> Tensor:
         return self.weights.head(self._norm(x, self.weights.norm))

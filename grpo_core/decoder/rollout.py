@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -11,15 +12,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from grpo_core.config import RolloutConfig
 from grpo_core.decoder.base import Decoder
 from grpo_core.decoder.cache import fill_holes
-from grpo_core.decoder.choice import TokenChooser
+from grpo_core.decoder.drawing import Drawer, Drawn, DrawRules
 from grpo_core.decoder.stopping import StopConditions
-
-_DRAWN_AHEAD = 16
-_STEPS_PER_READ = 8
-_DROP_SHARE = 16
 
 
 @contextmanager
@@ -35,16 +31,15 @@ def timed(timings: dict[str, float], phase: str) -> Iterator[None]:
 class Rollout:
     """Draws G completions for each of N prompts.
 
-    Completion n·G + g is member g of prompt n. The decoder's row i draws completion `owner[i]`; random numbers go by
+    Completion n·G + g is member g of prompt n. Row i of the decoder draws completion `owner[i]`; random numbers go by
     (prompt, member, token), so the order of rows and what shares their batch leave no trace.
 
     Args:
         decoder: holds the caches.
         embeds: `[P_n, H]` of each prompt.
-        keys: uint64 `[N]`, the prompts' random keys.
-        draw: uniform numbers of (key, member, token), as `rng.uniform` with its seed and step bound.
-        rollout: sizes and settings.
-        choose, stop: how tokens are chosen and when rows end.
+        keys: uint64 `[N * G]`, the completions' random keys (`rng.row_key`).
+        rules: what tokens are drawn by.
+        stop: when completions end.
         timings: `prefill`, `decode`, `steps` and `slots` are added here.
         bar: counts whole groups.
 
@@ -53,6 +48,7 @@ class Rollout:
         logprobs: float32, the same shape.
         lengths: int64 `[N * G]`.
         stopped: bool `[N * G]`, ended by a stop condition and not by length.
+        steps_per_read: how many steps are asked for at a time; unset, what the decoder likes.
     """
 
     def __init__(
@@ -60,25 +56,22 @@ class Rollout:
         decoder: Decoder,
         embeds: Sequence[Tensor],
         keys: np.ndarray,
-        draw: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray],
-        rollout: RolloutConfig,
-        choose: TokenChooser,
+        rules: DrawRules,
         stop: StopConditions,
         timings: dict[str, float],
         bar: tqdm,
     ):
-        self.decoder, self.embeds, self.keys, self.draw, self.rollout = decoder, embeds, keys, draw, rollout
-        self.choose, self.stop, self.timings, self.bar = choose, stop, timings, bar
-        self.device = embeds[0].device
-        self.steps_per_read = 1 if self.device.type == "cpu" else _STEPS_PER_READ
-        total = len(embeds) * rollout.group_size
-        self.tokens = np.zeros((total, rollout.max_new_tokens), dtype=np.int64)
-        self.logprobs = np.zeros((total, rollout.max_new_tokens), dtype=np.float32)
+        self.decoder, self.embeds, self.keys, self.rules, self.rollout = decoder, embeds, keys, rules, rules.rollout
+        self.stop, self.timings, self.bar = stop, timings, bar
+        self.steps_per_read: int | None = None
+        total = len(embeds) * self.rollout.group_size
+        self.tokens = np.zeros((total, self.rollout.max_new_tokens), dtype=np.int64)
+        self.logprobs = np.zeros((total, self.rollout.max_new_tokens), dtype=np.float32)
         self.lengths = np.zeros(total, dtype=np.int64)
         self.stopped = np.zeros(total, dtype=bool)
         self._ended = np.zeros(total, dtype=bool)
+        self._drawn = np.zeros(total, dtype=np.int64)  # tokens asked for, those not yet read included
         self._groups_done = 0
-        self._reset_rows()
 
     def run(self, budget: int) -> None:
         """Draw every completion within `budget` bytes of caches and logits. When memory runs out all the same, the
@@ -87,19 +80,24 @@ class Rollout:
         slots = self.decoder.plan(len(self.embeds), *sizes, budget)
         while True:
             self.timings["slots"] = slots
+            done = False
             try:
                 self.decoder.reserve(slots, *sizes)
-                self._draw_all(slots)
+                self._draw_all(self.decoder.drawer(self.rules), slots)
+                done = True
                 return
             except RuntimeError as error:
                 if slots == 1 or not _is_out_of_memory(error):
                     raise
             finally:
-                self.decoder.release()
+                self.decoder.release(reuse=done)
             self._restart_unfinished()
             slots //= 2
 
-    def _draw_all(self, slots: int) -> None:
+    def _draw_all(self, drawer: Drawer, slots: int) -> None:
+        self.drawer = drawer
+        self.owner = np.zeros(0, dtype=np.int64)
+        self._unread: deque[tuple[np.ndarray, Drawn]] = deque()
         # long prompts first: prompts of like length share the cache, so little of it is padding
         waiting = np.argsort([-len(embed) for embed in self.embeds], kind="stable")
         waiting = waiting[~self._whole()[waiting]]
@@ -118,59 +116,32 @@ class Rollout:
     def _admit(self, groups: np.ndarray) -> None:
         """Prefill groups and draw the first token of their rows."""
         size = self.rollout.group_size
-        logits = self.decoder.prefill([self.embeds[n] for n in groups]).repeat_interleave(size, dim=0)
         owner = (groups[:, None] * size + np.arange(size)).ravel()
-        first = len(self.owner)
+        drawn = self.drawer.admit([self.embeds[n] for n in groups], self.keys[owner])
         self.owner = np.r_[self.owner, owner]
-        self._draws = np.r_[self._draws, self._draw_ahead(owner)]
-        self._draws_from = np.r_[self._draws_from, self.lengths[owner]]
-        if self.rollout.repetition_penalty != 1:
-            blank = torch.zeros(logits.shape, dtype=torch.bool, device=self.device)
-            self._seen = blank if self._seen is None else torch.cat((self._seen, blank))
-        tokens, logprobs = self._choose(logits, slice(first, None), ahead=0)
-        self._last = torch.cat((self._last, tokens))
-        self._record(owner, tokens[None].cpu().numpy(), logprobs[None].cpu().numpy())
+        self._drawn[owner] = 1
+        self._read_later(owner, drawn)
 
     def _advance(self) -> None:
-        """Decode a few tokens, then look at them: reading each one back would stall a GPU."""
-        room = self.rollout.max_new_tokens - int(
-            self.lengths[self.owner].max(where=~self._ended[self.owner], initial=0)
-        )
-        steps = min(self.steps_per_read, room)
-        if (self.lengths[self.owner] - self._draws_from).max() + steps > _DRAWN_AHEAD:
-            self._draws, self._draws_from = self._draw_ahead(self.owner), self.lengths[self.owner]
-        chosen = []
-        for ahead in range(steps):
-            chosen.append(self._choose(self.decoder.step(self._last), slice(None), ahead))
-            self._last = chosen[-1][0]
-        tokens, logprobs = (torch.stack(column).cpu().numpy() for column in zip(*chosen, strict=True))
-        self._record(self.owner, tokens, logprobs)
-        self.timings["steps"] += steps
+        """Decode a few tokens: reading each one back would stall a GPU."""
+        going = self._drawn[self.owner[~self._ended[self.owner]]]
+        steps = min(self.steps_per_read or self.drawer.steps_per_read, self.rollout.max_new_tokens - going.max())
+        if steps == 0:  # the next row to end has all its tokens, still unread
+            self._record(*self._unread.popleft())
+            return
+        self._drawn[self.owner] += steps
+        self._read_later(self.owner, self.drawer.advance(int(steps)))
+        self.timings["steps"] += int(steps)
 
-    def _choose(self, logits: Tensor, rows: slice, ahead: int) -> tuple[Tensor, Tensor]:
-        """Tokens and log-probs of `rows`, `ahead` tokens after the last one recorded."""
-        uniforms = None
-        if self.rollout.temperature > 0:
-            index = self.lengths[self.owner[rows]] - self._draws_from[rows] + ahead
-            drawn = self._draws[rows][np.arange(len(index)), index]
-            uniforms = torch.from_numpy(drawn).to(self.device, torch.float32)
-        seen = None if self._seen is None else self._seen[rows]
-        tokens, logprobs = self.choose(logits, uniforms, seen)
-        if seen is not None:
-            seen.scatter_(1, tokens[:, None], True)
-        return tokens, logprobs
+    def _read_later(self, owner: np.ndarray, drawn: Drawn) -> None:
+        """Note what rows draw, as soon as steps enough are under way to keep the device busy meanwhile."""
+        self._unread.append((owner, drawn))
+        while len(self._unread) > self.drawer.lag:
+            self._record(*self._unread.popleft())
 
-    def _draw_ahead(self, owner: np.ndarray) -> np.ndarray:
-        """Uniform numbers `[rows, _DRAWN_AHEAD]` for the next tokens of completions `owner`."""
-        if self.rollout.temperature == 0:
-            return np.zeros((len(owner), 0))
-        group, member = np.divmod(owner, self.rollout.group_size)
-        token = self.lengths[owner, None] + np.arange(_DRAWN_AHEAD)
-        return self.draw(self.keys[group, None], member[:, None], token)
-
-    def _record(self, owner: np.ndarray, tokens: np.ndarray, logprobs: np.ndarray) -> None:
-        """Note tokens and log-probs `[steps, rows]`; what a row drew after its end is dropped."""
-        for new_tokens, new_logprobs in zip(tokens, logprobs, strict=True):
+    def _record(self, owner: np.ndarray, drawn: Drawn) -> None:
+        """Note the tokens and log-probs of the completions `owner`; what a row drew after its end is dropped."""
+        for new_tokens, new_logprobs in zip(*drawn(), strict=True):
             alive = ~self._ended[owner]
             rows, fresh = owner[alive], new_tokens[alive]
             if not np.isfinite(new_logprobs[alive]).all():
@@ -182,16 +153,13 @@ class Rollout:
             self._ended[rows] = self.stopped[rows] | (self.lengths[rows] == self.rollout.max_new_tokens)
 
     def _drop_ended(self, refill: bool) -> None:
-        """Take ended rows out of the decoder once they are 1/16 of its rows, or a whole group's slot is wanted."""
+        """Take ended rows out of the decoder once that makes its steps cheaper, or a whole group's slot is wanted."""
         ended = self._ended[self.owner]
         whole = int(self._whole().sum())
-        if ended.sum() * _DROP_SHARE >= len(ended) or (refill and whole > self._groups_done):
+        if (refill and whole > self._groups_done) or self.drawer.shrinks(len(ended), int((~ended).sum())):
             rows = fill_holes(~ended)
-            self.decoder.keep(rows)
-            self.owner, self._draws, self._draws_from = self.owner[rows], self._draws[rows], self._draws_from[rows]
-            index = torch.from_numpy(rows).to(self.device)
-            self._last = self._last[index]
-            self._seen = None if self._seen is None else self._seen[index]
+            self.drawer.keep(rows)
+            self.owner = self.owner[rows]
         self.bar.update(whole - self._groups_done)
         self._groups_done = whole
 
@@ -201,16 +169,8 @@ class Rollout:
 
     def _restart_unfinished(self) -> None:
         unfinished = np.repeat(~self._whole(), self.rollout.group_size)
-        for state in (self.lengths, self.stopped, self._ended):
+        for state in (self.lengths, self.stopped, self._ended, self._drawn):
             state[unfinished] = 0
-        self._reset_rows()
-
-    def _reset_rows(self) -> None:
-        self.owner = np.zeros(0, dtype=np.int64)
-        self._draws = self._draw_ahead(self.owner)
-        self._draws_from = np.zeros(0, dtype=np.int64)
-        self._last = torch.zeros(0, dtype=torch.int64, device=self.device)
-        self._seen: Tensor | None = None
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from grpo_core.decoder.drawing import DrawRules, LogitsDrawer
+
 
 class TransformersDecoder:
     """`Decoder` for architectures that the flat one does not know. The prompt runs once; its cache is then expanded.
@@ -16,6 +18,8 @@ class TransformersDecoder:
     Args:
         model: the causal LM without its outer PEFT wrapper.
     """
+
+    held_bytes = 0
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
@@ -34,9 +38,12 @@ class TransformersDecoder:
         self._in_training = [module for module in self.model.modules() if module.training]
         self._set_training(False)  # without dropout
 
-    def release(self) -> None:
+    def release(self, reuse: bool = False) -> None:
         self.cache = None
         self._set_training(True)
+
+    def drawer(self, rules: DrawRules) -> LogitsDrawer:
+        return LogitsDrawer(self, rules, self.model.device)
 
     def prefill(self, embeds: Sequence[Tensor]) -> Tensor:
         (embed,) = embeds

@@ -1,4 +1,7 @@
-"""A decoder's weights in the form that decoding reads: fused matrices with adapters merged, at addresses that stay."""
+"""A decoder's weights in the form that decoding reads: fused matrices with adapters merged, at addresses that stay.
+
+Parameters that FSDP2 has sharded are gathered as they are copied, one matrix at a time: all ranks refresh together.
+"""
 
 from __future__ import annotations
 
@@ -6,26 +9,31 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 
 class FusedLinear:
     """Several linear layers that read the same input, side by side in one matrix `[in, sum of out]`.
 
-    On a CPU the matrix is stored input-major: matrix products then give each row the same bits whatever the number of
-    rows (for inputs of up to 768; above that, the same up to rounding).
+    Args:
+        modules: the layers, plain or wrapped by PEFT.
+        input_major: how the matrix lies in memory. Input-major, a CPU's matrix products give each row the same bits
+            whatever the number of rows (for inputs of up to 768; above that, the same up to rounding). Output-major,
+            as the layers themselves are, is what kernels read.
     """
 
-    def __init__(self, modules: Sequence[nn.Module]):
+    def __init__(self, modules: Sequence[nn.Module], input_major: bool):
         self.modules = list(modules)
         bases = [_base(module) for module in self.modules]
         weight = bases[0].weight
         self.widths = [base.out_features for base in bases]
         shape = (bases[0].in_features, sum(self.widths))
-        if weight.device.type == "cpu":
-            self.weight = torch.empty(shape, dtype=weight.dtype)
+        if input_major:
+            self.weight = torch.empty(shape, dtype=weight.dtype, device=weight.device)
         else:
             self.weight = torch.empty(shape[::-1], dtype=weight.dtype, device=weight.device).t()
         has_bias = any(base.bias is not None for base in bases)
@@ -55,55 +63,102 @@ class FusedLinear:
         return out if self.bias is None else out.add_(self.bias)
 
 
+class CopiedVector:
+    """A norm's weight, `[width]`."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+        self.weight = torch.empty(module.weight.shape, dtype=module.weight.dtype, device=module.weight.device)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        self.weight.copy_(_gathered(self.module.weight))
+
+
 @dataclass
 class FlatLayer:
     """One decoder layer."""
 
-    input_norm: nn.Module
+    input_norm: CopiedVector
     qkv: FusedLinear
-    q_norm: nn.Module | None
-    k_norm: nn.Module | None
+    q_norm: CopiedVector | None
+    k_norm: CopiedVector | None
     out: FusedLinear
-    mlp_norm: nn.Module
+    mlp_norm: CopiedVector
     gate_up: FusedLinear
     down: FusedLinear
 
 
 class FlatWeights:
-    """The weights of a Qwen2, Qwen3, Llama or Mistral causal LM. Embeddings and norms are the model's own modules.
+    """The weights of a Qwen2, Qwen3, Llama or Mistral causal LM. Embeddings are the model's own unless sharded.
 
     Args:
         model: the LM; its linear layers may be wrapped by PEFT.
+        input_major: see `FusedLinear`.
     """
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, input_major: bool = True):
+        def linear(*modules: nn.Module) -> FusedLinear:
+            return FusedLinear(modules, input_major)
+
+        def head_norm(attention: nn.Module, name: str) -> CopiedVector | None:
+            return CopiedVector(getattr(attention, name)) if hasattr(attention, name) else None
+
         decoder = model.base_model
-        self.embed = model.get_input_embeddings()
+        self._embedding = model.get_input_embeddings()
+        self._table: Tensor | None = None
         self.layers = [
             FlatLayer(
-                input_norm=layer.input_layernorm,
-                qkv=FusedLinear([layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]),
-                q_norm=getattr(layer.self_attn, "q_norm", None),
-                k_norm=getattr(layer.self_attn, "k_norm", None),
-                out=FusedLinear([layer.self_attn.o_proj]),
-                mlp_norm=layer.post_attention_layernorm,
-                gate_up=FusedLinear([layer.mlp.gate_proj, layer.mlp.up_proj]),
-                down=FusedLinear([layer.mlp.down_proj]),
+                input_norm=CopiedVector(layer.input_layernorm),
+                qkv=linear(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
+                q_norm=head_norm(layer.self_attn, "q_norm"),
+                k_norm=head_norm(layer.self_attn, "k_norm"),
+                out=linear(layer.self_attn.o_proj),
+                mlp_norm=CopiedVector(layer.post_attention_layernorm),
+                gate_up=linear(layer.mlp.gate_proj, layer.mlp.up_proj),
+                down=linear(layer.mlp.down_proj),
             )
             for layer in decoder.layers
         ]
-        self.norm = decoder.norm
-        self.head = FusedLinear([model.get_output_embeddings()])
+        self.norm = CopiedVector(decoder.norm)
+        self.head = linear(model.get_output_embeddings())
 
     def refresh(self) -> None:
-        """Bring every fused matrix up to date with the model."""
-        for linear in self._linears():
-            linear.refresh()
+        """Bring every copy up to date with the model."""
+        for part in self._parts():
+            part.refresh()
+        weight = self._embedding.weight
+        if isinstance(weight, DTensor) and self._table is None:
+            self._table = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+        if self._table is not None:
+            with torch.no_grad():
+                self._table.copy_(_gathered(weight))
 
-    def _linears(self) -> Iterator[FusedLinear]:
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Token embeddings `[B, H]` of int64 `[B]`."""
+        return self._embedding(tokens) if self._table is None else F.embedding(tokens, self._table)
+
+    @property
+    def embedding_address(self) -> int:
+        """Where the table of embeddings lies: the one part that a model may move."""
+        return (self._embedding.weight if self._table is None else self._table).data_ptr()
+
+    def _parts(self) -> Iterator[FusedLinear | CopiedVector]:
         for layer in self.layers:
-            yield from (layer.qkv, layer.out, layer.gate_up, layer.down)
-        yield self.head
+            yield from (layer.input_norm, layer.qkv, layer.out, layer.mlp_norm, layer.gate_up, layer.down)
+            if layer.q_norm is not None:
+                yield from (layer.q_norm, layer.k_norm)
+        yield from (self.norm, self.head)
+
+
+def _gathered(parameter: Tensor) -> Tensor:
+    """A parameter whole, on every rank of those that share it."""
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """A linear layer that computes what `nn.Linear` does; FSDP2 gives those it wraps a class of their own."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
 def _base(module: nn.Module) -> nn.Module:
@@ -119,24 +174,25 @@ def _base(module: nn.Module) -> nn.Module:
 
 def _frozen_state(module: nn.Module) -> tuple | None:
     """Identifies the weights of a plain layer that nothing trains; None for any other, which is always copied."""
-    if type(module) is not nn.Linear or module.weight.requires_grad:
+    if not _is_plain(module) or module.weight.requires_grad:
         return None
-    return module.weight.data_ptr(), module.weight._version
+    weight = module.weight.to_local() if isinstance(module.weight, DTensor) else module.weight
+    return weight.data_ptr(), weight._version
 
 
 def _write_merged(module: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
     """Write what `module` computes into `weight` `[in, out]` and `bias` `[out]`."""
-    if type(module) is nn.Linear:
-        weight.copy_(module.weight.t())
+    if _is_plain(module):
+        weight.copy_(_gathered(module.weight).t())
         if bias is not None and module.bias is not None:
-            bias.copy_(module.bias)
+            bias.copy_(_gathered(module.bias))
         return
-    if type(module) is LoraLinear and type(module.base_layer) is nn.Linear and _is_plain_lora(module):
+    if type(module) is LoraLinear and _is_plain(module.base_layer) and _is_plain_lora(module):
         _write_merged(module.base_layer, weight, bias)
         if not module.merged and not module.disable_adapters:
             for name in module.active_adapters:
                 if name in module.lora_A:
-                    a, b = module.lora_A[name].weight.float(), module.lora_B[name].weight.float()
+                    a, b = (_gathered(part[name].weight).float() for part in (module.lora_A, module.lora_B))
                     if weight.dtype == torch.float32:
                         weight.addmm_(a.t(), b.t(), alpha=module.scaling[name])
                     else:
@@ -152,6 +208,11 @@ def _is_plain_lora(module: LoraLinear) -> bool:
 
 def _write_probed(module: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
     """Read any affine layer (another adapter type, a quantised base) off its answers to 0 and to unit vectors."""
+    if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+        raise NotImplementedError(
+            f"{type(module).__name__} is sharded by FSDP2 and cannot be merged for sampling: use plain linear layers "
+            "or plain LoRA adapters, or leave this layer unsharded"
+        )
     was_training = module.training
     module.eval()
     zero = torch.zeros(1, weight.shape[0], dtype=weight.dtype, device=weight.device)

@@ -264,7 +264,7 @@ def test_reading_tokens_back_every_few_steps_changes_nothing(monkeypatch):
 def test_prompts_prefilled_in_pieces_give_the_same_completions(monkeypatch):
     lm = make_lm("llama")
     expected = sample(lm)
-    monkeypatch.setattr(flat, "_PREFILL_TOKENS", 20)
+    monkeypatch.setattr(flat, "PREFILL_TOKENS", 20)
     assert sample(lm) == expected
 
 

@@ -1,0 +1,311 @@
+"""A whole GRPO step, sample, reward and train (β = 0), beside TRL's `GRPOTrainer` on the same model and prompts.
+
+    python bench/grpo_step.py --prompt-tokens 512 --completion-tokens 32 --group-size 16 --json out.json
+    python bench/grpo_step.py --device cuda --preset 7B --lora --prompt-tokens 1024 --completion-tokens 256 --prompts 8
+
+Three contenders, each in a process of its own, one after the other, on all cores (or the GPU): ours; ours with sharing
+off, where every completion is a group of its own with its own copy of the prompt, in sampling and in training; and TRL
+(`pip install trl==1.16.0`), a group a micro-batch (the whole step in one is slower and larger), no gradient
+checkpointing, and AdamW. All start
+from the same random weights, and draw completions at temperature 1 to the full length, but for the rare end token.
+A step's seconds are the fastest of `--steps`, after one that warms up. Peaks are what a process takes beyond what it
+held before its first step: resident memory on a CPU, allocated memory on a GPU.
+
+The JSON has `ours`, `without_sharing` and `trl`, each `{seconds, peak_bytes, phases}`, and `ratio` and `memory_ratio`,
+TRL's figures over ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+RESULTS = Path(__file__).parent / "results"
+PRESETS = {  # hidden, intermediate, layers, heads, key/value heads, vocabulary
+    "tiny": (256, 1024, 4, 4, 2, 8192),
+    "0.5B": (896, 4864, 24, 14, 2, 151_936),
+    "1.5B": (1536, 8960, 28, 12, 2, 151_936),
+    "3B": (2048, 11_008, 36, 16, 2, 151_936),
+    "7B": (3584, 18_944, 28, 28, 4, 152_064),
+}
+"""Qwen2.5's shapes, and one for a CPU."""
+CONTENDERS = ("trl", "ours", "without_sharing")
+
+
+def make_model(args: argparse.Namespace) -> PreTrainedModel:
+    """A Qwen2 of the preset's shape with random weights, made on the device."""
+    hidden, intermediate, layers, heads, kv_heads, vocabulary = PRESETS[args.preset]
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=max(4096, args.prompt_tokens + args.completion_tokens),
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    with torch.device(args.device):
+        model = Qwen2ForCausalLM(config).to(torch.bfloat16 if args.device == "cuda" else torch.float32)
+    if args.lora:
+        from peft import LoraConfig, get_peft_model
+
+        return get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", exclude_modules=["lm_head"]))
+    return model
+
+
+def make_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    """One word a token: w0, w1, …"""
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocabulary)}, unk_token="w2"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w1", pad_token="w0", unk_token="w2")
+
+
+def make_prompts(args: argparse.Namespace) -> np.ndarray:
+    """Token ids `[steps + 1, prompts, P]`, of the whole run."""
+    shape = (args.steps + 1, args.prompts, args.prompt_tokens)
+    return np.random.default_rng(0).integers(3, PRESETS[args.preset][-1], shape)
+
+
+class Memory:
+    """Peak bytes since it was made, beyond what was held then."""
+
+    def __init__(self, device: str):
+        self.cuda = device == "cuda"
+        if self.cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts from here
+            self.before = self._status("VmRSS")
+
+    def peak(self) -> int:
+        return (torch.cuda.max_memory_allocated() if self.cuda else self._status("VmHWM")) - self.before
+
+    @staticmethod
+    def _status(field: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
+
+
+def even_share(token_ids: np.ndarray) -> float:
+    """The reward: the share of even tokens."""
+    return float((token_ids % 2 == 0).mean())
+
+
+def synchronize(args: argparse.Namespace) -> None:
+    if args.device == "cuda":
+        torch.cuda.synchronize()
+
+
+def run_ours(args: argparse.Namespace, shared: bool) -> dict:
+    """Our trainer, step by step."""
+    from grpo_core.config import AlgorithmConfig, GRPOConfig, OptimConfig, RolloutConfig, RunConfig
+    from grpo_core.groups import Group, Prompt
+    from grpo_core.policy import Policy
+    from grpo_core.sampler import GroupSampler
+    from grpo_core.trainer import GRPOTrainer
+
+    class EvenShare:
+        name = "even"
+
+        def __call__(self, groups):
+            return np.array([[even_share(np.array(c.token_ids)) for c in group.completions] for group in groups])
+
+    class WithoutSharing(GRPOTrainer):
+        """Every completion with a prompt of its own."""
+
+        def sample(self, prompts):
+            copies = [Prompt(f"{p.id}/{i}", p.token_ids) for p in prompts for i in range(self.rollout.group_size)]
+            alone = RolloutConfig(group_size=1, max_new_tokens=self.rollout.max_new_tokens)
+            with self.phase("sample"):
+                drawn = iter(self.sampler.sample(copies, alone, step=self.step_index))
+            groups = [Group(p, [next(drawn).completions[0] for _ in range(self.rollout.group_size)]) for p in prompts]
+            self.metrics.sum("num_tokens", sum(len(c.token_ids) for g in groups for c in g.completions))
+            return groups
+
+        def pack(self, groups):
+            return super().pack([Group(group.prompt, [c]) for group in groups for c in group.completions])
+
+        def compare(self, groups, rollout):
+            singles = iter(self.advantages(groups, rollout).ravel())
+            for group in groups:
+                group.advantages = np.zeros(len(group.completions))
+            for batch in rollout[0]:
+                batch.advantages = batch.layout.per_token([next(singles) for _ in batch.groups])
+
+    model = make_model(args)
+    ids = make_prompts(args)
+    prompts = [
+        Prompt(f"{step}/{i}", tuple(map(int, row))) for step, rows in enumerate(ids) for i, row in enumerate(rows)
+    ]
+    config = GRPOConfig(
+        AlgorithmConfig(),
+        RolloutConfig(group_size=args.group_size, max_new_tokens=args.completion_tokens),
+        OptimConfig(learning_rate=1e-6, max_tokens_per_micro_batch=args.micro_batch_tokens),
+        RunConfig(
+            output_dir=Path(tempfile.mkdtemp()), max_steps=args.steps + 1, prompts_per_step=args.prompts, save_steps=0
+        ),
+    )
+    policy = Policy(model)
+    sampler = GroupSampler(policy, make_tokenizer(PRESETS[args.preset][-1]))
+    trainer = (GRPOTrainer if shared else WithoutSharing)(policy, sampler, prompts, [EvenShare()], config)
+    trainer.open_writer(None)
+    memory, steps = Memory(args.device), []
+    for _ in range(args.steps + 1):
+        start = time.perf_counter()
+        values = trainer.step()
+        synchronize(args)
+        steps.append(
+            (time.perf_counter() - start, {k[5:]: v for k, v in values.items() if k.startswith("time/") and v})
+        )
+    seconds, phases = min(steps[1:], key=lambda step: step[0])
+    return {"seconds": seconds, "peak_bytes": memory.peak(), "phases": phases}
+
+
+def run_trl(args: argparse.Namespace) -> dict:
+    """TRL's trainer, timed by its callbacks."""
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    tokenizer = make_tokenizer(PRESETS[args.preset][-1])
+    rows = make_prompts(args).reshape(-1, args.prompt_tokens)
+    config = GRPOConfig(
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=args.group_size,
+        gradient_accumulation_steps=args.prompts,
+        num_generations=args.group_size,
+        max_completion_length=args.completion_tokens,
+        max_steps=args.steps + 1,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+        beta=0.0,
+        loss_type="dapo",
+        learning_rate=1e-6,
+        gradient_checkpointing=False,
+        use_cpu=args.device == "cpu",
+        bf16=args.device == "cuda",
+        optim="adamw_torch",
+        save_strategy="no",
+        logging_steps=10**6,
+        report_to=[],
+        disable_tqdm=True,
+        shuffle_dataset=False,
+    )
+
+    def reward(completion_ids, **columns):
+        return [even_share(np.array(ids)) for ids in completion_ids]
+
+    class Clock(TrainerCallback):
+        def __init__(self):
+            self.steps, self.generation = [], 0.0
+
+        def on_step_begin(self, *arguments, **options):
+            synchronize(args)
+            self.start, self.generation = time.perf_counter(), 0.0
+
+        def on_step_end(self, *arguments, **options):
+            synchronize(args)
+            seconds = time.perf_counter() - self.start
+            self.steps.append((seconds, {"sample": self.generation, "train": seconds - self.generation}))
+
+    clock = Clock()
+    trainer = GRPOTrainer(
+        make_model(args),
+        reward,
+        args=config,
+        train_dataset=Dataset.from_dict({"prompt": [" ".join(f"w{i}" for i in row) for row in rows]}),
+        processing_class=tokenizer,
+        callbacks=[clock],
+    )
+    generate = trainer._generate_and_score_completions
+
+    def timed(*arguments):
+        start = time.perf_counter()
+        result = generate(*arguments)
+        synchronize(args)
+        clock.generation += time.perf_counter() - start
+        lengths = result["completion_mask"].sum(1)
+        assert lengths.shape[0] == args.prompts * args.group_size
+        assert lengths.float().mean() > 0.9 * args.completion_tokens
+        return result
+
+    trainer._generate_and_score_completions = timed
+    memory = Memory(args.device)
+    trainer.train()
+    seconds, phases = min(clock.steps[1:], key=lambda step: step[0])
+    return {"seconds": seconds, "peak_bytes": memory.peak(), "phases": phases}
+
+
+def run_in_process(name: str) -> dict:
+    """A contender in a process of its own, with this one's arguments."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--worker", name]
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ)
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompt-tokens", type=int, default=512)
+    parser.add_argument("--completion-tokens", type=int, default=32)
+    parser.add_argument("--group-size", type=int, default=16)
+    parser.add_argument("--prompts", type=int, default=4, help="prompts of a step")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps, after one that warms up")
+    parser.add_argument("--preset", choices=list(PRESETS), default="tiny", help="shape of the model")
+    parser.add_argument("--lora", action="store_true", help="train LoRA adapters of rank 16 on all linear layers")
+    parser.add_argument("--micro-batch-tokens", type=int, default=16_384, help="ours: tokens of a forward and backward")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--json", type=Path, help="where the results go")
+    parser.add_argument("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        result = run_trl(args) if args.worker == "trl" else run_ours(args, shared=args.worker == "ours")
+        print(json.dumps(result))
+        return
+    names = args.contenders
+    if "trl" in names and importlib.util.find_spec("trl") is None:
+        print("left out: TRL (not installed: pip install trl==1.16.0)")
+        names = [name for name in names if name != "trl"]
+    device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
+    shape = f"P={args.prompt_tokens} C={args.completion_tokens} G={args.group_size}, {args.prompts} prompts"
+    print(f"{device}, {args.preset}, {shape}, {os.cpu_count()} cores")
+    results: dict = {}
+    for name in names:
+        results[name] = result = run_in_process(name)
+        phases = "  ".join(f"{phase} {seconds:.2f}" for phase, seconds in result["phases"].items())
+        print(f"{name:16s} {result['seconds']:7.2f} s   {result['peak_bytes'] / 2**20:6.0f} MiB   {phases}", flush=True)
+    if {"trl", "ours"} <= results.keys():
+        results["ratio"] = results["trl"]["seconds"] / results["ours"]["seconds"]
+        results["memory_ratio"] = results["trl"]["peak_bytes"] / results["ours"]["peak_bytes"]
+        print(f"ratio {results['ratio']:.2f}   memory 1/{results['memory_ratio']:.2f}")
+    date = datetime.datetime.now(datetime.UTC).date().isoformat()
+    results |= {"device": device, "torch": torch.__version__, "date": date, "arguments": sys.argv[1:]}
+    name = f"grpo_step-{device.replace(' ', '-').lower()}-p{args.prompt_tokens}-c{args.completion_tokens}"
+    path = args.json or RESULTS / f"{name}-g{args.group_size}-{date}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

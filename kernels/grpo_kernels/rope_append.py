@@ -20,10 +20,10 @@ from torch import Tensor
 from grpo_kernels.backend import Backend, choose_backend
 
 
-@triton.jit
-def _turned(x, y, cos, sin, sign, dtype: tl.constexpr):
-    """x · cos + sign · y · sin, both products rounded."""
-    return ((x * cos).to(dtype).to(tl.float32) + sign * (y * sin).to(dtype).to(tl.float32)).to(dtype)
+def rope_config(all_heads: int, half: int) -> dict[str, int]:
+    """Heads of a token in one program, and its warps, for queries, keys and values of D = 2 · half numbers each."""
+    heads = min(triton.next_power_of_2(all_heads), 8)
+    return dict(BLOCK_HEADS=heads, BLOCK=triton.next_power_of_2(half), num_warps=4)
 
 
 @triton.jit
@@ -54,48 +54,47 @@ def rope_append_kernel(
     HALF: tl.constexpr,
     NORM: tl.constexpr,
     SCATTER: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One head of one token."""
+    """Some heads of one token: queries first, then keys, then values."""
     token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
     dtype: tl.constexpr = qkv.dtype.element_ty
-    d = tl.arange(0, BLOCK)
-    inside = d < HALF
-    at = qkv + token * qkv_row + head * 2 * HALF + d
-    a = tl.load(at, inside, other=0.0).to(tl.float32)
-    b = tl.load(at + HALF, inside, other=0.0).to(tl.float32)
-    if head < HEADS + kv_heads:
-        if NORM:
-            scale = 1.0 / tl.sqrt((tl.sum(a * a, 0) + tl.sum(b * b, 0)) / (2 * HALF) + eps)
-            weight = k_weight
-            if head < HEADS:
-                weight = q_weight
-            a = (a * scale).to(dtype).to(tl.float32) * tl.load(weight + d, inside, other=0.0).to(tl.float32)
-            b = (b * scale).to(dtype).to(tl.float32) * tl.load(weight + HALF + d, inside, other=0.0).to(tl.float32)
-            a = a.to(dtype).to(tl.float32)
-            b = b.to(dtype).to(tl.float32)
-        turn = tl.load(positions + token).to(tl.int64) * HALF + d
-        c = tl.load(cos + turn, inside, other=0.0).to(tl.float32)
-        s = tl.load(sin + turn, inside, other=0.0).to(tl.float32)
-        left = _turned(a, b, c, s, -1.0, dtype)
-        right = _turned(b, a, c, s, 1.0, dtype)
-        tl.store(at, left, inside)
-        tl.store(at + HALF, right, inside)
-    else:
-        left = a.to(dtype)
-        right = b.to(dtype)
-    if head >= HEADS:
-        row = token
-        if SCATTER:
-            row = tl.load(cache_rows + token).to(tl.int64)
-        column = tl.load(lengths + token).to(tl.int64) - 1
-        if head < HEADS + kv_heads:
-            to = keys + row * k_row + (head - HEADS) * k_head + column * k_token + d
-        else:
-            to = values + row * v_row + (head - HEADS - kv_heads) * v_head + column * v_token + d
-        tl.store(to, left, inside)
-        tl.store(to + HALF, right, inside)
+    head = (tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS))[:, None]
+    d = tl.arange(0, BLOCK)[None, :]
+    inside = (d < HALF) & (head < HEADS + 2 * kv_heads)
+    turned = inside & (head < HEADS + kv_heads)
+    at = qkv + token * qkv_row + head * (2 * HALF) + d
+    a0 = tl.load(at, inside, other=0.0)
+    b0 = tl.load(at + HALF, inside, other=0.0)
+    a = a0.to(tl.float32)
+    b = b0.to(tl.float32)
+    if NORM:
+        scale = 1.0 / tl.sqrt(tl.sum(a * a + b * b, 1) / (2 * HALF) + eps)[:, None]
+        asks = inside & (head < HEADS)
+        tells = turned & (head >= HEADS)
+        left = tl.load(q_weight + d + 0 * head, asks, other=0.0) + tl.load(k_weight + d + 0 * head, tells, other=0.0)
+        right = tl.load(q_weight + HALF + d + 0 * head, asks, other=0.0)
+        right += tl.load(k_weight + HALF + d + 0 * head, tells, other=0.0)
+        a = ((a * scale).to(dtype).to(tl.float32) * left.to(tl.float32)).to(dtype).to(tl.float32)
+        b = ((b * scale).to(dtype).to(tl.float32) * right.to(tl.float32)).to(dtype).to(tl.float32)
+    turn = tl.load(positions + token).to(tl.int64) * HALF + d
+    c = tl.load(cos + turn, d < HALF, other=0.0).to(tl.float32)
+    s = tl.load(sin + turn, d < HALF, other=0.0).to(tl.float32)
+    left = ((a * c).to(dtype).to(tl.float32) - (b * s).to(dtype).to(tl.float32)).to(dtype)
+    right = ((b * c).to(dtype).to(tl.float32) + (a * s).to(dtype).to(tl.float32)).to(dtype)
+    tl.store(at, left, turned)
+    tl.store(at + HALF, right, turned)
+    row = token
+    if SCATTER:
+        row = tl.load(cache_rows + token).to(tl.int64)
+    column = tl.load(lengths + token).to(tl.int64) - 1
+    key = keys + row * k_row + (head - HEADS) * k_head + column * k_token + d
+    tl.store(key, left, turned & (head >= HEADS))
+    tl.store(key + HALF, right, turned & (head >= HEADS))
+    value = values + row * v_row + (head - HEADS - kv_heads) * v_head + column * v_token + d
+    tl.store(value, a0, inside & (head >= HEADS + kv_heads))
+    tl.store(value + HALF, b0, inside & (head >= HEADS + kv_heads))
 
 
 def rope_append(
@@ -156,7 +155,8 @@ def rope_append(
             qkv, cos, sin, positions, keys, values, lengths,
             cache_rows=cache_rows, q_norm=q_norm, k_norm=k_norm, eps=eps,
         )  # fmt: skip
-    rope_append_kernel[tokens, all_heads](
+    config = rope_config(all_heads, width // 2)
+    rope_append_kernel[tokens, triton.cdiv(all_heads, config["BLOCK_HEADS"])](
         *(qkv, cos, sin, positions, keys, values),
         *(lengths if cache_rows is None else cache_rows, lengths),
         *((qkv, qkv) if q_norm is None else (q_norm, k_norm)),
@@ -166,8 +166,7 @@ def rope_append(
         HALF=width // 2,
         NORM=q_norm is not None,
         SCATTER=cache_rows is not None,
-        BLOCK=triton.next_power_of_2(width // 2),
-        num_warps=1,
+        **config,
     )
     return qkv[:, :heads]
 

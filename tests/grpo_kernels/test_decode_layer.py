@@ -102,6 +102,25 @@ def test_rope_append(backend, dtype, width, norm, scatter):
     assert int((~keys.isnan()).sum()) == int((~values.isnan()).sum()) == 6 * 2 * width  # and nowhere else
 
 
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (14, 2), (9, 3)])
+def test_heads_of_any_number(backend, heads, kv_heads):
+    qkv, cos, sin, keys, values = make_rope(torch.float32, 16, heads=heads, kv_heads=kv_heads)
+    before, positions = qkv.clone(), torch.arange(6) * 5
+    weights = randn(2, 16, seed=3).unbind()
+    rope_append(
+        qkv, cos, sin, positions, keys, values, positions.clamp(1, 9), q_norm=weights[0], k_norm=weights[1],
+        backend=backend,
+    )  # fmt: skip
+    wide = before.double()
+    both = torch.cat([weights[0].expand(heads, -1), weights[1].expand(kv_heads, -1)]).double()
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)
+    a, b = (wide[:, : heads + kv_heads] * both).chunk(2, -1)
+    c, s = (table.double()[positions, None] for table in (cos, sin))
+    close(qkv[:, : heads + kv_heads], torch.cat([a * c - b * s, b * c + a * s], -1))
+    assert torch.equal(keys[torch.arange(6), :, positions.clamp(1, 9) - 1], qkv[:, heads : heads + kv_heads])
+    assert torch.equal(values[torch.arange(6), :, positions.clamp(1, 9) - 1], before[:, heads + kv_heads :])
+
+
 def test_rotation_rounds_as_transformers_does(backend):
     qkv, cos, sin, keys, values = make_rope(torch.bfloat16, 16)
     positions = torch.tensor([0, 3, 39, 7, 7, 1])

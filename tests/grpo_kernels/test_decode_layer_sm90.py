@@ -7,7 +7,7 @@ import pytest
 from grpo_kernels.interpreter import interpreted
 from grpo_kernels.record_tokens import record_tokens_kernel
 from grpo_kernels.rms_norm import norm_config, rms_norm_kernel
-from grpo_kernels.rope_append import rope_append_kernel
+from grpo_kernels.rope_append import rope_append_kernel, rope_config
 from grpo_kernels.silu_mul import SILU, silu_mul_kernel
 from grpo_kernels.sm90 import compile_sm90
 
@@ -45,16 +45,16 @@ def test_silu_mul():
     check(compile_sm90(silu_mul_kernel, signature, constants, aligned=aligned, num_warps=SILU["num_warps"]))
 
 
-@pytest.mark.parametrize(("half", "norm"), [(32, False), (64, False), (64, True)])
+@pytest.mark.parametrize(("half", "norm"), [(32, False), (64, False), (64, True), (128, True)])
 def test_rope_append(half, norm):
     kernel = rope_append_kernel
     pointers = ("qkv", "cos", "sin", "keys", "values", "q_weight", "k_weight")
-    signature = types(
-        kernel, *pointers, eps="fp32", positions="*i64", lengths="*i64", cache_rows="*i64"
-    )  # fmt: skip
-    constants = {"HEADS": 28, "HALF": half, "NORM": norm, "SCATTER": norm, "BLOCK": half}
+    signature = types(kernel, *pointers, eps="fp32", positions="*i64", lengths="*i64", cache_rows="*i64")
+    config = rope_config(36, half)
+    warps = config.pop("num_warps")
+    constants = {"HEADS": 28, "HALF": half, "NORM": norm, "SCATTER": norm, **config}
     strides = [name for name in kernel.arg_names if name.endswith(("_row", "_head", "_token"))]
-    check(compile_sm90(kernel, signature, constants, aligned=strides, num_warps=1), wide=False)
+    check(compile_sm90(kernel, signature, constants, aligned=strides, num_warps=warps), wide=False)
 
 
 @pytest.mark.parametrize("seen", [False, True])

@@ -33,7 +33,7 @@ lint: venv
 # the same values as TRL and Liger, in an environment that has them
 test-peers: .venv-bench/.installed
 	.venv-bench/bin/python -m pytest -p no:xdist -m "not gpu" tests/grpo_kernels/test_peers.py \
-		tests/grpo_core/test_losses_trl.py tests/recipes/test_fused_head_examples.py
+		tests/grpo_core/test_losses_trl.py tests/recipes/test_fused_head_examples.py tests/test_bench.py
 
 .venv-bench/.installed: setup.py constraints.txt
 	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
@@ -42,8 +42,14 @@ test-peers: .venv-bench/.installed
 		--editable '.[affectgpt,dev,bench]'
 	touch $@
 
+gpu: export PYTHONPATH := .:kernels:model
 gpu:
-	PYTHONPATH=.:kernels:model $(GPU_PYTHON) -m pytest -m gpu -p no:xdist $(ARGS)
+	$(GPU_PYTHON) -m pytest -m gpu -p no:xdist $(ARGS)
+	$(GPU_PYTHON) bench/kernels.py --sizes 0.5B 7B --tokens 1024 4096
+	$(GPU_PYTHON) bench/train_step.py --preset 7B --lora --prompt-tokens 1024 --completion-tokens 256
+	$(GPU_PYTHON) bench/rollout.py --device cuda --dtype bfloat16 --hidden 896 --intermediate 4864 --layers 24 --heads 14 \
+		--vocabulary 151936 --prompts 4
+	$(GPU_PYTHON) bench/grpo_step.py --preset 0.5B --prompt-tokens 512 --completion-tokens 128 --group-size 8
 
 clean:
 	rm -rf .venv .venv-bench *.egg-info .pytest_cache .ruff_cache .hypothesis build dist runs

@@ -18,6 +18,7 @@ TRL's figures over ours.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import datetime
 import importlib.util
 import json
@@ -94,6 +95,7 @@ class Memory:
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated()
         else:
+            ctypes.CDLL(None).malloc_trim(0)  # give back what earlier work left to the allocator
             Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts from here
             self.before = self._status("VmRSS")
 

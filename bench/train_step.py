@@ -1,0 +1,113 @@
+"""Forward and backward of GRPO groups: one packed layout with shared prompts beside dense copies, a prompt a completion.
+
+    python bench/train_step.py --preset 7B --lora --prompt-tokens 1024 --completion-tokens 256 --group-size 8 16
+    python bench/train_step.py --device cpu --prompt-tokens 512 --completion-tokens 32 --group-size 8 16
+
+Both are the same policy with the same kernels, from random weights, in one process, taking turns; times are the fastest
+of `--steps`. The gradients of both are compared, so that the figure is of equal work. `floor` is the ratio of both
+sides' floating-point operations: with N parameters in matrices, H·V of them in the head, and causal attention,
+
+    shared  2·N·(P + G·L) + 2·H·V·G·L + layers·4·W·(P²/2 + G·L·(P + L/2))       W = heads · head size
+    dense   2·N·G·(P + L) + 2·H·V·G·L + layers·4·W·G·(P + L)²/2
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from grpo_step import PRESETS, RESULTS, Memory, make_model, synchronize
+
+from grpo_core.groups import GroupLayout, Prompt
+from grpo_core.policy import Policy
+
+
+def floor_ratio(preset: str, prompt: int, completion: int, members: int) -> float:
+    """Floating-point operations of dense copies over those of the shared layout."""
+    hidden, intermediate, layers, heads, kv_heads, vocabulary = PRESETS[preset]
+    width = hidden  # heads · head size, in Qwen2.5
+    matrices = layers * (2 * hidden * width + 2 * hidden * width * kv_heads // heads + 3 * hidden * intermediate)
+    head = 2 * hidden * vocabulary * members * completion
+    scores = prompt**2 / 2 + members * completion * (prompt + completion / 2)
+    shared = 2 * matrices * (prompt + members * completion) + head + layers * 4 * width * scores
+    scores = members * (prompt + completion) ** 2 / 2
+    dense = 2 * matrices * members * (prompt + completion) + head + layers * 4 * width * scores
+    return dense / shared
+
+
+def measure(policy: Policy, layout: GroupLayout, prompts: list[Prompt], args: argparse.Namespace) -> dict:
+    """Seconds and peak bytes of one forward and backward, and the gradient."""
+    parameters = list(policy.named_parameters().values())
+    weight = torch.randn(layout.num_predicted, generator=torch.Generator().manual_seed(0)).to(args.device)
+    seconds, peak = [], 0
+    for _ in range(args.steps + 1):
+        for parameter in parameters:
+            parameter.grad = None
+        memory = Memory(args.device)
+        start = time.perf_counter()
+        (policy.logprobs(layout, prompts).logprob * weight).sum().backward()
+        synchronize(args)
+        seconds.append(time.perf_counter() - start)
+        peak = max(peak, memory.peak())
+    gradient = torch.cat([p.grad.float().flatten() for p in parameters]).cpu()
+    return {"seconds": min(seconds[1:]), "peak_bytes": peak, "gradient": gradient}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompt-tokens", type=int, default=512)
+    parser.add_argument("--completion-tokens", type=int, default=32)
+    parser.add_argument("--group-size", type=int, nargs="+", default=[8, 16])
+    parser.add_argument("--steps", type=int, default=3, help="timed calls, after one that warms up")
+    parser.add_argument("--preset", choices=list(PRESETS), default="tiny", help="shape of the model")
+    parser.add_argument("--lora", action="store_true", help="train LoRA adapters of rank 16 on all linear layers")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path, help="where the results go")
+    args = parser.parse_args()
+    policy = Policy(make_model(args))
+    device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
+    vocabulary, rows = PRESETS[args.preset][-1], []
+    prompt, completion = args.prompt_tokens, args.completion_tokens
+    print(f"{device}, {args.preset}{' + LoRA' if args.lora else ''}, P={prompt} L={completion}")
+    for members in args.group_size:
+        g = torch.Generator().manual_seed(1)
+        ids = torch.randint(3, vocabulary, (prompt,), generator=g).tolist()
+        completions = torch.randint(3, vocabulary, (members, completion), generator=g).tolist()
+        shared = GroupLayout.pack([ids], [completions], args.device)
+        dense = GroupLayout.pack([ids] * members, [[own] for own in completions], args.device)
+        prompts = [Prompt(str(i), tuple(ids)) for i in range(members)]
+        results = {
+            "shared": measure(policy, shared, prompts[:1], args),
+            "dense": measure(policy, dense, prompts, args),
+        }
+        ours, copies = (results[name].pop("gradient") for name in ("shared", "dense"))
+        row = {
+            "group_size": members,
+            **results,
+            "ratio": results["dense"]["seconds"] / results["shared"]["seconds"],
+            "memory_ratio": results["dense"]["peak_bytes"] / max(results["shared"]["peak_bytes"], 1),
+            "floor": floor_ratio(args.preset, prompt, completion, members),
+            "gradient_difference": float((ours - copies).norm() / copies.norm()),
+        }
+        rows.append(row)
+        for name in ("shared", "dense"):
+            seconds, peak = row[name]["seconds"], row[name]["peak_bytes"]
+            print(f"G={members:3d}  {name:7s} {seconds * 1000:9.1f} ms {peak / 2**20:8.0f} MiB")
+        print(
+            f"       ratio {row['ratio']:.2f} (floor {row['floor']:.2f})   memory 1/{row['memory_ratio']:.2f}   "
+            f"gradients differ by {row['gradient_difference']:.1e}"
+        )
+    date = datetime.datetime.now(datetime.UTC).date().isoformat()
+    path = args.json or RESULTS / f"train_step-{device.replace(' ', '-').lower()}-{args.preset}-{date}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    results = {"rows": rows, "device": device, "torch": torch.__version__, "date": date, "arguments": sys.argv[1:]}
+    path.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""The benchmarks run, and what they compare is equal."""
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parents[1] / "bench"
+SIZES = ["--prompt-tokens", "24", "--completion-tokens", "6", "--group-size", "4", "--steps", "1", "--device", "cpu"]
+
+
+def run(name, tmp_path, *arguments):
+    command = [sys.executable, BENCH / name, *SIZES, "--json", tmp_path / "out.json", *arguments]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((tmp_path / "out.json").read_text())
+
+
+def test_a_training_step_over_shared_prompts_has_the_gradient_of_dense_copies(tmp_path):
+    (row,) = run("train_step.py", tmp_path)["rows"]
+    assert row["gradient_difference"] < 1e-5
+    # 24 + 4·6 tokens instead of 4·30, but for the head, which is the same
+    assert 1.2 < row["floor"] < 2.5
+
+
+def test_a_step_is_timed_with_and_without_sharing(tmp_path):
+    result = run("grpo_step.py", tmp_path, "--prompts", "2", "--contenders", "ours", "without_sharing")
+    for name in ("ours", "without_sharing"):
+        assert result[name]["seconds"] >= sum(result[name]["phases"].values()) * 0.9 > 0
+        assert result[name]["peak_bytes"] > 0
+
+
+@pytest.mark.skipif(find_spec("trl") is None, reason="TRL is not installed: `make test-peers` installs it")
+def test_a_step_is_timed_beside_trl(tmp_path):
+    result = run("grpo_step.py", tmp_path, "--prompts", "2", "--contenders", "ours", "trl")
+    assert result["ratio"] == pytest.approx(result["trl"]["seconds"] / result["ours"]["seconds"])

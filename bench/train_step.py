@@ -1,4 +1,4 @@
-"""Forward and backward of GRPO groups: one packed layout with shared prompts beside dense copies, a prompt a completion.
+"""Forward and backward of a GRPO group: one packed layout with a shared prompt beside G dense copies of it.
 
     python bench/train_step.py --preset 7B --lora --prompt-tokens 1024 --completion-tokens 256 --group-size 8 16
     python bench/train_step.py --device cpu --prompt-tokens 512 --completion-tokens 32 --group-size 8 16

@@ -138,12 +138,12 @@ class GRPOConfig:
     def __post_init__(self) -> None:
         if self.rollout.group_size < 2:
             raise ValueError("rollout.group_size is 1: an advantage compares members of a group, set it to 2 or more")
-        truncated = self.rollout.top_p < 1 or self.rollout.top_k > 0 or self.rollout.min_p > 0
-        corrected = self.algorithm.sampler_correction != "none" or self.algorithm.off_policy_mask_threshold is not None
-        if truncated and corrected:
+        rollout = self.rollout
+        if rollout.top_p < 1 or rollout.top_k > 0 or rollout.min_p > 0 or rollout.repetition_penalty != 1:
             raise ValueError(
-                "algorithm.sampler_correction and off_policy_mask_threshold compare full distributions, but "
-                "rollout.top_p, top_k or min_p truncates what is sampled: set them to 1, 0 and 0, or leave both out"
+                "rollout.top_p, top_k, min_p and repetition_penalty draw from another distribution than the policy's, "
+                "whose log-probs are what ratios and gradients are made of: train with 1, 0, 0 and 1 (evaluation may "
+                "set them)"
             )
         parts = self.algorithm.steps_per_generation
         if self.run.prompts_per_step < parts:

@@ -207,12 +207,17 @@ REFUSED = [
     ({"top_entropy_quantile": 0.0}, "top_entropy_quantile is 0.0"),
     ({"entropy_target": 1.0, "entropy_coef": 2.0}, "entropy_coef ≤ entropy_coef_max"),
     ({"beta": 0.1, "reference": "adapter_off", "ref_model_sync_steps": 3}, "the base model itself"),
-    ({"off_policy_mask_threshold": 1.0, "top_k": 5}, "top_k"),
+    *(
+        ({key: value}, "draw from another distribution")
+        for key, value in {"top_p": 0.9, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1}.items()
+    ),
     ({"ref_model_mixup_alpha": 0.0}, "ref_model_mixup_alpha is 0.0"),
 ]
 
 
-@pytest.mark.parametrize(("options", "message"), REFUSED, ids=[message for _, message in REFUSED])
+@pytest.mark.parametrize(
+    ("options", "message"), REFUSED, ids=[next(reversed(options)) + "-" + message for options, message in REFUSED]
+)
 def test_impossible_options_are_refused_at_the_start(tmp_path, options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         make_trainer(tmp_path, **options)

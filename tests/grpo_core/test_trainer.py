@@ -154,7 +154,6 @@ def test_masking_truncated_completions_takes_their_gradient_away(tmp_path):
         ({"delta": 1.1}, "delta is 1.1"),
         ({"delta": 2.0, "loss_type": "sapo"}, "does not clip"),
         ({"unbiased_kl": True, "kl_estimator": "k1"}, "kl_estimator to k3"),
-        ({"sampler_correction": "token_mask", "top_p": 0.9}, "top_p"),
         ({"epsilon": 1.5}, "epsilon is 1.5"),
     ],
 )

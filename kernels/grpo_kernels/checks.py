@@ -7,6 +7,9 @@ from torch import Tensor
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
+GRAPH_BREAK = "grpo_kernels' heads run outside the graph: call them in a function compiled without fullgraph=True"
+"""What torch.compile is told of the public functions, and says itself where `fullgraph=True` forbids a break."""
+
 
 def accumulator_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 if any operand is float64, else float32."""
@@ -17,7 +20,7 @@ def check_targets(targets: Tensor, rows: int, vocabulary: int, device: torch.dev
     """Refuse targets of a wrong shape, dtype, device, or (where it costs no device synchronisation) range.
 
     Raises:
-        ValueError, TypeError: as said; IndexError: a target outside `[0, V)`.
+        ValueError, TypeError: as said; IndexError: a target outside `[0, V)`, or any target where V = 0.
     """
     if targets.shape != (rows,):
         raise ValueError(f"targets must have shape [{rows}], one id per row, got {list(targets.shape)}")
@@ -25,6 +28,10 @@ def check_targets(targets: Tensor, rows: int, vocabulary: int, device: torch.dev
         raise TypeError(f"targets must be int64 or int32, got {targets.dtype}")
     if targets.device != device:
         raise ValueError(f"targets are on {targets.device}, the other tensors on {device}")
+    if rows and not vocabulary:
+        raise IndexError(
+            f"a vocabulary of 0 (V = 0) holds no target, but there are {rows} rows; only T = 0 goes with it"
+        )
     if rows and (validate or device.type == "cpu"):
         low, high = (int(bound) for bound in torch.aminmax(targets))
         if low < 0 or high >= vocabulary:

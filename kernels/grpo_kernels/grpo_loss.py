@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from grpo_kernels.backend import Backend, choose_backend
-from grpo_kernels.checks import accumulator_dtype, check_softmax, check_targets
+from grpo_kernels.checks import GRAPH_BREAK, accumulator_dtype, check_softmax, check_targets
 from grpo_kernels.selective_logprob import check_logits, given_rows
 from grpo_kernels.softmax_rows import RowStatistics, TorchRows, Transform, TritonRows
 from grpo_kernels.token_loss import KLEstimator, LossConfig, LossInputs, LossType
@@ -139,7 +139,7 @@ def scale_(tensor: Tensor, factor: Tensor) -> None:
         tensor.mul_(factor)
 
 
-@torch.compiler.disable
+@torch.compiler.disable(reason=GRAPH_BREAK)
 def grpo_loss(
     logits: Tensor,
     targets: Tensor,

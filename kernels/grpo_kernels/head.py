@@ -18,6 +18,9 @@ CPU_CHUNK_BYTES = 32 << 20
 CUDA_CHUNK_SHARE = 16
 """By default logits take at most 1/16 of a GPU's memory: one chunk up to T = 14,000 at V = 152,064 on an H200."""
 
+EXPORTING = ("cuda",)
+"""Devices whose GEMM takes half-precision operands and gives its float32 accumulators (`out_dtype`)."""
+
 
 def default_chunk_bytes(device: torch.device) -> int:
     """How many bytes of logits may exist at a time on `device`."""
@@ -70,7 +73,7 @@ class Head:
     def __init__(self, hidden: Tensor, weight: Tensor, slab_bytes: int = CPU_CHUNK_BYTES):
         self.accumulator = accumulator_dtype(hidden, weight)
         operand = torch.promote_types(hidden.dtype, weight.dtype)
-        self.exports = weight.is_cuda and operand != self.accumulator
+        self.exports = weight.device.type in EXPORTING and operand != self.accumulator
         self.operand = operand if self.exports else self.accumulator
         self.weight, self.weight_dtype = weight.detach(), weight.dtype
         vocabulary, width = weight.shape
@@ -109,9 +112,8 @@ class Head:
         return logits.view(self.operand)[:, : logits.shape[1]]
 
     def grad_hidden(self, grad: Tensor, factor: Tensor | None, out: Tensor) -> None:
-        """`out[r, H] = factor[:, None] · grad[r, V] · weight`, rounded once to `out`'s precision."""
+        """`out[r, H] = factor[:, None] · grad[r, V] · weight` of `operands`, rounded once to `out`'s precision."""
         if self.exports:
-            grad = self._half(grad, factor)
             if out.dtype == self.operand:
                 torch.mm(grad, self.weight, out=out)
             else:
@@ -134,7 +136,6 @@ class Head:
         """
         hidden = hidden.to(self.operand)
         if self.exports:
-            grad = self._half(grad, factor)
             if total is not None:
                 return torch.addmm(total, grad.t(), hidden, out_dtype=self.accumulator, out=total)
             if only and self.weight_dtype == self.operand:
@@ -144,9 +145,14 @@ class Head:
             hidden = hidden * factor[:, None]
         return torch.mm(grad.t(), hidden) if total is None else total.addmm_(grad.t(), hidden)
 
-    def _half(self, grad: Tensor, factor: Tensor | None) -> Tensor:
-        """The gradient as an operand: Triton writes it in half precision, torch leaves it and a factor in float32."""
-        return grad if grad.dtype == self.operand else grad.mul_(factor[:, None]).to(self.operand)
+    def operands(self, grad: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Gradient and factor as the GEMMs take them: half precision with the factor multiplied in, where they export.
+
+        Triton writes the gradient so; torch leaves it and a factor in float32, and it is overwritten here.
+        """
+        if not self.exports or grad.dtype == self.operand:
+            return grad, factor
+        return grad.mul_(factor[:, None]).to(self.operand), None
 
 
 class HeadGradients:
@@ -175,6 +181,7 @@ class HeadGradients:
                 self.bias.add_(grad.sum(0, dtype=self.bias.dtype))
             else:
                 self.bias.addmv_(grad.t(), factor)
+        grad, factor = self.head.operands(grad, factor)
         if self.hidden is not None:
             self.head.grad_hidden(grad, factor, out=self.hidden[rows])
         if self.need_weight:

@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from grpo_kernels.backend import Backend, choose_backend
-from grpo_kernels.checks import accumulator_dtype, check_head, check_softmax, check_targets
+from grpo_kernels.checks import GRAPH_BREAK, accumulator_dtype, check_head, check_softmax, check_targets
 from grpo_kernels.grpo_loss import GRPOLoss, loss_pass, with_gradients
 from grpo_kernels.head import Head, HeadGradients, HeadOptions, head_rows, replicated
 from grpo_kernels.softmax_rows import RowStatistics, Transform
 from grpo_kernels.token_loss import KLEstimator, LossConfig, LossInputs, LossType
 
 
-@torch.compiler.disable
+@torch.compiler.disable(reason=GRAPH_BREAK)
 def linear_grpo_loss(
     hidden: Tensor,
     weight: Tensor,

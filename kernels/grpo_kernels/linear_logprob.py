@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from grpo_kernels.backend import Backend, choose_backend
-from grpo_kernels.checks import accumulator_dtype, check_head, check_softmax, check_targets
+from grpo_kernels.checks import GRAPH_BREAK, accumulator_dtype, check_head, check_softmax, check_targets
 from grpo_kernels.head import Head, HeadGradients, HeadOptions, default_chunk_bytes, head_rows, replicated
 from grpo_kernels.lm_head_stats import can_describe, lm_head_stats
 from grpo_kernels.softmax_rows import RowStatistics, Transform
@@ -58,7 +58,7 @@ class _LinearLogprob(torch.autograd.Function):
             if unit is None:
                 chunk.statistics_()
             else:
-                head.grad_hidden(*chunk.gradient_(None), out=unit[rows])
+                head.grad_hidden(*head.operands(*chunk.gradient_(None)), out=unit[rows])
         ctx.options = options
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, weight, bias, reference_hidden, targets, unit, *stats.tensors())
@@ -107,7 +107,7 @@ def _without_logits(ctx, hidden, weight, reference_hidden, options) -> bool:
     return logits_bytes > (options.chunk_bytes or default_chunk_bytes(hidden.device))
 
 
-@torch.compiler.disable
+@torch.compiler.disable(reason=GRAPH_BREAK)
 def linear_logprob(
     hidden: Tensor,
     weight: Tensor,
@@ -140,7 +140,7 @@ def linear_logprob(
 
     Returns:
         `LinearLogprob`, float32 (float64 if an operand is), computed from float32 accumulators. T = 0 gives empty
-        results and gradients of zeros.
+        results and gradients of zeros, for any V, 0 included.
 
     Raises:
         ValueError, TypeError, IndexError: arguments that do not fit each other; the message says which and why.

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from grpo_kernels.backend import Backend, choose_backend
-from grpo_kernels.checks import FLOAT_DTYPES, accumulator_dtype, check_softmax, check_targets
+from grpo_kernels.checks import FLOAT_DTYPES, GRAPH_BREAK, accumulator_dtype, check_softmax, check_targets
 from grpo_kernels.head import row_chunks
 from grpo_kernels.softmax_rows import RowStatistics, TorchRows, Transform, TritonRows, make_rows
 
@@ -62,14 +62,14 @@ class _SelectiveLogprob(torch.autograd.Function):
         return out, None, None, None, None, None
 
 
-def row_views(x: Tensor) -> list[Tensor]:
-    """`[..., V]` as 2-D views `[r, V]` that cover it in order: one if strides allow, else one per leading index."""
-    if x.dim() == 2:
-        return [x]
+def row_views(logits: Tensor, out: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Two `[..., V]` as 2-D views `[r, V]` that cover both in order: one if strides allow, else one an index."""
+    if logits.dim() == 2:
+        return [(logits, out)]
     try:
-        return [x.view(-1, x.shape[-1])]
+        return [(logits.view(-1, logits.shape[-1]), out.view(-1, out.shape[-1]))]
     except RuntimeError:  # e.g. logits[:, :-1]
-        return [view for part in x for view in row_views(part)]
+        return [views for parts in zip(logits, out, strict=True) for views in row_views(*parts)]
 
 
 def given_rows(
@@ -83,7 +83,7 @@ def given_rows(
 ) -> Iterator[tuple[slice, TritonRows | TorchRows]]:
     """Yield `(rows, chunk)` over logits `[..., V]`; a chunk's gradient goes to the same place of `out`."""
     start = 0
-    for view, out_view in zip(row_views(logits), row_views(out), strict=True):
+    for view, out_view in row_views(logits, out):
         size, vocabulary = view.shape
         pieces = [slice(0, size)] if size else []
         if backend == "torch":  # copies in accumulator precision: exp(z − m), z − m
@@ -118,7 +118,7 @@ def check_logits(logits: Tensor, targets: Tensor) -> Tensor:
     return logits if logits.stride(-1) == 1 or logits.shape[-1] <= 1 else logits.contiguous()
 
 
-@torch.compiler.disable
+@torch.compiler.disable(reason=GRAPH_BREAK)
 def selective_logprob(
     logits: Tensor,
     targets: Tensor,

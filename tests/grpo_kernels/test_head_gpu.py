@@ -35,7 +35,8 @@ def test_values_and_gradients_follow_float64(T, H, V, chunk_bytes):
     (logprob * g_logprob + entropy * g_entropy).sum().backward()
     assert (got.logprob - logprob).abs().max() < 1e-4
     assert (got.entropy - entropy).abs().max() < 1e-4
-    assert all(relative(a.grad, b.grad) < 4e-3 for a, b in zip(leaves, wide, strict=True))
+    # two roundings to bfloat16, of a row's gradient and of the result: 1.65e-3 each
+    assert all(relative(a.grad, b.grad) < 2.6e-3 for a, b in zip(leaves, wide, strict=True))
     with torch.no_grad():
         bare = linear_logprob(*leaves, targets, entropy=True, temperature=0.9, chunk_bytes=1)  # lm_head_stats
     assert (bare.logprob - logprob).abs().max() < 1e-4

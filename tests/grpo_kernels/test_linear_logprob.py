@@ -10,11 +10,14 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from grpo_kernels import linear_logprob
+from grpo_kernels import head as head_module
+from grpo_kernels import linear_grpo_loss, linear_logprob
 from grpo_kernels.interpreter import interpret
 from grpo_kernels.softmax_rows import RowStatistics, Transform, TritonRows
 
 OUTPUTS = ("logprob", "entropy", "kl")
+BFLOAT16_TWICE = 2.6e-3
+"""Relative norm of two roundings to bfloat16, 1.65e-3·√2 and some scatter."""
 
 
 def oracle(hidden, weight, targets, bias=None, temperature=1.0, softcap=None, reference_hidden=None):
@@ -129,6 +132,48 @@ def test_kernels_give_values_and_gradients_of_the_definition():
             assert max(gradients) < 1e-6
 
 
+@pytest.fixture
+def exporting(monkeypatch):
+    """The CPU takes part in the GPU's way: GEMMs of bfloat16 operands that give their float32 accumulators."""
+
+    def product(a, b, out_dtype):
+        return (a.float() @ b.float()).to(out_dtype)
+
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("mm.dtype", product, "CPU")
+    library.impl("mm.dtype_out", lambda a, b, out_dtype, *, out: out.copy_(product(a, b, out_dtype)), "CPU")
+    library.impl(
+        "addmm.dtype_out",
+        lambda c, a, b, out_dtype, *, beta=1, alpha=1, out: out.copy_(c + product(a, b, out_dtype)),
+        "CPU",
+    )
+    monkeypatch.setattr(head_module, "EXPORTING", ("cpu",))
+    yield
+    library._destroy()
+
+
+@pytest.mark.parametrize("upstream", [("logprob",), ("entropy",), ("kl",), OUTPUTS], ids=str)
+@pytest.mark.parametrize("options", [{"bias": True}, {"chunk_bytes": 100_000}, {"frozen": True}], ids=str)
+def test_gradients_rounded_to_bfloat16_as_on_a_gpu(exporting, options, upstream):
+    check_rounded_gradients(40, 96, 997, upstream, "torch", options)
+
+
+@pytest.mark.parametrize("options", [{"bias": True}, {"chunk_bytes": 10_000}, {"frozen": True}], ids=str)
+def test_kernels_round_gradients_to_bfloat16_as_on_a_gpu(exporting, options):
+    with interpret():
+        check_rounded_gradients(24, 64, 195, OUTPUTS, "triton", options)
+
+
+def check_rounded_gradients(T, H, V, upstream, backend, options):
+    """A bfloat16 tensor of normal numbers is 1.65e-3 from what it was rounded from. That happens twice: to a row's
+    gradient, which is an operand of the GEMM, and to the GEMM's result."""
+    values, gradients = compare(
+        T, H, V, dtype=torch.bfloat16, reference=True, upstream=upstream, backend=backend, **options
+    )
+    assert max(values.values()) < 1e-4
+    assert max(gradients) < BFLOAT16_TWICE
+
+
 def test_frozen_bfloat16_head_rounds_its_gradient_once():
     _, gradients = compare(40, 96, 997, dtype=torch.bfloat16, frozen=True, upstream=("logprob",))
     assert max(gradients) < 2e-3
@@ -143,14 +188,61 @@ def test_odd_sizes(T, H, V):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shift", [-120.0, 0.0, 120.0])
-def test_shifted_logits_keep_their_log_probs(shift, dtype, backend):
-    T, H, V = 13, 32, 131
-    hidden, weight, targets, *_ = make(T, H, V, dtype)
-    hidden[:, 0], weight[:, 0] = shift, 1.0  # adds the shift to every logit, exactly
-    want = oracle(hidden.double(), weight.double(), targets)
-    got = linear_logprob(hidden, weight, targets, entropy=True, backend=backend)
-    assert (got.logprob - want["logprob"]).abs().max() < 1e-4
-    assert (got.entropy - want["entropy"]).abs().max() < 1e-4
+@pytest.mark.parametrize("given", ["logprob", "loss"])
+def test_shifted_logits_keep_their_values_and_gradients(given, shift, dtype, backend):
+    """On a grid of eighths, where logits are exact: what is left is the softmax's error, and no shift adds to it."""
+    T, H, V = 5, 16, 131
+    hidden, weight, targets, _, reference = (
+        x if x is None or not x.is_floating_point() else (x.float() * 8).round().clamp(-16, 16).to(dtype) / 8
+        for x in make(T, H, V, reference=True)
+    )
+    hidden[:, 0] = reference[:, 0] = shift
+    weight[:, 0] = 1.0  # adds the shift to every logit
+    leaves = [x.requires_grad_() for x in (hidden, weight)]
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    want = oracle(*wide, targets, reference_hidden=reference.double())
+    upstream = torch.randn(T, generator=torch.Generator().manual_seed(1))
+    if given == "logprob":
+        got = linear_logprob(*leaves, targets, entropy=True, reference_hidden=reference, backend=backend)
+        assert max((getattr(got, n) - want[n]).abs().max() for n in OUTPUTS) < (
+            1e-5 if dtype == torch.float32 else 1e-4
+        )
+        sum((getattr(got, n) * upstream).sum() for n in OUTPUTS).backward()
+        sum((want[n] * upstream.double()).sum() for n in OUTPUTS).backward()
+    else:
+        linear_grpo_loss(
+            *leaves, targets, upstream, loss_weight=torch.ones(T), entropy_coef=0.1, backend=backend
+        ).loss.backward()
+        (-upstream.double() * want["logprob"] - 0.1 * want["entropy"]).sum().backward()
+    bar = 1e-6 if dtype == torch.float32 else 2e-3
+    assert max(relative(a.grad, b.grad) for a, b in zip(leaves, wide, strict=True)) < bar
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("step", [1e-4, 0.3])
+def test_kl_keeps_its_relative_precision_close_to_the_reference(step, softcap, backend):
+    """A hundred-millionth of a nat, where a difference of log-probs would be rounding alone."""
+    hidden, weight, targets, bias, _ = make(11, 19, 131, bias=True)
+    reference = hidden + step * torch.randn(11, 19, generator=torch.Generator().manual_seed(2))
+    hidden.requires_grad_()
+    wide = hidden.detach().double().requires_grad_()
+    got = linear_logprob(
+        hidden, weight, targets, bias=bias, reference_hidden=reference, softcap=softcap, backend=backend
+    )
+    want = oracle(wide, weight.double(), targets, bias.double(), softcap=softcap, reference_hidden=reference.double())
+    got.kl.sum().backward()
+    want["kl"].sum().backward()
+    assert relative(got.kl.detach(), want["kl"].detach()) < (1e-6 if step == 0.3 else 1e-3)
+    assert relative(hidden.grad, wide.grad) < 1e-6
+
+
+def test_kl_of_a_model_far_from_its_reference_is_finite(backend):
+    """Each is sure of another token, by 200 nats."""
+    hidden, weight = torch.zeros(2, 70), torch.eye(70)
+    hidden[0, 3] = 200.0
+    reference = hidden.roll(5, 1)
+    got = linear_logprob(hidden, weight, torch.tensor([3, 1]), reference_hidden=reference, backend=backend)
+    torch.testing.assert_close(got.kl, torch.tensor([200.0, 0.0]))
 
 
 @pytest.mark.parametrize("margin", [2.0, 17.0, 40.0])
@@ -208,6 +300,11 @@ def test_without_rows_results_are_empty_and_gradients_zero(rows):
     assert got.logprob.shape == (0,)
     assert hidden.grad.shape == (0, 4)
     assert torch.equal(weight.grad, torch.zeros(rows, 4))
+
+
+def test_a_vocabulary_of_0_holds_no_target():
+    with pytest.raises(IndexError, match="V = 0"):
+        linear_logprob(torch.zeros(2, 4), torch.zeros(0, 4), torch.zeros(2, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -362,6 +459,12 @@ def test_checkpointing_and_compile_change_nothing():
         run(*leaves).backward()
         results.append([leaf.grad for leaf in leaves])
     assert all(torch.equal(a, b) for result in results[1:] for a, b in zip(result, results[0], strict=True))
+
+
+def test_fullgraph_is_refused_with_the_reason():
+    hidden, weight, targets, *_ = make(12, 16, 70)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="without fullgraph=True"):
+        torch.compile(lambda h: linear_logprob(h, weight, targets), backend="eager", fullgraph=True)(hidden)
 
 
 def test_environment_variable_runs_kernels_in_the_interpreter():

@@ -72,8 +72,7 @@ def make_rope(dtype, width, tokens=6, heads=4, kv_heads=2, rows=9, columns=11):
 
 
 @DTYPES
-@pytest.mark.parametrize("width", [16, 24])
-@pytest.mark.parametrize("norm", [False, True], ids=["rope", "head norm"])
+@pytest.mark.parametrize(("width", "norm"), [(16, False), (24, True)], ids=["rope", "head norm"])
 @pytest.mark.parametrize("scatter", [False, True], ids=["own row", "given row"])
 def test_rope_append(backend, dtype, width, norm, scatter):
     qkv, cos, sin, keys, values = make_rope(dtype, width)

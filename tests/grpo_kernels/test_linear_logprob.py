@@ -187,7 +187,7 @@ def test_odd_sizes(T, H, V):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shift", [-120.0, 0.0, 120.0])
+@pytest.mark.parametrize("shift", [-120.0, 120.0])
 @pytest.mark.parametrize("given", ["logprob", "loss"])
 def test_shifted_logits_keep_their_values_and_gradients(given, shift, dtype, backend):
     """On a grid of eighths, where logits are exact: what is left is the softmax's error, and no shift adds to it."""

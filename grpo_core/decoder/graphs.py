@@ -38,8 +38,14 @@ class StepGraphs:
         graph = self._graphs[key]
         if graph is None:
             graph = torch.cuda.CUDAGraph()
+            failure = None
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                step()
+                try:
+                    step()
+                except torch.OutOfMemoryError as error:  # the end of the capture would raise another error over it
+                    failure = error
+            if failure is not None:
+                raise failure
             self._graphs[key] = graph
         graph.replay()
 

@@ -5,7 +5,7 @@
 
 Three contenders, each in a process of its own, one after the other, on all cores (or the GPU): ours; ours with sharing
 off, where every completion is a group of its own with its own copy of the prompt, in sampling and in training; and TRL
-(`pip install trl==1.16.0`), a group a micro-batch (the whole step in one is slower and larger), no gradient
+(`pip install trl==1.16.0`), a group a micro-batch (at P = 192, G = 16, 4 prompts the whole step in one was slower and larger), no gradient
 checkpointing, and AdamW. All start
 from the same random weights, and draw completions at temperature 1 to the full length, but for the rare end token.
 A step's seconds are the fastest of `--steps`, after one that warms up. Peaks are what a process takes beyond what it
@@ -259,6 +259,11 @@ def run_trl(args: argparse.Namespace) -> dict:
     return {"seconds": seconds, "peak_bytes": memory.peak(), "phases": phases}
 
 
+def settings(args: argparse.Namespace) -> dict:
+    """The arguments that the figures depend on: not where they are written."""
+    return {key: value for key, value in vars(args).items() if key not in ("json", "worker")}
+
+
 def run_in_process(name: str) -> dict:
     """A contender in a process of its own, with this one's arguments."""
     command = [sys.executable, __file__, *sys.argv[1:], "--worker", name]
@@ -302,9 +307,9 @@ def main() -> None:
         results["memory_ratio"] = results["trl"]["peak_bytes"] / results["ours"]["peak_bytes"]
         print(f"ratio {results['ratio']:.2f}   memory 1/{results['memory_ratio']:.2f}")
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
-    results |= {"device": device, "torch": torch.__version__, "date": date, "arguments": sys.argv[1:]}
+    results |= {"device": device, "torch": torch.__version__, "date": date, "arguments": settings(args)}
     name = f"grpo_step-{device.replace(' ', '-').lower()}-p{args.prompt_tokens}-c{args.completion_tokens}"
-    path = args.json or RESULTS / f"{name}-g{args.group_size}-{date}.json"
+    path = args.json or RESULTS / f"{name}-g{args.group_size}-n{args.prompts}-{date}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=2) + "\n")
 

@@ -363,7 +363,12 @@ def main() -> None:
     if args.device == "cpu":
         print("not run on a GPU: this table says nothing about one")
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
-    results |= {"device": name, "torch": torch.__version__, "date": date, "arguments": sys.argv[1:]}
+    results |= {
+        "device": name,
+        "torch": torch.__version__,
+        "date": date,
+        "arguments": {key: value for key, value in vars(args).items() if key not in ("json", "worker")},
+    }
     path = args.json or RESULTS / f"kernels-{name.replace(' ', '-').lower()}-{date}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=2) + "\n")

@@ -16,12 +16,11 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import sys
 import time
 from pathlib import Path
 
 import torch
-from grpo_step import PRESETS, RESULTS, Memory, make_model, synchronize
+from grpo_step import PRESETS, RESULTS, Memory, make_model, settings, synchronize
 
 from grpo_core.groups import GroupLayout, Prompt
 from grpo_core.policy import Policy
@@ -105,7 +104,7 @@ def main() -> None:
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
     path = args.json or RESULTS / f"train_step-{device.replace(' ', '-').lower()}-{args.preset}-{date}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    results = {"rows": rows, "device": device, "torch": torch.__version__, "date": date, "arguments": sys.argv[1:]}
+    results = {"rows": rows, "device": device, "torch": torch.__version__, "date": date, "arguments": settings(args)}
     path.write_text(json.dumps(results, indent=2) + "\n")
 
 

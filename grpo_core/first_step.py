@@ -43,8 +43,11 @@ def check_first_step(values: Mapping[str, float], algorithm: AlgorithmConfig, dt
         )
     if algorithm.num_iterations * algorithm.steps_per_generation > 1:
         return  # the metrics below are also of later passes
-    if values["clip_ratio/region_mean"] > 0 and not algorithm.needs_old_pass:
-        raise FirstStepError("a ratio was clipped in the first step, although the policy had not moved")
+    if values["clip_ratio/region_mean"] > 0 and algorithm.ratio_level == "token":
+        raise FirstStepError(
+            "a token's ratio was clipped in the first step, although the policy had not moved: two passes over the "
+            "same tokens differ (a layer that acts otherwise in training mode?)"
+        )
     if algorithm.beta > 0 and algorithm.reference == "frozen" and abs(values["kl"]) > limit:
         raise FirstStepError(
             f"the KL to the reference is {values['kl']:.3g} in the first step, although the reference is a copy of the "

@@ -55,7 +55,7 @@ class TrainingLoop:
         self.parameters = policy.named_parameters()
         self.optimizer = make_optimizer(self.parameters, optim)
         self.metrics = StepMetrics(self.dist)
-        self.clock = PhaseClock(self.phases, self.dist.device)
+        self.clock = PhaseClock(self.phases, policy.device)
         self.step_index = 0
         self.best: float | None = None
         self.evaluations_since_best = 0

@@ -85,8 +85,9 @@ class GRPOTrainer(TrainingLoop):
         self.algorithm, self.rollout = config.algorithm, config.rollout
         self.objective = Objective(config.algorithm, self.metrics)
         self.coefficients = Coefficients(config.algorithm, config.run.max_steps)
-        self.next_prompts()
+        self.next_prompts()  # refuses too few prompts
         disable_dropout(policy.module)
+        policy.module.eval()
 
     def open_writer(self, resume_step: int | None) -> MetricsWriter:
         self.completions_file = CompletionsWriter(self.run.folder, resume_step)
@@ -325,6 +326,7 @@ class GRPOTrainer(TrainingLoop):
             with self.phase("backward"):
                 loss.backward()
             self.metrics.sum("loss", loss / steps_per_rollout)
+            self.metrics.sum("num_trained_tokens", batch.layout.num_tokens)
             if iteration == 0:
                 self.compare_with_sampler(batch.old_logprob, batch.sampler_logprob)
         self.policy.module.eval()
@@ -346,7 +348,7 @@ class GRPOTrainer(TrainingLoop):
         Args:
             start: `time.perf_counter()` at the step's start.
         """
-        self.metrics.register("sum", "loss")
+        self.metrics.register("sum", "loss", "num_trained_tokens")
         self.metrics.register("mean", *self.objective.metric_names(), "sampling/sampling_logp_difference/mean")
         self.metrics.register("max", "sampling/sampling_logp_difference/max")
         for kind in ("min", "mean", "max"):
@@ -367,7 +369,7 @@ class GRPOTrainer(TrainingLoop):
         for name, tokens, seconds in (
             ("prefill", values["sampling/prompt_tokens"], values["sampling/seconds/prefill"]),
             ("decode", values["sampling/completion_tokens"], values["sampling/seconds/decode"]),
-            ("train", values["num_tokens"] * self.algorithm.num_iterations, training),
+            ("train", values["num_trained_tokens"], training),
             ("step", values["num_tokens"], values["step_time"]),
         ):
             values[f"tokens_per_second/{name}"] = tokens / seconds if seconds else 0.0

@@ -247,6 +247,20 @@ def test_a_gradient_that_is_not_finite_stops_the_run_in_its_first_step(tmp_path)
         trainer.train()
 
 
+def test_passes_that_differ_over_the_same_tokens_stop_the_run_in_its_first_step(tmp_path):
+    trainer = make_trainer(tmp_path, top_entropy_quantile=0.9, epsilon=0.01, prompts_per_step=8, group_size=16)
+    logprobs = trainer.policy.logprobs
+
+    def noisy(*arguments, **options):
+        result = logprobs(*arguments, **options)
+        noise = torch.linspace(-0.1, 0.1, len(result.logprob)) * trainer.policy.module.training
+        return result._replace(logprob=result.logprob + noise)
+
+    trainer.policy.logprobs = noisy
+    with pytest.raises(FirstStepError, match="a token's ratio was clipped"):
+        trainer.train()
+
+
 @pytest.mark.parametrize("used", [True, False])
 def test_a_feature_without_effect_stops_the_run(tmp_path, used):
     trainer = make_trainer(tmp_path)
@@ -293,4 +307,5 @@ def test_tokens_per_second_are_tokens_over_seconds(tmp_path):
     assert tokens == sum(line["length"] for line in lines(tmp_path / "toy" / "completions.jsonl"))
     assert row["num_tokens"] == tokens + row["sampling/prompt_tokens"]
     assert row["tokens_per_second/decode"] == pytest.approx(tokens / row["sampling/seconds/decode"])
+    assert row["num_trained_tokens"] == row["num_tokens"]
     assert row["tokens_per_second/step"] == pytest.approx(row["num_tokens"] / row["step_time"])

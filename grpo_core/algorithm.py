@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from grpo_core.losses import LOSS_TYPES
+from grpo_core.losses.corrections import SamplerCorrection
 
 
 @dataclass
@@ -41,15 +42,7 @@ class AlgorithmConfig:
     """Leave completions that reached rollout.max_new_tokens out of the loss."""
     top_entropy_quantile: float = 1.0
     """Share of a step's tokens, the most uncertain ones, whose policy loss counts. 1 is off."""
-    sampler_correction: Literal[
-        "none",
-        "token_truncate",
-        "token_mask",
-        "sequence_truncate",
-        "sequence_mask",
-        "geometric_truncate",
-        "geometric_mask",
-    ] = "none"
+    sampler_correction: Literal["none", SamplerCorrection] = "none"
     """Weigh the loss by how much likelier the trainer finds a token, or a completion, than the sampler did; truncate
     clamps the weight into the bounds below, mask makes it 0 outside."""
     sampler_low: float = 0.0

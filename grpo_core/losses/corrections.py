@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from .completions import completion_mean, completion_sum
 
-CORRECTIONS = tuple(f"{level}_{mode}" for level in ("token", "sequence", "geometric") for mode in ("truncate", "mask"))
+SamplerCorrection = Literal[
+    "token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_truncate", "geometric_mask"
+]
+CORRECTIONS = get_args(SamplerCorrection)
 
 
 @torch.no_grad()
@@ -18,14 +21,7 @@ def sampler_correction(
     sampler_logprob: Tensor,
     completion_index: Tensor,
     num_completions: int,
-    kind: Literal[
-        "token_truncate",
-        "token_mask",
-        "sequence_truncate",
-        "sequence_mask",
-        "geometric_truncate",
-        "geometric_mask",
-    ] = "token_truncate",
+    kind: SamplerCorrection = "token_truncate",
     *,
     low: float = 0.0,
     high: float = 3.0,

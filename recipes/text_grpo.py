@@ -1,10 +1,9 @@
 """GRPO on any causal LM of Hugging Face, with a reward written in Python: the way in for those who know TRL.
 
-    python recipes/text_grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data prompts.jsonl --reward rewards.py:brevity
+    python recipes/text_grpo.py --model Qwen2.5-0.5B-Instruct --data prompts.jsonl --reward rewards.py:brevity
 
 A line of the data has a `prompt`, text or a list of chat messages, and what else the reward reads: it is called as
-`reward(prompt=…, completion=…, **columns)` and gives a float, or None where it cannot judge. Runs under torchrun too.
-"""
+`reward(prompt=…, completion=…, **columns)` and gives a float, or None where it cannot judge. Also under torchrun."""
 
 import json
 import pkgutil
@@ -23,7 +22,7 @@ from grpo_core import cli, config, distributed, groups, policy, sampler, trainer
 @dataclass(kw_only=True)
 class Config(config.GRPOConfig):
     model: str
-    """Folder or hub name of a causal LM."""
+    """Folder of a causal LM in safetensors."""
     data: Path
     """Jsonl file of prompts."""
     reward: str
@@ -56,19 +55,20 @@ def read_prompt(number: int, row: dict, tokenizer, reward: PythonReward) -> grou
 
 def main() -> None:
     run, dist = cli.load_config(Config, description=__doc__), distributed.init()
+    local = {"local_files_only": True, "use_safetensors": True}
     set_seed(run.run.seed)  # fresh adapters are drawn from it
-    reward, tokenizer = PythonReward(run.reward), AutoTokenizer.from_pretrained(run.model)
-    rows = enumerate(map(json.loads, run.data.read_text(encoding="utf-8").splitlines()), 1)
-    prompts = [read_prompt(*row, tokenizer, reward) for row in rows]
-    model = AutoModelForCausalLM.from_pretrained(run.model, dtype="auto" if run.lora_r else "float32")
+    reward, tokenizer = PythonReward(run.reward), AutoTokenizer.from_pretrained(run.model, **local)
+    with run.data.open(encoding="utf-8") as lines:
+        prompts = [read_prompt(number, json.loads(line), tokenizer, reward) for number, line in enumerate(lines, 1)]
+    model = AutoModelForCausalLM.from_pretrained(run.model, dtype="auto" if run.lora_r else "float32", **local)
     if run.lora_r:
         model = get_peft_model(model, LoraConfig(r=run.lora_r, lora_alpha=2 * run.lora_r, target_modules="all-linear"))
     reference = run.algorithm.reference if run.algorithm.beta else None
     learner = policy.Policy(model.to(dist.device), reference=reference, offload=run.algorithm.reference_offload)
     draws = sampler.GroupSampler(learner, tokenizer, seed=run.run.seed)
     trainer.GRPOTrainer(learner, draws, prompts, [reward], run, dist=dist, save_model=model.save_pretrained).train()
-    for part in (model, tokenizer) if dist.main_process else ():
-        part.save_pretrained(run.run.folder / "model")
+    if dist.main_process:
+        model.save_pretrained(run.run.folder / "model"), tokenizer.save_pretrained(run.run.folder / "model")
     distributed.finalize(dist)
 
 

@@ -121,6 +121,7 @@ def synchronize(args: argparse.Namespace) -> None:
 def run_ours(args: argparse.Namespace, shared: bool) -> dict:
     """Our trainer, step by step."""
     from grpo_core.config import AlgorithmConfig, GRPOConfig, OptimConfig, RolloutConfig, RunConfig
+    from grpo_core.distributed import Distributed
     from grpo_core.groups import Group, Prompt
     from grpo_core.policy import Policy
     from grpo_core.sampler import GroupSampler
@@ -168,8 +169,9 @@ def run_ours(args: argparse.Namespace, shared: bool) -> dict:
         ),
     )
     policy = Policy(model)
+    dist = Distributed(device=torch.device(args.device))
     sampler = GroupSampler(policy, make_tokenizer(PRESETS[args.preset][-1]))
-    trainer = (GRPOTrainer if shared else WithoutSharing)(policy, sampler, prompts, [EvenShare()], config)
+    trainer = (GRPOTrainer if shared else WithoutSharing)(policy, sampler, prompts, [EvenShare()], config, dist=dist)
     trainer.open_writer(None)
     memory, steps = Memory(args.device), []
     for _ in range(args.steps + 1):

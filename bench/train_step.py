@@ -1,6 +1,6 @@
 """Forward and backward of a GRPO group: one packed layout with a shared prompt beside G dense copies of it.
 
-    python bench/train_step.py --preset 7B --lora --prompt-tokens 1024 --completion-tokens 256 --group-size 8 16
+    python bench/train_step.py --preset 7B --lora --prompt-tokens 1024 --completion-tokens 256 --copies-per-pass 4
     python bench/train_step.py --device cpu --prompt-tokens 512 --completion-tokens 32 --group-size 8 16
 
 Both are the same policy with the same kernels, from random weights, in one process, taking turns; times are the fastest
@@ -39,17 +39,19 @@ def floor_ratio(preset: str, prompt: int, completion: int, members: int) -> floa
     return dense / shared
 
 
-def measure(policy: Policy, layout: GroupLayout, prompts: list[Prompt], args: argparse.Namespace) -> dict:
-    """Seconds and peak bytes of one forward and backward, and the gradient."""
+def measure(policy: Policy, passes: list[tuple[GroupLayout, list[Prompt]]], args: argparse.Namespace) -> dict:
+    """Seconds and peak bytes of forward and backward over all passes, and the gradient."""
     parameters = list(policy.named_parameters().values())
-    weight = torch.randn(layout.num_predicted, generator=torch.Generator().manual_seed(0)).to(args.device)
+    counts = [layout.num_predicted for layout, _ in passes]
+    weights = torch.randn(sum(counts), generator=torch.Generator().manual_seed(0)).to(args.device).split(counts)
     seconds, peak = [], 0
     for _ in range(args.steps + 1):
         for parameter in parameters:
             parameter.grad = None
         memory = Memory(args.device)
         start = time.perf_counter()
-        (policy.logprobs(layout, prompts).logprob * weight).sum().backward()
+        for (layout, prompts), weight in zip(passes, weights, strict=True):
+            (policy.logprobs(layout, prompts).logprob * weight).sum().backward()
         synchronize(args)
         seconds.append(time.perf_counter() - start)
         peak = max(peak, memory.peak())
@@ -62,6 +64,9 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--completion-tokens", type=int, default=32)
     parser.add_argument("--group-size", type=int, nargs="+", default=[8, 16])
+    parser.add_argument(
+        "--copies-per-pass", type=int, default=0, help="dense copies of a forward and backward; 0: all at once"
+    )
     parser.add_argument("--steps", type=int, default=3, help="timed calls, after one that warms up")
     parser.add_argument("--preset", choices=list(PRESETS), default="tiny", help="shape of the model")
     parser.add_argument("--lora", action="store_true", help="train LoRA adapters of rank 16 on all linear layers")
@@ -78,11 +83,15 @@ def main() -> None:
         ids = torch.randint(3, vocabulary, (prompt,), generator=g).tolist()
         completions = torch.randint(3, vocabulary, (members, completion), generator=g).tolist()
         shared = GroupLayout.pack([ids], [completions], args.device)
-        dense = GroupLayout.pack([ids] * members, [[own] for own in completions], args.device)
         prompts = [Prompt(str(i), tuple(ids)) for i in range(members)]
+        step = args.copies_per_pass or members
+        dense = [
+            (GroupLayout.pack([ids] * len(own), [[c] for c in own], args.device), prompts[: len(own)])
+            for own in (completions[start : start + step] for start in range(0, members, step))
+        ]
         results = {
-            "shared": measure(policy, shared, prompts[:1], args),
-            "dense": measure(policy, dense, prompts, args),
+            "shared": measure(policy, [(shared, prompts[:1])], args),
+            "dense": measure(policy, dense, args),
         }
         ours, copies = (results[name].pop("gradient") for name in ("shared", "dense"))
         row = {

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from torch.library import Library
 from torch.utils.checkpoint import checkpoint
 
 from grpo_kernels import head as head_module
@@ -139,17 +140,17 @@ def exporting(monkeypatch):
     def product(a, b, out_dtype):
         return (a.float() @ b.float()).to(out_dtype)
 
-    library = torch.library.Library("aten", "IMPL")
-    library.impl("mm.dtype", product, "CPU")
-    library.impl("mm.dtype_out", lambda a, b, out_dtype, *, out: out.copy_(product(a, b, out_dtype)), "CPU")
-    library.impl(
+    aten = Library("aten", "IMPL")
+    aten.impl("mm.dtype", product, "CPU")
+    aten.impl("mm.dtype_out", lambda a, b, out_dtype, *, out: out.copy_(product(a, b, out_dtype)), "CPU")
+    aten.impl(
         "addmm.dtype_out",
         lambda c, a, b, out_dtype, *, beta=1, alpha=1, out: out.copy_(c + product(a, b, out_dtype)),
         "CPU",
     )
     monkeypatch.setattr(head_module, "EXPORTING", ("cpu",))
     yield
-    library._destroy()
+    aten._destroy()
 
 
 @pytest.mark.parametrize("upstream", [("logprob",), ("entropy",), ("kl",), OUTPUTS], ids=str)

@@ -1,6 +1,7 @@
 """The benchmarks run, and what they compare is equal."""
 
 import json
+import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -9,12 +10,13 @@ from pathlib import Path
 import pytest
 
 BENCH = Path(__file__).parents[1] / "bench"
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # tests run beside each other
 SIZES = ["--prompt-tokens", "24", "--completion-tokens", "6", "--group-size", "4", "--steps", "1", "--device", "cpu"]
 
 
 def run(name, tmp_path, *arguments):
     command = [sys.executable, BENCH / name, *SIZES, "--json", tmp_path / "out.json", *arguments]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, env=ONE_THREAD)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((tmp_path / "out.json").read_text())
 

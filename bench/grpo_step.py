@@ -209,7 +209,7 @@ def run_trl(args: argparse.Namespace) -> dict:
         gradient_checkpointing=False,
         use_cpu=args.device == "cpu",
         bf16=args.device == "cuda",
-        optim="adamw_torch",
+        optim="adamw_torch_fused",
         save_strategy="no",
         logging_steps=10**6,
         report_to=[],

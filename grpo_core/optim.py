@@ -12,7 +12,7 @@ from grpo_core.config import OptimConfig
 
 
 def make_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over named parameters; weight decay on matrices only."""
+    """AdamW over named parameters, one pass over memory a step; weight decay on matrices only."""
     matrices = [p for p in parameters.values() if p.ndim >= 2]
     vectors = [p for p in parameters.values() if p.ndim < 2]
     return torch.optim.AdamW(
@@ -20,6 +20,7 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimConfig) 
         lr=config.learning_rate,
         betas=config.betas,
         eps=config.eps,
+        fused=True,
     )
 
 

@@ -34,16 +34,16 @@ class RowPlan:
     Attributes:
         group_of_row: int64 `[B]`.
         prefix_lengths: int64 `[N]`, tokens of each group's prompt.
-        to_grid: int64 `[N * K * W]` (K key/value heads), the flat (row, head) that fills each grid cell; unused cells
-            take row 0 and are never read.
-        from_grid: int64 `[B * K]`, the flat grid cell of each (row, head).
+        grid: int64 `[N * W]`, the row in each cell; unused cells take row 0 and are never read. None: rows lie as the
+            grid does.
+        cells: int64 `[B]`, the cell of each row; None likewise.
         prefix_mask: `[N, 1, 1, E]`, 0 on the prompt's keys and -inf behind them.
     """
 
     group_of_row: Tensor
     prefix_lengths: Tensor
-    to_grid: Tensor
-    from_grid: Tensor
+    grid: Tensor | None
+    cells: Tensor | None
     prefix_mask: Tensor
 
     @classmethod
@@ -51,7 +51,6 @@ class RowPlan:
         cls,
         group_of_row: np.ndarray,
         prefix_lengths: Sequence[int],
-        kv_heads: int,
         heads_per_kv: int,
         dtype: torch.dtype,
         device: torch.device,
@@ -66,9 +65,10 @@ class RowPlan:
         # query rows in multiples of 8: matrix kernels treat a short remainder differently, to the last bit
         step = _GRID_ROWS // math.gcd(_GRID_ROWS, heads_per_kv)
         width = math.ceil(int(counts.max(initial=1)) / step) * step
-        grid = np.zeros((groups, width), dtype=np.int64)
-        grid[group_of_row, column] = np.arange(len(group_of_row))
-        heads = np.arange(kv_heads)
+        cells = group_of_row * width + column
+        grid = np.zeros(groups * width, dtype=np.int64)
+        grid[cells] = np.arange(len(group_of_row))
+        aligned = np.array_equal(cells, np.arange(len(grid)))
         lengths = torch.tensor(prefix_lengths, device=device)
         keys = torch.arange(extent(max(prefix_lengths)), device=device)
         mask = torch.zeros(groups, 1, 1, len(keys), dtype=dtype, device=device)
@@ -76,10 +76,8 @@ class RowPlan:
         return cls(
             group_of_row=torch.from_numpy(group_of_row).to(device),
             prefix_lengths=lengths,
-            to_grid=torch.from_numpy((grid[:, None, :] * kv_heads + heads[:, None]).ravel()).to(device),
-            from_grid=torch.from_numpy(
-                ((group_of_row[:, None] * kv_heads + heads) * width + column[:, None]).ravel()
-            ).to(device),
+            grid=None if aligned else torch.from_numpy(grid).to(device),
+            cells=None if aligned else torch.from_numpy(cells).to(device),
             prefix_mask=mask,
         )
 
@@ -107,16 +105,20 @@ def decode_attention(
     """
     batch, kv_heads, heads_per_kv, width = q.shape
     groups, keys = plan.prefix_mask.shape[0], plan.prefix_mask.shape[-1]
-    grid = q.reshape(batch * kv_heads, heads_per_kv * width).index_select(0, plan.to_grid)
-    grid = grid.view(groups, kv_heads, -1, width)
+    grid = q if plan.grid is None else q.index_select(0, plan.grid)
+    grid = grid.view(groups, -1, kv_heads, heads_per_kv, width).transpose(1, 2)
+    grid = grid.reshape(groups, kv_heads, -1, width).contiguous()
     out, lse = _attend(grid, prefix_k[:, :, :keys], prefix_v[:, :, :keys], plan.prefix_mask)
-    prefix_out = out.reshape(-1, heads_per_kv * width).index_select(0, plan.from_grid).view(q.shape)
-    prefix_lse = lse.reshape(-1, heads_per_kv).index_select(0, plan.from_grid).view(q.shape[:3])
-    suffix_out, suffix_lse = _attend(q, suffix_k, suffix_v, suffix_mask)
+    # attention gives heads within rows, [N, W * R, K, D] in memory: the parts merge in that order
+    prefix_out = out.transpose(1, 2).reshape(-1, heads_per_kv, kv_heads, width)
+    prefix_lse = lse.transpose(1, 2).reshape(-1, heads_per_kv, kv_heads)
+    if plan.cells is not None:
+        prefix_out, prefix_lse = prefix_out.index_select(0, plan.cells), prefix_lse.index_select(0, plan.cells)
+    suffix_out, suffix_lse = (part.transpose(1, 2) for part in _attend(q, suffix_k, suffix_v, suffix_mask))
     # softmax over both parts = their own softmaxes weighted by exp(lse). A softmax of pairs and not a sigmoid of their
     # difference: element-wise functions round the last few elements of a tensor by other code than the rest
     share = torch.softmax(torch.stack((suffix_lse, prefix_lse), dim=-1), dim=-1)[..., 1:].to(q.dtype)
-    return torch.lerp(suffix_out, prefix_out, share).reshape(batch, -1)
+    return torch.lerp(suffix_out, prefix_out, share).transpose(1, 2).reshape(batch, -1)
 
 
 def prefill_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], last_only: bool) -> Tensor:

@@ -143,9 +143,7 @@ class MaskedCache(GroupCache):
 
     def _arrange(self) -> None:
         dtype, device = self.suffix.dtype, self.suffix.device
-        self.plan = RowPlan.build(
-            self.group_of_row, self.prefix_lengths, self.kv_heads, self.heads_per_kv, dtype, device
-        )
+        self.plan = RowPlan.build(self.group_of_row, self.prefix_lengths, self.heads_per_kv, dtype, device)
 
 
 def fill_holes(alive: np.ndarray) -> np.ndarray:

@@ -27,7 +27,7 @@ class TokenChooser:
         self.rollout = rollout
         self.limit = limit
         within = sorted({token for token in forbidden if 0 <= token < limit})
-        self.forbidden = torch.tensor(within, dtype=torch.int64, device=device)
+        self.forbidden = torch.tensor(within, dtype=torch.int64, device=device) if within else None
 
     def __call__(self, logits: Tensor, uniforms: Tensor | None, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Choose a token for each of B rows.
@@ -45,17 +45,20 @@ class TokenChooser:
         logits = logits.float()
         if temperature not in (0.0, 1.0):
             logits = logits / temperature
-        probabilities = torch.softmax(logits, dim=-1)
-        # log p = (z - max z) + log(max p): one exponential per logit, and no underflow for improbable tokens
-        offset = probabilities.amax(dim=-1).log() - logits.amax(dim=-1)
         scores = logits if seen is None else self._penalised(logits, seen)
         if temperature == 0:
-            tokens = scores[:, : self.limit].index_fill(1, self.forbidden, -torch.inf).argmax(dim=-1)
+            tokens = self._admissible(scores.clone(), -torch.inf).argmax(dim=-1)
         else:
-            weights = probabilities if seen is None else torch.softmax(scores, dim=-1)
-            weights = weights[:, : self.limit].index_fill_(1, self.forbidden, 0.0)
-            tokens = _inverse_cdf(self._truncated(weights), uniforms)
-        return tokens, logits.gather(1, tokens[:, None])[:, 0] + offset
+            weights = torch.softmax(scores, dim=-1)
+            tokens = _inverse_cdf(self._truncated(self._admissible(weights, 0.0)), uniforms)
+            if seen is None:  # a token that was drawn has a probability that is not 0
+                return tokens, weights.gather(1, tokens[:, None])[:, 0].log_()
+        return tokens, torch.log_softmax(logits, dim=-1).gather(1, tokens[:, None])[:, 0]
+
+    def _admissible(self, scores: Tensor, nothing: float) -> Tensor:
+        """Scores `[B, limit]`, overwritten with `nothing` at forbidden tokens."""
+        scores = scores[:, : self.limit]
+        return scores if self.forbidden is None else scores.index_fill_(1, self.forbidden, nothing)
 
     def _penalised(self, logits: Tensor, seen: Tensor) -> Tensor:
         penalty = self.rollout.repetition_penalty
@@ -83,9 +86,10 @@ def _inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
     First the block of 64 tokens, then the token in it: running sums over the whole row cost more than the softmax.
     """
     size = weights.shape[1]
-    whole = size // _BLOCK
-    blocks = weights[:, : whole * _BLOCK].unflatten(1, (whole, _BLOCK)).sum(dim=-1)
-    blocks = torch.cat((blocks, weights[:, whole * _BLOCK :].sum(dim=-1, keepdim=True)), dim=1)
+    whole = size - size % _BLOCK
+    blocks = weights[:, :whole].unflatten(1, (whole // _BLOCK, _BLOCK)).sum(dim=-1)
+    if whole < size:
+        blocks = torch.cat((blocks, weights[:, whole:].sum(dim=-1, keepdim=True)), dim=1)
     sums = blocks.cumsum(dim=-1)
     aim = uniforms[:, None].to(sums.dtype) * sums[:, -1:]
     block = _first_above(sums, aim)

@@ -47,8 +47,8 @@ gpu:
 	$(GPU_PYTHON) -m pytest -m gpu -p no:xdist $(ARGS)
 	$(GPU_PYTHON) bench/kernels.py --sizes 0.5B 7B --tokens 1024 4096
 	$(GPU_PYTHON) bench/train_step.py --preset 7B --lora --prompt-tokens 1024 --completion-tokens 256 --copies-per-pass 4
-	$(GPU_PYTHON) bench/rollout.py --device cuda --dtype bfloat16 --hidden 896 --intermediate 4864 --layers 24 --heads 14 \
-		--vocabulary 151936 --prompts 4
+	$(GPU_PYTHON) bench/rollout.py --preset 0.5B 7B --prompts 4 16 --completion-tokens 128 --rounds 2 \
+		--contenders ours generate
 	$(GPU_PYTHON) bench/grpo_step.py --preset 0.5B --prompt-tokens 512 --completion-tokens 128 --group-size 8
 
 clean:

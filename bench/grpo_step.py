@@ -18,8 +18,6 @@ TRL's figures over ours.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import datetime
 import importlib.util
 import json
 import os
@@ -31,45 +29,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from common import PRESETS, Memory, device_name, make_model, synchronize, write_results
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-RESULTS = Path(__file__).parent / "results"
-PRESETS = {  # hidden, intermediate, layers, heads, key/value heads, vocabulary
-    "tiny": (256, 1024, 4, 4, 2, 8192),
-    "0.5B": (896, 4864, 24, 14, 2, 151_936),
-    "1.5B": (1536, 8960, 28, 12, 2, 151_936),
-    "3B": (2048, 11_008, 36, 16, 2, 151_936),
-    "7B": (3584, 18_944, 28, 28, 4, 152_064),
-}
-"""Qwen2.5's shapes, and one for a CPU."""
 CONTENDERS = ("trl", "ours", "without_sharing")
-
-
-def make_model(args: argparse.Namespace) -> PreTrainedModel:
-    """A Qwen2 of the preset's shape with random weights, made on the device."""
-    hidden, intermediate, layers, heads, kv_heads, vocabulary = PRESETS[args.preset]
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=max(4096, args.prompt_tokens + args.completion_tokens),
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=1,
-        pad_token_id=0,
-    )
-    with torch.device(args.device):
-        model = Qwen2ForCausalLM(config).to(torch.bfloat16 if args.device == "cuda" else torch.float32)
-    if args.lora:
-        from peft import LoraConfig, get_peft_model
-
-        return get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", exclude_modules=["lm_head"]))
-    return model
 
 
 def make_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
@@ -85,37 +49,13 @@ def make_prompts(args: argparse.Namespace) -> np.ndarray:
     return np.random.default_rng(0).integers(3, PRESETS[args.preset][-1], shape)
 
 
-class Memory:
-    """Peak bytes since it was made, beyond what was held then."""
-
-    def __init__(self, device: str):
-        self.cuda = device == "cuda"
-        if self.cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            self.before = torch.cuda.memory_allocated()
-        else:
-            ctypes.CDLL(None).malloc_trim(0)  # give back what earlier work left to the allocator
-            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts from here
-            self.before = self._status("VmRSS")
-
-    def peak(self) -> int:
-        return (torch.cuda.max_memory_allocated() if self.cuda else self._status("VmHWM")) - self.before
-
-    @staticmethod
-    def _status(field: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
-
-
 def even_share(token_ids: np.ndarray) -> float:
     """The reward: the share of even tokens."""
     return float((token_ids % 2 == 0).mean())
 
 
-def synchronize(args: argparse.Namespace) -> None:
-    if args.device == "cuda":
-        torch.cuda.synchronize()
+def model_of(args: argparse.Namespace) -> PreTrainedModel:
+    return make_model(args.preset, args.device, args.prompt_tokens + args.completion_tokens, lora=args.lora)
 
 
 def run_ours(args: argparse.Namespace, shared: bool) -> dict:
@@ -155,7 +95,7 @@ def run_ours(args: argparse.Namespace, shared: bool) -> dict:
             for batch in rollout[0]:
                 batch.advantages = batch.layout.per_token([next(singles) for _ in batch.groups])
 
-    model = make_model(args)
+    model = model_of(args)
     ids = make_prompts(args)
     prompts = [
         Prompt(f"{step}/{i}", tuple(map(int, row))) for step, rows in enumerate(ids) for i, row in enumerate(rows)
@@ -177,7 +117,7 @@ def run_ours(args: argparse.Namespace, shared: bool) -> dict:
     for _ in range(args.steps + 1):
         start = time.perf_counter()
         values = trainer.step()
-        synchronize(args)
+        synchronize(args.device)
         steps.append(
             (time.perf_counter() - start, {k[5:]: v for k, v in values.items() if k.startswith("time/") and v})
         )
@@ -225,17 +165,17 @@ def run_trl(args: argparse.Namespace) -> dict:
             self.steps, self.generation = [], 0.0
 
         def on_step_begin(self, *arguments, **options):
-            synchronize(args)
+            synchronize(args.device)
             self.start, self.generation = time.perf_counter(), 0.0
 
         def on_step_end(self, *arguments, **options):
-            synchronize(args)
+            synchronize(args.device)
             seconds = time.perf_counter() - self.start
             self.steps.append((seconds, {"sample": self.generation, "train": seconds - self.generation}))
 
     clock = Clock()
     trainer = GRPOTrainer(
-        make_model(args),
+        model_of(args),
         reward,
         args=config,
         train_dataset=Dataset.from_dict({"prompt": [" ".join(f"w{i}" for i in row) for row in rows]}),
@@ -247,7 +187,7 @@ def run_trl(args: argparse.Namespace) -> dict:
     def timed(*arguments):
         start = time.perf_counter()
         result = generate(*arguments)
-        synchronize(args)
+        synchronize(args.device)
         clock.generation += time.perf_counter() - start
         lengths = result["completion_mask"].sum(1)
         assert lengths.shape[0] == args.prompts * args.group_size
@@ -259,11 +199,6 @@ def run_trl(args: argparse.Namespace) -> dict:
     trainer.train()
     seconds, phases = min(clock.steps[1:], key=lambda step: step[0])
     return {"seconds": seconds, "peak_bytes": memory.peak(), "phases": phases}
-
-
-def settings(args: argparse.Namespace) -> dict:
-    """The arguments that the figures depend on: not where they are written."""
-    return {key: value for key, value in vars(args).items() if key not in ("json", "worker")}
 
 
 def run_in_process(name: str) -> dict:
@@ -296,9 +231,8 @@ def main() -> None:
     if "trl" in names and importlib.util.find_spec("trl") is None:
         print("left out: TRL (not installed: pip install trl==1.16.0)")
         names = [name for name in names if name != "trl"]
-    device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
     shape = f"P={args.prompt_tokens} C={args.completion_tokens} G={args.group_size}, {args.prompts} prompts"
-    print(f"{device}, {args.preset}, {shape}, {os.cpu_count()} cores")
+    print(f"{device_name(args.device)}, {args.preset}, {shape}, {os.cpu_count()} cores")
     results: dict = {}
     for name in names:
         results[name] = result = run_in_process(name)
@@ -308,12 +242,8 @@ def main() -> None:
         results["ratio"] = results["trl"]["seconds"] / results["ours"]["seconds"]
         results["memory_ratio"] = results["trl"]["peak_bytes"] / results["ours"]["peak_bytes"]
         print(f"ratio {results['ratio']:.2f}   memory 1/{results['memory_ratio']:.2f}")
-    date = datetime.datetime.now(datetime.UTC).date().isoformat()
-    results |= {"device": device, "torch": torch.__version__, "date": date, "arguments": settings(args)}
-    name = f"grpo_step-{device.replace(' ', '-').lower()}-p{args.prompt_tokens}-c{args.completion_tokens}"
-    path = args.json or RESULTS / f"{name}-g{args.group_size}-n{args.prompts}-{date}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=2) + "\n")
+    shape = f"p{args.prompt_tokens}-c{args.completion_tokens}-g{args.group_size}-n{args.prompts}"
+    write_results(results, args, f"grpo_step-{{device}}-{shape}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ machine disturbs less); peaks count what a call allocates beyond its inputs. Res
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib.util
 import json
 import os
@@ -25,12 +24,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from common import PRESETS, write_results
 from torch import Tensor
 
 from grpo_kernels import grpo_loss, linear_grpo_loss, linear_logprob
 
-RESULTS = Path(__file__).parent / "results"
-HEADS = {"0.5B": (896, 151_936), "1.5B": (1536, 151_936), "3B": (2048, 151_936), "7B": (3584, 152_064)}
+HEADS = {size: (shape[0], shape[-1]) for size, shape in PRESETS.items() if size != "tiny"}
 """Hidden size and vocabulary of Qwen2.5."""
 TOKENS = (1024, 4096, 16_384, 65_536)
 CPU_SIZE = (2048, 512, 32_768)
@@ -358,20 +357,10 @@ def main() -> None:
     if args.worker:
         print(json.dumps(cpu_worker(args.worker, args.rounds)))
         return
-    name = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
     results = run_gpu(args.sizes, args.tokens, args.rounds) if args.device == "cuda" else run_cpu(args.rounds)
     if args.device == "cpu":
         print("not run on a GPU: this table says nothing about one")
-    date = datetime.datetime.now(datetime.UTC).date().isoformat()
-    results |= {
-        "device": name,
-        "torch": torch.__version__,
-        "date": date,
-        "arguments": {key: value for key, value in vars(args).items() if key not in ("json", "worker")},
-    }
-    path = args.json or RESULTS / f"kernels-{name.replace(' ', '-').lower()}-{date}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=2) + "\n")
+    write_results(results, args, "kernels-{device}")
 
 
 if __name__ == "__main__":

@@ -14,13 +14,11 @@ sides' floating-point operations: with N parameters in matrices, H·V of them in
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import time
 from pathlib import Path
 
 import torch
-from grpo_step import PRESETS, RESULTS, Memory, make_model, settings, synchronize
+from common import PRESETS, Memory, device_name, make_model, matrix_parameters, synchronize, write_results
 
 from grpo_core.groups import GroupLayout, Prompt
 from grpo_core.policy import Policy
@@ -28,10 +26,9 @@ from grpo_core.policy import Policy
 
 def floor_ratio(preset: str, prompt: int, completion: int, members: int) -> float:
     """Floating-point operations of dense copies over those of the shared layout."""
-    hidden, intermediate, layers, heads, kv_heads, vocabulary = PRESETS[preset]
-    width = hidden  # heads · head size, in Qwen2.5
-    matrices = layers * (2 * hidden * width + 2 * hidden * width * kv_heads // heads + 3 * hidden * intermediate)
-    head = 2 * hidden * vocabulary * members * completion
+    width, _, layers, _, _, vocabulary = PRESETS[preset]  # heads · head size is the hidden size, in Qwen2.5
+    matrices = matrix_parameters(preset)
+    head = 2 * width * vocabulary * members * completion
     scores = prompt**2 / 2 + members * completion * (prompt + completion / 2)
     shared = 2 * matrices * (prompt + members * completion) + head + layers * 4 * width * scores
     scores = members * (prompt + completion) ** 2 / 2
@@ -52,7 +49,7 @@ def measure(policy: Policy, passes: list[tuple[GroupLayout, list[Prompt]]], args
         start = time.perf_counter()
         for (layout, prompts), weight in zip(passes, weights, strict=True):
             (policy.logprobs(layout, prompts).logprob * weight).sum().backward()
-        synchronize(args)
+        synchronize(args.device)
         seconds.append(time.perf_counter() - start)
         peak = max(peak, memory.peak())
     gradient = torch.cat([p.grad.float().flatten() for p in parameters]).cpu()
@@ -73,11 +70,10 @@ def main() -> None:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="where the results go")
     args = parser.parse_args()
-    policy = Policy(make_model(args))
-    device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
+    policy = Policy(make_model(args.preset, args.device, args.prompt_tokens + args.completion_tokens, lora=args.lora))
     vocabulary, rows = PRESETS[args.preset][-1], []
     prompt, completion = args.prompt_tokens, args.completion_tokens
-    print(f"{device}, {args.preset}{' + LoRA' if args.lora else ''}, P={prompt} L={completion}")
+    print(f"{device_name(args.device)}, {args.preset}{' + LoRA' if args.lora else ''}, P={prompt} L={completion}")
     for members in args.group_size:
         g = torch.Generator().manual_seed(1)
         ids = torch.randint(3, vocabulary, (prompt,), generator=g).tolist()
@@ -110,11 +106,7 @@ def main() -> None:
             f"       ratio {row['ratio']:.2f} (floor {row['floor']:.2f})   memory 1/{row['memory_ratio']:.2f}   "
             f"gradients differ by {row['gradient_difference']:.1e}"
         )
-    date = datetime.datetime.now(datetime.UTC).date().isoformat()
-    path = args.json or RESULTS / f"train_step-{device.replace(' ', '-').lower()}-{args.preset}-{date}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    results = {"rows": rows, "device": device, "torch": torch.__version__, "date": date, "arguments": settings(args)}
-    path.write_text(json.dumps(results, indent=2) + "\n")
+    write_results({"rows": rows}, args, f"train_step-{{device}}-{args.preset}")
 
 
 if __name__ == "__main__":

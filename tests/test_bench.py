@@ -11,7 +11,8 @@ import pytest
 
 BENCH = Path(__file__).parents[1] / "bench"
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # tests run beside each other
-SIZES = ["--prompt-tokens", "24", "--completion-tokens", "6", "--group-size", "4", "--steps", "1", "--device", "cpu"]
+SIZES = ["--prompt-tokens", "24", "--completion-tokens", "6", "--group-size", "4", "--device", "cpu"]
+ONE_STEP = ["--steps", "1"]
 
 
 def run(name, tmp_path, *arguments):
@@ -22,20 +23,31 @@ def run(name, tmp_path, *arguments):
 
 
 def test_a_training_step_over_shared_prompts_has_the_gradient_of_dense_copies(tmp_path):
-    (row,) = run("train_step.py", tmp_path)["rows"]
+    (row,) = run("train_step.py", tmp_path, *ONE_STEP)["rows"]
     assert row["gradient_difference"] < 1e-5
     # 24 + 4·6 tokens instead of 4·30, but for the head, which is the same
     assert 1.2 < row["floor"] < 2.5
 
 
 def test_a_step_is_timed_with_and_without_sharing(tmp_path):
-    result = run("grpo_step.py", tmp_path, "--prompts", "2", "--contenders", "ours", "without_sharing")
+    result = run("grpo_step.py", tmp_path, *ONE_STEP, "--prompts", "2", "--contenders", "ours", "without_sharing")
     for name in ("ours", "without_sharing"):
         assert result[name]["seconds"] >= sum(result[name]["phases"].values()) * 0.9 > 0
         assert result[name]["peak_bytes"] > 0
 
 
+def test_a_rollout_is_timed_beside_generate_and_its_floor(tmp_path):
+    arguments = ("--prompts", "1", "3", "--rounds", "1", "--contenders", "ours", "generate")
+    rows = run("rollout.py", tmp_path, *arguments)["rows"]
+    for row, prompts in zip(rows, (1, 3), strict=True):
+        assert row["ratio"] == pytest.approx(row["seconds"]["generate"] / row["seconds"]["ours"])
+        assert 0 < row["of_floor"] < 1.5
+        # keys and values of 4 layers, 2 heads of 64, float32
+        assert row["kv_bytes"] == 4 * 2 * 2 * 64 * 4 * prompts * (24 + 4 * 6)
+        assert row["kv_bytes_without_sharing"] == 4 * 2 * 2 * 64 * 4 * prompts * 4 * (24 + 6)
+
+
 @pytest.mark.skipif(find_spec("trl") is None, reason="TRL is not installed: `make test-peers` installs it")
 def test_a_step_is_timed_beside_trl(tmp_path):
-    result = run("grpo_step.py", tmp_path, "--prompts", "2", "--contenders", "ours", "trl")
+    result = run("grpo_step.py", tmp_path, *ONE_STEP, "--prompts", "2", "--contenders", "ours", "trl")
     assert result["ratio"] == pytest.approx(result["trl"]["seconds"] / result["ours"]["seconds"])

@@ -93,7 +93,7 @@ class R1Config(TaskConfig):
         """The run's rewards.
 
         Raises:
-            ValueError: an unknown name, or a reward that the mode has nothing for.
+            ValueError: as `make_rewards`.
         """
         limit = self.rollout.max_new_tokens
         return make_rewards(self.reward.names, wheel, self.prompt.mode, self.reward, max_length=limit)

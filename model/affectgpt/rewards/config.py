@@ -25,8 +25,8 @@ class RewardConfig:
     """Which rewards a run has, and how they judge; algorithm.reward_weights weighs them."""
 
     names: tuple[str, ...] = ("accuracy",)
-    """Rewards by name: accuracy, format, alignment, dual, overlong, repetition, hit_rate, sentiment; format, alignment
-    and dual need think mode. (perception needs a judge, a callable: from Python only.)"""
+    """Rewards by name: accuracy, format, alignment, dual, perception, overlong, repetition, hit_rate, sentiment;
+    format, alignment and dual need think mode, perception a judge."""
     level: Literal[1, 2] = 1
     """Ring of the wheels that is compared."""
     unscored: Literal["zero", "skip"] = "skip"
@@ -50,11 +50,23 @@ class RewardConfig:
     """Tokens of the n-grams that the repetition reward counts."""
     candidates: tuple[str, ...] = ()
     """Labels of a dataset with closed labels; a hit is divided by how many of them the answer names. Unset: not."""
+    judge: Path | None = None
+    """Folder of a multimodal chat model in safetensors, which compares answers for the perception reward; every rank
+    loads it. See docs/rewards.md."""
+    judge_frames: int = 8
+    """Frames of a video that the judge is shown."""
+    judge_batch: int = 4
+    """Pairs of answers in one forward pass of the judge, two rows each."""
+    judge_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the judge's weights; auto is its checkpoint's."""
 
     def __post_init__(self) -> None:
         LengthPenalty(self.length_penalty, self.single_label)
         if not 0 < self.alignment_threshold <= 1:
             raise ValueError(f"alignment_threshold is {self.alignment_threshold}: set it above 0 and at most 1")
+        for name in ("judge_frames", "judge_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: set it to 1 or more")
 
     @property
     def penalty(self) -> LengthPenalty:
@@ -66,7 +78,7 @@ class _Parts:
     """What rewards are made from; emotion words are found by one object for all."""
 
     def __init__(self, wheel: EmotionWheel, mode: Mode, config: RewardConfig, max_length: int, judge: Judge | None):
-        self.wheel, self.mode, self.config, self.max_length, self.judge = wheel, mode, config, max_length, judge
+        self.wheel, self.mode, self.config, self.max_length, self._judge = wheel, mode, config, max_length, judge
         self._words: EmotionWords | None = None
 
     @property
@@ -75,6 +87,16 @@ class _Parts:
             folder = self.config.wordnet
             self._words = EmotionWords(self.wheel, None if folder is None else wordnet_lemmas(folder))
         return self._words
+
+    @property
+    def judge(self) -> Judge | None:
+        config = self.config
+        if self._judge is not None or config.judge is None:
+            return self._judge
+        from affectgpt.rewards.judge import ModelJudge  # needs av and pillow
+
+        options = {"frames": config.judge_frames, "batch": config.judge_batch, "dtype": config.judge_dtype}
+        return ModelJudge(config.judge, **options)
 
 
 REWARDS: dict[str, Callable[[_Parts], Reward]] = {
@@ -115,11 +137,11 @@ def make_rewards(
 
     Args:
         max_length: tokens of the longest completion, `rollout.max_new_tokens`.
-        judge: for `perception`.
+        judge: for `perception`, in the place of the model in `config.judge`.
 
     Raises:
-        ValueError: an unknown name, one that stands twice, a reward that the mode has nothing for, or perception
-            without a judge.
+        ValueError: an unknown name, one that stands twice, a reward that the mode has nothing for, perception without a
+            judge, a `config.judge` without perception, or one that is no model a judge can be made of.
     """
     for name in names:
         if name not in REWARDS:
@@ -128,5 +150,7 @@ def make_rewards(
             raise ValueError(f"reward {name!r} judges think and answer tags: set prompt.mode to think")
     if len(set(names)) != len(names):
         raise ValueError(f"a reward is named twice: {', '.join(names)}")
+    if config.judge is not None and "perception" not in names:
+        raise ValueError("reward.judge is set, but nothing asks it: add perception to reward.names, or unset it")
     parts = _Parts(wheel, mode, config, max_length, judge)
     return [REWARDS[name](parts) for name in names]

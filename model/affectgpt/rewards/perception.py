@@ -51,7 +51,8 @@ class PerceptionReward:
     def __init__(self, judge: Judge | None, mode: Mode = "think", rule: FormatRule = "full"):
         if judge is None:
             raise ValueError(
-                "the perception reward needs a judge that sees the clip: give one, or leave the reward out"
+                "the perception reward needs a judge that sees the clip: set reward.judge to the folder of a "
+                "multimodal chat model, or leave perception out of reward.names"
             )
         self.judge, self.mode, self.rule = judge, mode, rule
 

@@ -1,0 +1,249 @@
+"""A judge for the perception reward: a multimodal chat model, loaded from a local folder, that sees the clip."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
+
+from affectgpt.datasets import Sample
+from affectgpt.media import SAMPLE_RATE, MediaError, read_frames, read_image, read_waveform
+from affectgpt.prompts import neutralise
+from affectgpt.rewards.perception import Comparison
+
+FRAME_SIZE = 448  # pixels a side that the model's own image processor starts from
+
+logger = logging.getLogger(__name__)
+
+_VIDEO = "These are frames of a video of a person, in order of time."
+_IMAGE = "This is a picture of a person."
+_SUBTITLE = " The person says: “{subtitle}”."
+_QUESTION = """{clip} Below are two answers to the question which emotions this person feels.
+
+Answer A:
+{a}
+
+Answer B:
+{b}
+
+Which of the two describes the person's emotions in this clip better? Reply with one letter, A or B."""
+
+
+class ModelJudge:
+    """Asks a chat model which of two answers describes a clip better; a `Judge`.
+
+    The model sees frames of the clip, hears its sound if it can, and reads the subtitle and both answers in full. A
+    verdict is the probability of the letter `A` against `B` as the first token of its reply. Every pair is asked in
+    both orders: with p₁ for the first answer as A and p₂ for the second as A, the verdict is `(p₁ + 1 − p₂) / 2`, so a
+    liking for a letter cancels, and swapped answers get the complement exactly. Equal answers get 0.5 unasked, those to
+    a clip that cannot be read NaN.
+
+    Clips are never mixed in a batch, and the pairs of one are asked in a fixed order: a verdict depends on neither the
+    rest of the step nor the number of ranks.
+
+    Args:
+        folder: config, safetensors and processor of a model that transformers knows as image-text-to-text.
+        frames: shown of a video, uniformly over its length; a still image is shown once.
+        batch: pairs in one forward pass, two rows each.
+        dtype: of the weights; `auto` is the checkpoint's.
+        device: None takes this process's CUDA device, or the CPU where there is none.
+
+    The processor is loaded here, the weights by the first comparison.
+
+    Attributes:
+        hears: whether the model takes sound.
+
+    Raises:
+        ValueError: the folder does not hold such a model, or one that cannot chat about images.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        frames: int = 8,
+        batch: int = 4,
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        device: torch.device | str | None = None,
+    ):
+        self.folder, self.frames, self.batch, self.dtype = Path(folder), frames, batch, dtype
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        config = _load_config(self.folder)
+        self.processor = _load_processor(self.folder)
+        letters = [self.processor.tokenizer.encode(letter, add_special_tokens=False) for letter in "AB"]
+        if any(len(tokens) != 1 for tokens in letters):
+            raise _refusal(self.folder, "its tokenizer has no single tokens for A and B", "Choose another model")
+        self.letters = [token for (token,) in letters]
+        ear = getattr(self.processor, "feature_extractor", None)
+        self.hears = getattr(config, "audio_config", None) is not None and ear is not None
+        if self.hears and ear.sampling_rate != SAMPLE_RATE:
+            reason = f"it hears at {ear.sampling_rate} Hz, not at {SAMPLE_RATE}"
+            raise _refusal(self.folder, reason, "Choose another model")
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The model, frozen.
+
+        Raises:
+            ValueError: its weights are damaged or incomplete.
+        """
+        dtype = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
+        try:
+            model, info = AutoModelForImageTextToText.from_pretrained(
+                self.folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **_LOCAL
+            )
+        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+            raise _refusal(self.folder, f"its weights do not load ({_line(error)})", _COPY) from error
+        if info["missing_keys"]:
+            raise _refusal(self.folder, f"its weights lack {min(info['missing_keys'])}", _COPY)
+        return model.to(self.device).eval().requires_grad_(False)
+
+    def __call__(self, comparisons: Sequence[Comparison]) -> np.ndarray:
+        """float64 `[n]`: the probability that the first answer is the better one, NaN for none."""
+        asked: dict[Sample, set[tuple[str, str]]] = {}
+        for prompt, first, second in comparisons:
+            if first != second:
+                asked.setdefault(prompt.sample, set()).add(_pair(first, second))
+        known = {sample: self._judge_clip(sample, sorted(pairs)) for sample, pairs in asked.items()}
+
+        verdicts = np.full(len(comparisons), 0.5)
+        for i, (prompt, first, second) in enumerate(comparisons):
+            if first != second:
+                pair = _pair(first, second)
+                better = known[prompt.sample].get(pair, np.nan)
+                verdicts[i] = better if first == pair[0] else 1.0 - better
+        return verdicts
+
+    def _judge_clip(self, sample: Sample, pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], float]:
+        """How probably the first of each pair is the better one; empty if the clip cannot be shown."""
+        try:
+            clip = self.read_clip(sample)
+        except MediaError as error:
+            logger.warning("the judge gives no verdict on sample %s: %s", sample.name, error)
+            return {}
+        verdicts: dict[tuple[str, str], float] = {}
+        for start in range(0, len(pairs), self.batch):
+            part = pairs[start : start + self.batch]
+            orders = [order for pair in part for order in (pair, pair[::-1])]
+            prefers_a = self.preference([self.conversation(sample, clip, *order) for order in orders])
+            for pair, (as_a, as_b) in zip(part, prefers_a.view(-1, 2).tolist(), strict=True):
+                verdicts[pair] = (as_a + 1.0 - as_b) / 2
+        return verdicts
+
+    def read_clip(self, sample: Sample) -> list[dict[str, Any]]:
+        """What the model is shown of a clip, as parts of a message: images, and the sound if there is any to hear.
+
+        Raises:
+            MediaError: no video or image, one that cannot be read, or a file of its sound that cannot.
+        """
+        if sample.video is not None:
+            frames = read_frames(sample.video, self.frames, FRAME_SIZE)
+        elif sample.image is not None:
+            frames = read_image(sample.image, FRAME_SIZE)
+        else:
+            raise MediaError(sample.name, "it has no video or image to show", "Leave perception out of reward.names")
+        parts: list[dict[str, Any]] = [{"type": "image", "image": Image.fromarray(frame)} for frame in frames]
+        if self.hears and sample.audio is not None:
+            parts.append({"type": "audio", "audio": read_waveform(sample.audio)})
+        elif self.hears and sample.video is not None:
+            with suppress(MediaError):  # a silent video
+                parts.append({"type": "audio", "audio": read_waveform(sample.video)})
+        return parts
+
+    def conversation(self, sample: Sample, clip: Sequence[dict[str, Any]], a: str, b: str) -> list[dict[str, Any]]:
+        """The question, as messages of a chat. Foreign text is made harmless: see `neutralise`."""
+        subtitle, a, b = (neutralise(text, self.processor.tokenizer).strip() for text in (sample.subtitle, a, b))
+        shown = _VIDEO if sample.video is not None else _IMAGE
+        said = _SUBTITLE.format(subtitle=subtitle) if subtitle else ""
+        text = _QUESTION.format(clip=shown + said, a=a, b=b)
+        return [{"role": "user", "content": [*clip, {"type": "text", "text": text}]}]
+
+    @torch.no_grad()
+    def preference(self, conversations: Sequence[list[dict[str, Any]]]) -> Tensor:
+        """float64 `[n]` on the CPU: P(A) / (P(A) + P(B)) for the first token of the reply to each conversation."""
+        # models that think before they answer must not here; templates of others do not know the switch
+        options = {"enable_thinking": False} if "enable_thinking" in str(self.processor.chat_template) else {}
+        inputs = self.processor.apply_chat_template(
+            list(conversations),
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True, "padding_side": "right"},
+            **options,
+        ).to(self.device, self.model.dtype)
+        # rows end at different places: only there logits are computed, where the model can leave out the others
+        last = inputs["attention_mask"].sum(1) - 1
+        kept, column = last.unique(return_inverse=True)
+        keep = {"logits_to_keep": kept}
+        if "logits_to_keep" not in inspect.signature(self.model.forward).parameters:
+            keep, column = {}, last
+        logits = self.model(**inputs, **keep, use_cache=False).logits
+        replies = logits[torch.arange(len(last), device=logits.device), column]
+        return replies[:, self.letters].double().softmax(1)[:, 0].cpu()
+
+
+_LOCAL = {"local_files_only": True, "trust_remote_code": False}
+_COPY = "Copy the folder again, whole"
+_FOLDER = "Give the folder of a multimodal chat model as save_pretrained writes it"
+
+
+def _load_config(folder: Path) -> PreTrainedConfig:
+    """The config of an image-text-to-text model that has weights beside it."""
+    if not (folder / "config.json").is_file():
+        raise _refusal(folder, "no config.json there", _FOLDER)
+    if not any(folder.glob("*.safetensors")):
+        raise _refusal(folder, "no .safetensors file there", _FOLDER)
+    try:
+        config = AutoConfig.from_pretrained(folder, **_LOCAL)
+    except (OSError, ValueError) as error:
+        raise _refusal(folder, f"config.json cannot be read ({_line(error)})", _FOLDER) from error
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        kind = f"a model of type {config.model_type!r} does not answer questions about images"
+        raise _refusal(folder, kind, "Give the folder of one that does, such as Qwen2.5-VL, Gemma 3 or LLaVA")
+    return config
+
+
+def _load_processor(folder: Path) -> ProcessorMixin:
+    """The processor of a model that chats about images."""
+    try:
+        processor = AutoProcessor.from_pretrained(folder, **_LOCAL)
+    except ImportError as error:
+        raise _refusal(folder, f"its processor needs a library: {_line(error)}", "Install it") from error
+    except (OSError, ValueError, TypeError) as error:
+        raise _refusal(folder, f"its processor does not load ({_line(error)})", _COPY) from error
+    for part in ("image_processor", "tokenizer", "chat_template"):
+        if getattr(processor, part, None) is None:
+            raise _refusal(folder, f"its processor has no {part}", _FOLDER)
+    return processor
+
+
+def _refusal(folder: Path, reason: str, fix: str) -> ValueError:
+    return ValueError(f"reward.judge {folder}: {reason}. {fix}.")
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")
+
+
+def _pair(first: str, second: str) -> tuple[str, str]:
+    return (first, second) if first < second else (second, first)

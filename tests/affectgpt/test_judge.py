@@ -444,11 +444,18 @@ def cut(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
 
 
+def lose_a_shard(folder: Path) -> None:
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (without("*"), r"no config\.json there\. Give the folder"),
         (to_bin, r"no \.safetensors file there"),
+        (cut, r"model\.safetensors cannot be read"),
+        (lose_a_shard, r"model-2\.safetensors is missing\. Copy"),
         (without("processor_config.json", "chat_template.jinja"), "its processor"),
         (without("chat_template.jinja"), "its processor has no chat_template"),
         (without("tokenizer*"), "its processor does not load"),
@@ -475,17 +482,27 @@ def test_a_model_of_text_and_a_missing_library_are_refused(llava, tiny_llm_folde
         ModelJudge(llava)
 
 
-def test_damaged_weights_are_refused_when_they_are_loaded(llava, tmp_path):
+def test_a_tokenizer_without_the_letters_and_numbers_that_are_none_are_refused(llava, samples, monkeypatch):
+    broken = ModelJudge(llava, frames=1)
+    broken.model.lm_head.weight.fill_(torch.inf)
+    with pytest.raises(ValueError, match=r"logits are not finite\. Set reward\.judge_dtype"):
+        broken([Comparison(prompt(samples[0]), "a", "b")])
+    monkeypatch.setattr(type(broken.processor.tokenizer), "encode", lambda *_, **__: [5, 6])
+    with pytest.raises(ValueError, match="no single tokens for A and B"):
+        ModelJudge(llava)
+
+
+def test_weights_that_do_not_fill_the_model_are_refused_when_they_are_loaded(llava, tmp_path):
     from safetensors.torch import load_file, save_file
 
     folder = shutil.copytree(llava, tmp_path / "judge")
-    cut(folder)
-    with pytest.raises(ValueError, match="its weights do not load"):
-        _ = ModelJudge(folder).model
     weights = load_file(llava / "model.safetensors")
     gone = next(key for key in weights if "k_proj.weight" in key and "vision" not in key)
     save_file({key: value for key, value in weights.items() if key != gone}, folder / "model.safetensors")
     with pytest.raises(ValueError, match=r"its weights lack .*k_proj\.weight\. Copy"):
+        _ = ModelJudge(folder).model
+    save_file(weights | {gone: torch.zeros(3, 3)}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="its weights do not load"):
         _ = ModelJudge(folder).model
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 from collections.abc import Sequence
 from contextlib import suppress
@@ -13,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -73,7 +74,7 @@ class ModelJudge:
         hears: whether the model takes sound.
 
     Raises:
-        ValueError: the folder does not hold such a model, or one that cannot chat about images.
+        ValueError: the folder does not hold such a model, holds less than all of it, or one that cannot chat.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class ModelJudge:
         """The model, frozen.
 
         Raises:
-            ValueError: its weights are damaged or incomplete.
+            ValueError: its weights do not fill it.
         """
         dtype = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
         try:
@@ -179,7 +180,11 @@ class ModelJudge:
 
     @torch.no_grad()
     def preference(self, conversations: Sequence[list[dict[str, Any]]]) -> Tensor:
-        """float64 `[n]` on the CPU: P(A) / (P(A) + P(B)) for the first token of the reply to each conversation."""
+        """float64 `[n]` on the CPU: P(A) / (P(A) + P(B)) for the first token of the reply to each conversation.
+
+        Raises:
+            ValueError: the model computes numbers that are none.
+        """
         # models that think before they answer must not here; templates of others do not know the switch
         options = {"enable_thinking": False} if "enable_thinking" in str(self.processor.chat_template) else {}
         inputs = self.processor.apply_chat_template(
@@ -199,7 +204,10 @@ class ModelJudge:
             keep, column = {}, last
         logits = self.model(**inputs, **keep, use_cache=False).logits
         replies = logits[torch.arange(len(last), device=logits.device), column]
-        return replies[:, self.letters].double().softmax(1)[:, 0].cpu()
+        preferences = replies[:, self.letters].double().softmax(1)[:, 0].cpu()
+        if preferences.isnan().any():
+            raise _refusal(self.folder, "its logits are not finite", "Set reward.judge_dtype to bfloat16 or float32")
+        return preferences
 
 
 _LOCAL = {"local_files_only": True, "trust_remote_code": False}
@@ -211,8 +219,7 @@ def _load_config(folder: Path) -> PreTrainedConfig:
     """The config of an image-text-to-text model that has weights beside it."""
     if not (folder / "config.json").is_file():
         raise _refusal(folder, "no config.json there", _FOLDER)
-    if not any(folder.glob("*.safetensors")):
-        raise _refusal(folder, "no .safetensors file there", _FOLDER)
+    _check_weights(folder)
     try:
         config = AutoConfig.from_pretrained(folder, **_LOCAL)
     except (OSError, ValueError) as error:
@@ -221,6 +228,23 @@ def _load_config(folder: Path) -> PreTrainedConfig:
         kind = f"a model of type {config.model_type!r} does not answer questions about images"
         raise _refusal(folder, kind, "Give the folder of one that does, such as Qwen2.5-VL, Gemma 3 or LLaVA")
     return config
+
+
+def _check_weights(folder: Path) -> None:
+    """Refuse files that are missing or cut off, by their headers: loading them comes hours later."""
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise _refusal(folder, "no .safetensors file there", _FOLDER)
+    index = folder / "model.safetensors.index.json"
+    shards = set(json.loads(index.read_text("utf-8"))["weight_map"].values()) if index.is_file() else set()
+    if missing := shards - {path.name for path in weights}:
+        raise _refusal(folder, f"{min(missing)} is missing", _COPY)
+    for path in weights:
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise _refusal(folder, f"{path.name} cannot be read ({_line(error)})", _COPY) from error
 
 
 def _load_processor(folder: Path) -> ProcessorMixin:

@@ -314,6 +314,26 @@ def test_a_verdict_is_the_probability_of_a_against_b_in_both_orders(a_judge, sam
     assert a_judge([Comparison(prompt(sample), a, b)])[0] == pytest.approx(expected, abs=1e-6)
 
 
+def test_a_clip_is_prepared_once_for_all_its_pairs(a_judge, samples, monkeypatch):
+    prepared = []
+    wrapper = a_judge._for_one_clip.image_processor
+    real = wrapper._processor
+
+    class Counting:
+        def __getattr__(self, name):
+            return getattr(real, name)
+
+        def __call__(self, images, **options):
+            prepared.append(sum(len(row) if isinstance(row, list) else 1 for row in images))
+            return real(images, **options)
+
+    one_by_one = copy.copy(a_judge)
+    one_by_one.batch = 1
+    monkeypatch.setattr(wrapper, "_processor", Counting())
+    one_by_one(comparisons(samples[:2]))
+    assert prepared == [3, 3]  # frames of each clip
+
+
 def test_a_liking_for_a_letter_cancels(llava, samples, monkeypatch):
     def likes(conversations):
         """0.7 for A whatever it says, more if that is the happy one."""
@@ -325,6 +345,22 @@ def test_a_liking_for_a_letter_cancels(llava, samples, monkeypatch):
     pairs = [("sad", "angry"), ("happy", "sad"), ("sad", "happy")]
     verdicts = biased([Comparison(prompt(samples[0]), *pair) for pair in pairs])
     np.testing.assert_allclose(verdicts, [0.5, 0.7, 0.3], atol=1e-6)
+
+
+def test_a_model_that_would_rather_say_something_else_is_warned_of_once(llava, samples, caplog):
+    evasive = ModelJudge(llava, frames=1)
+    head = evasive.model.lm_head
+    pairs = [Comparison(prompt(samples[0]), "happy", "sad"), Comparison(prompt(samples[1]), "happy", "sad")]
+    evasive(pairs)
+    assert sum("begins its reply" in record.msg for record in caplog.records) == 1
+    caplog.clear()
+    direct = ModelJudge(llava, frames=1)
+    with torch.no_grad():  # logits of all other tokens far below
+        direct.model.lm_head = torch.nn.Linear(head.in_features, head.out_features)
+        torch.nn.init.zeros_(direct.model.lm_head.weight)
+        direct.model.lm_head.bias.fill_(-50.0)[direct.letters] = 0.0
+    assert direct(pairs).tolist() == [0.5, 0.5]
+    assert not caplog.records
 
 
 def test_a_clip_that_cannot_be_read_gets_no_verdict_and_the_others_do(judges, samples, tmp_path, caplog):
@@ -341,7 +377,8 @@ def test_a_clip_that_cannot_be_read_gets_no_verdict_and_the_others_do(judges, sa
     assert np.isnan(verdicts[1:, 0, 1]).all()
     assert np.isnan(verdicts[1:, 1, 0]).all()
     assert (verdicts[1:, [0, 1], [0, 1]] == 0.5).all()
-    assert [record.args[0] for record in caplog.records] == ["broken", "gone", "none"]  # once a clip
+    told = [record.args[0] for record in caplog.records if "no verdict" in record.msg]
+    assert told == ["broken", "gone", "none"]  # once a clip
 
 
 def test_a_still_image_is_judged(judges, samples, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import logging
@@ -21,6 +22,7 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
+    BatchFeature,
     PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
@@ -90,10 +92,13 @@ class ModelJudge:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         config = _load_config(self.folder)
         self.processor = _load_processor(self.folder)
+        self._for_one_clip = copy.copy(self.processor)
+        self._for_one_clip.image_processor = _OneClip(self.processor.image_processor)
         letters = [self.processor.tokenizer.encode(letter, add_special_tokens=False) for letter in "AB"]
         if any(len(tokens) != 1 for tokens in letters):
             raise _refusal(self.folder, "its tokenizer has no single tokens for A and B", "Choose another model")
         self.letters = [token for (token,) in letters]
+        self._evasive = False
         ear = getattr(self.processor, "feature_extractor", None)
         self.hears = getattr(config, "audio_config", None) is not None and ear is not None
         if self.hears and ear.sampling_rate != SAMPLE_RATE:
@@ -182,12 +187,14 @@ class ModelJudge:
     def preference(self, conversations: Sequence[list[dict[str, Any]]]) -> Tensor:
         """float64 `[n]` on the CPU: P(A) / (P(A) + P(B)) for the first token of the reply to each conversation.
 
+        All conversations are about one clip, read once.
+
         Raises:
             ValueError: the model computes numbers that are none.
         """
         # models that think before they answer must not here; templates of others do not know the switch
         options = {"enable_thinking": False} if "enable_thinking" in str(self.processor.chat_template) else {}
-        inputs = self.processor.apply_chat_template(
+        inputs = self._for_one_clip.apply_chat_template(
             list(conversations),
             add_generation_prompt=True,
             tokenize=True,
@@ -207,7 +214,47 @@ class ModelJudge:
         preferences = replies[:, self.letters].double().softmax(1)[:, 0].cpu()
         if preferences.isnan().any():
             raise _refusal(self.folder, "its logits are not finite", "Set reward.judge_dtype to bfloat16 or float32")
+        self._warn_if_evasive(replies.double().softmax(1)[:, self.letters].sum(1).mean().item())
         return preferences
+
+    def _warn_if_evasive(self, share: float) -> None:
+        """Say once if the model would rather reply with something else: a choice of unlikely words means little."""
+        if share < 0.5 and not self._evasive:
+            self._evasive = True
+            logger.warning(
+                "the judge %s begins its reply with A or B with a probability of only %.2g: its verdicts may mean "
+                "little. Take a model tuned for instructions that does not think before it answers",
+                self.folder,
+                share,
+            )
+
+
+class _OneClip:
+    """An image processor for batches whose rows show the same images: it works on the first row, once a clip."""
+
+    def __init__(self, image_processor: Any):
+        self._processor, self._shown, self._result = image_processor, [], {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._processor, name)
+
+    def __call__(self, images: list[Any], *args: Any, **kwargs: Any) -> BatchFeature:
+        """Of `[rows][frames]` or `[rows · frames]` images, as the model's own processor hands them over."""
+        nested = isinstance(images[0], list | tuple)
+        again = next((i for i in range(1, len(images)) if not nested and images[i] is images[0]), len(images))
+        first = images[:1] if nested else images[:again]
+        shown = list(first[0]) if nested else first
+        if len(shown) != len(self._shown) or any(a is not b for a, b in zip(shown, self._shown, strict=True)):
+            self._result, self._shown = self._processor(first, *args, **kwargs), shown
+        rows = len(images) // len(first)
+        return BatchFeature({name: _repeat(value, rows) for name, value in self._result.items()})
+
+
+def _repeat(value: Any, rows: int) -> Any:
+    """A row's part of a batch for all rows: lists and arrays one after the other."""
+    if isinstance(value, Tensor):
+        return torch.cat([value] * rows)
+    return np.concatenate([value] * rows) if isinstance(value, np.ndarray) else value * rows
 
 
 _LOCAL = {"local_files_only": True, "trust_remote_code": False}

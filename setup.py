@@ -28,6 +28,8 @@ setup(
     extras_require={
         # real media, emotion tables and the run report: what recipes/affectgpt_*.py need
         "affectgpt": ["av>=14", "nltk>=3.9", "openpyxl>=3.1", "pillow>=11", "matplotlib>=3.9"],
+        # processors of judges that have a part for videos (Qwen-VL, Gemma 4, InternVL)
+        "judge": ["torchvision"],
         # the peers that losses and kernels are compared with
         "bench": ["trl==1.16.0", "liger-kernel==0.8.5"],
         "dev": ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "ruff>=0.12", "scipy>=1.13", "pandas>=2.2"],

@@ -90,9 +90,22 @@ def to_dict(config: Any) -> Any:
     return str(config) if isinstance(config, Path) else config
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes text so that every character of it is read back."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    # YAML's own line breaks beside \n: outside double quotes they are read as spaces
+    style = '"' if any(character in text for character in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
 def save_config(config: Any, path: Path) -> None:
     """Write a config as the YAML file that `--config` reads back to an equal one."""
-    text = yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=120)
+    text = yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
     Path(path).write_text(text, encoding="utf-8")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from grpo_core.cli import load_config, save_config, to_dict
@@ -287,6 +287,7 @@ def test_a_program_prints_a_mistake_without_a_traceback_and_exits_with_2(tmp_pat
 
 
 @settings(max_examples=40, deadline=None)
+@example(lr=0.0, stop=["\u2028"], name="\x85", weights={"a\u2029b": 1.0}, limit=None)  # line breaks in YAML
 @given(
     lr=st.floats(min_value=0, allow_nan=False),
     stop=st.lists(st.text(st.characters(exclude_categories=["Cs"])), max_size=3),

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from grpo_kernels.backend import Backend, choose_backend
 from grpo_kernels.checks import GRAPH_BREAK, accumulator_dtype, check_softmax, check_targets
 from grpo_kernels.selective_logprob import check_logits, given_rows
-from grpo_kernels.softmax_rows import RowStatistics, TorchRows, Transform, TritonRows
+from grpo_kernels.softmax_rows import RowGradient, RowStatistics, TorchRows, Transform, TritonRows
 from grpo_kernels.token_loss import KLEstimator, LossConfig, LossInputs, LossType
 
 Chunks = Iterator[tuple[slice, TritonRows | TorchRows]]
@@ -52,7 +52,7 @@ def loss_pass(
     chunks: Callable[[bool], Chunks],
     stats: RowStatistics,
     inputs: LossInputs,
-    take: Callable[[slice, Tensor, Tensor | None], None] | None,
+    take: Callable[[slice, RowGradient], None] | None,
 ) -> GRPOLoss:
     """The loss over all chunks of rows, handing each chunk's gradient to `take` (None: no gradient is wanted).
 
@@ -64,7 +64,7 @@ def loss_pass(
             chunk.statistics_()
     elif inputs.sequence_index is None:
         for rows, chunk in chunks(False):
-            take(rows, *chunk.loss_gradient_(inputs.rows(rows)))
+            take(rows, chunk.loss_gradient_(inputs.rows(rows)))
     else:  # a sequence's ratio is known after its last row
         last = None
         for rows, chunk in chunks(False):
@@ -73,7 +73,7 @@ def loss_pass(
         slopes = inputs.slopes(stats.logprob, stats.entropy)
         one_chunk = last is not None and last[0].start == 0
         for rows, chunk in [last] if one_chunk else chunks(True):
-            take(rows, *chunk.gradient_(*(None if x is None else x[rows] for x in slopes)))
+            take(rows, chunk.gradient_(*(None if x is None else x[rows] for x in slopes)))
 
     live = inputs.weight != 0
     tokens = inputs.loss(stats.logprob, stats.entropy)

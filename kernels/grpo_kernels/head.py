@@ -11,7 +11,8 @@ from torch.distributed.tensor import DTensor, Partial
 
 from grpo_kernels.backend import Backend
 from grpo_kernels.checks import accumulator_dtype
-from grpo_kernels.softmax_rows import RowStatistics, TorchRows, Transform, TritonRows, make_rows
+from grpo_kernels.large_entries import LargeEntries
+from grpo_kernels.softmax_rows import RowGradient, RowStatistics, TorchRows, Transform, TritonRows, make_rows
 
 CPU_CHUNK_BYTES = 32 << 20
 """Default size of the logits that exist at a time on a CPU: about a last-level cache, and still a good GEMM."""
@@ -66,22 +67,21 @@ class Head:
     """The GEMMs of one LM head, `weight [V, H]`, with fp32 accumulators whatever the operands are.
 
     Three ways, one meaning. Operands already in accumulator precision: a plain `mm`. Half precision on CUDA: cuBLAS
-    multiplies half-precision operands and exports its accumulators (`out_dtype`). Half precision on a CPU, which has no
-    such export: float32 copies, a slab of the vocabulary at a time.
+    multiplies half-precision operands and exports its accumulators (`out_dtype`); gradients of logits are such operands
+    but for their large entries. Half precision on a CPU, which has no such export, or with plain torch asked for:
+    float32 copies, a slab of the vocabulary at a time.
     """
 
-    def __init__(self, hidden: Tensor, weight: Tensor, slab_bytes: int = CPU_CHUNK_BYTES):
+    def __init__(self, hidden: Tensor, weight: Tensor, backend: Backend | None = None):
         self.accumulator = accumulator_dtype(hidden, weight)
-        operand = torch.promote_types(hidden.dtype, weight.dtype)
-        self.exports = weight.device.type in EXPORTING and operand != self.accumulator
-        self.operand = operand if self.exports else self.accumulator
-        self.weight, self.weight_dtype = weight.detach(), weight.dtype
+        half = hidden.dtype == weight.dtype != self.accumulator
+        self.exports = half and weight.device.type in EXPORTING and backend != "torch"
+        self.operand = weight.dtype if self.exports else self.accumulator
+        self.weight = weight.detach()
         vocabulary, width = weight.shape
         size = vocabulary
-        if self.exports:
-            self.weight = self.weight.to(operand)
-        elif weight.dtype != self.accumulator:
-            size = max(256, slab_bytes // max(1, width * self.accumulator.itemsize))
+        if self.operand != weight.dtype:
+            size = max(256, CPU_CHUNK_BYTES // max(1, width * self.accumulator.itemsize))
         self.slabs = [slice(v, min(v + size, vocabulary)) for v in range(0, vocabulary, max(1, size))]
 
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
@@ -111,48 +111,40 @@ class Head:
             return logits
         return logits.view(self.operand)[:, : logits.shape[1]]
 
-    def grad_hidden(self, grad: Tensor, factor: Tensor | None, out: Tensor) -> None:
-        """`out[r, H] = factor[:, None] · grad[r, V] · weight` of `operands`, rounded once to `out`'s precision."""
+    def grad_hidden(self, gradient: RowGradient, out: Tensor) -> None:
+        """`out[r, H] = gradient[r, V] · weight`, rounded once to `out`'s precision."""
+        dense, factor, large = gradient
         if self.exports:
-            if out.dtype == self.operand:
-                torch.mm(grad, self.weight, out=out)
-            else:
-                out.copy_(torch.mm(grad, self.weight, out_dtype=self.accumulator))
+            result = torch.mm(dense, self.weight, out_dtype=self.accumulator)
+            large.add_product(result, self.weight, out)
             return
         if len(self.slabs) == 1:
-            result = torch.mm(grad, self.weight.to(self.accumulator))
+            result = torch.mm(dense, self.weight.to(self.accumulator))
         else:
-            result = grad.new_zeros(grad.shape[0], self.weight.shape[1])
+            result = dense.new_zeros(dense.shape[0], self.weight.shape[1])
             for slab in self.slabs:
-                result.addmm_(grad[:, slab], self.weight[slab].to(self.accumulator))
+                result.addmm_(dense[:, slab], self.weight[slab].to(self.accumulator))
         out.copy_(result if factor is None else result.mul_(factor[:, None]))
 
-    def add_grad_weight(
-        self, grad: Tensor, factor: Tensor | None, hidden: Tensor, total: Tensor | None, only: bool
-    ) -> Tensor:
-        """`total[V, H] + (factor[:, None] · grad[r, V])ᵀ · hidden[r, H]`, in place unless total is None.
+    def add_grad_weight(self, gradient: RowGradient, hidden: Tensor, total: Tensor | None, only: bool) -> Tensor:
+        """`total[V, H] + gradient[r, V]ᵀ · hidden[r, H]`, in place unless total is None.
 
         Totals are kept in accumulator precision over several chunks; the `only` chunk's is rounded as it is written.
         """
+        dense, factor, large = gradient
         hidden = hidden.to(self.operand)
         if self.exports:
             if total is not None:
-                return torch.addmm(total, grad.t(), hidden, out_dtype=self.accumulator, out=total)
-            if only and self.weight_dtype == self.operand:
-                return torch.mm(grad.t(), hidden)
-            return torch.mm(grad.t(), hidden, out_dtype=self.accumulator)
+                torch.addmm(total, dense.t(), hidden, out_dtype=self.accumulator, out=total)
+            elif only:  # without the large entries there is little to round
+                total = torch.mm(dense.t(), hidden)
+            else:
+                total = torch.mm(dense.t(), hidden, out_dtype=self.accumulator)
+            large.add_transposed(hidden, total)
+            return total
         if factor is not None:
             hidden = hidden * factor[:, None]
-        return torch.mm(grad.t(), hidden) if total is None else total.addmm_(grad.t(), hidden)
-
-    def operands(self, grad: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Gradient and factor as the GEMMs take them: half precision with the factor multiplied in, where they export.
-
-        Triton writes the gradient so; torch leaves it and a factor in float32, and it is overwritten here.
-        """
-        if not self.exports or grad.dtype == self.operand:
-            return grad, factor
-        return grad.mul_(factor[:, None]).to(self.operand), None
+        return torch.mm(dense.t(), hidden) if total is None else total.addmm_(dense.t(), hidden)
 
 
 class HeadGradients:
@@ -174,27 +166,31 @@ class HeadGradients:
         self.weight: Tensor | None = None
         self.bias = torch.zeros_like(bias, dtype=head.accumulator) if need_bias else None
 
-    def add(self, rows: slice, grad: Tensor, factor: Tensor | None) -> None:
-        """Take in the gradient `factor[:, None] · grad` in the logits of `rows`."""
+    def add(self, rows: slice, gradient: RowGradient) -> None:
+        """Take in the gradient in the logits of `rows`."""
         if self.bias is not None:
-            if factor is None:
-                self.bias.add_(grad.sum(0, dtype=self.bias.dtype))
-            else:
-                self.bias.addmv_(grad.t(), factor)
-        grad, factor = self.head.operands(grad, factor)
+            self._add_bias(*gradient)
         if self.hidden is not None:
-            self.head.grad_hidden(grad, factor, out=self.hidden[rows])
+            self.head.grad_hidden(gradient, out=self.hidden[rows])
         if self.need_weight:
             hidden = self.hidden_input[rows]
             only = hidden.shape[0] == self.hidden_input.shape[0]
-            self.weight = self.head.add_grad_weight(grad, factor, hidden, self.weight, only)
+            self.weight = self.head.add_grad_weight(gradient, hidden, self.weight, only)
+
+    def _add_bias(self, dense: Tensor, factor: Tensor | None, large: LargeEntries | None) -> None:
+        if factor is None:
+            self.bias.add_(dense.sum(0, dtype=self.bias.dtype))
+        else:
+            self.bias.addmv_(dense.t(), factor)
+        if large is not None:
+            large.add_transposed(dense.new_ones(dense.shape[0], 1), self.bias[:, None])
 
     def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of hidden, weight and bias in their dtypes; zeros where no row came."""
         weight = self.weight
         if self.need_weight:
             weight = torch.zeros_like(self.head.weight) if weight is None else weight
-            weight = weight.to(self.head.weight_dtype)
+            weight = weight.to(self.head.weight.dtype)
         return self.hidden, weight, None if self.bias is None else self.bias.to(self.bias_dtype)
 
 

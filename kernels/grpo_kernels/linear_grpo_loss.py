@@ -118,7 +118,7 @@ def linear_grpo_loss(
     )
 
     def compute(needs):
-        head = Head(hidden, weight)
+        head = Head(hidden, weight, options.backend)
         stats = RowStatistics.empty(hidden.shape[0], hidden.device, head.accumulator, entropy=True, kl=False)
         gradients = HeadGradients(head, hidden, bias, *needs)
         result = loss_pass(

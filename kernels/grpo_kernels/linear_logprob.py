@@ -50,7 +50,7 @@ class _LinearLogprob(torch.autograd.Function):
             lm_head_stats(hidden, weight, targets, options.transform, stats, bias)
             return stats.logprob, stats.entropy, stats.kl
         head_frozen = not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2])
-        head = Head(hidden, weight)
+        head = Head(hidden, weight, options.backend)
         unit = None
         if options.grad and ctx.needs_input_grad[0] and head_frozen and reference_hidden is None:
             unit = torch.empty_like(hidden, dtype=head.accumulator)  # rounded once, after the upstream factor
@@ -58,7 +58,7 @@ class _LinearLogprob(torch.autograd.Function):
             if unit is None:
                 chunk.statistics_()
             else:
-                head.grad_hidden(*head.operands(*chunk.gradient_(None)), out=unit[rows])
+                head.grad_hidden(chunk.gradient_(None), out=unit[rows])
         ctx.options = options
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, weight, bias, reference_hidden, targets, unit, *stats.tensors())
@@ -81,7 +81,7 @@ class _LinearLogprob(torch.autograd.Function):
         upstream = [None if g is None else g.contiguous() for g in (grad_logprob, grad_entropy, grad_kl)]
         if grad_kl is None:
             reference_hidden = None
-        head = Head(hidden, weight)
+        head = Head(hidden, weight, ctx.options.backend)
         gradients = HeadGradients(head, hidden, bias, need_hidden, need_weight, need_bias)
         with torch.autocast(hidden.device.type, enabled=False):
             for rows, chunk in head_rows(
@@ -94,7 +94,7 @@ class _LinearLogprob(torch.autograd.Function):
                 saved=True,
                 reference_hidden=reference_hidden,
             ):
-                gradients.add(rows, *chunk.gradient_(*(None if g is None else g[rows] for g in upstream)))
+                gradients.add(rows, chunk.gradient_(*(None if g is None else g[rows] for g in upstream)))
         return *gradients.results(), None, None, None
 
 

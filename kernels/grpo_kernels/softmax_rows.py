@@ -13,6 +13,8 @@ Summing the other tokens apart keeps log p_y and 1 − p_y = s_o / s exact for c
 from a margin of some 15 nats in float32. Both terms of H are ≥ 0 and free of the logits' offset, so nothing cancels.
 KL and its gradient know the reference by δ alone, which is given as a difference of raw logits: two models that are
 close to each other would lose it between the roundings of two logits, and KL between two normalisers.
+
+A gradient narrower than its logits is a GEMM's operand: its `LargeEntries` stay in float32, and are 0 in their place.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from torch import Tensor
 
 from grpo_kernels.backend import Backend
 from grpo_kernels.interpreter import interpreted
+from grpo_kernels.large_entries import LargeEntries
 from grpo_kernels.token_loss import LossConfig, LossInputs, expm1, log1p, token_loss_slope
 
 BLOCK_BYTES = 1 << 20
@@ -82,10 +85,23 @@ class RowStatistics:
         return self.logprob, self.row_max, self.log_sum, self.entropy, self.kl, self.mean_drift
 
 
+class RowGradient(NamedTuple):
+    """A gradient in raw logits, `factor[:, None] · dense + large`."""
+
+    dense: Tensor
+    """`[r, V]`."""
+    factor: Tensor | None = None
+    """`[r]`; None: 1."""
+    large: LargeEntries | None = None
+    """None: 0."""
+
+
 @triton.jit
 def softmax_rows_kernel(
     logits,
     grad,  # where the gradient goes: over the logits, each row's from the row's start on
+    large_token_ptr,  # [T, 2]: the target's entry, and that of a token with most of the others' probability
+    large_value_ptr,
     targets,
     drift,  # raw logits minus the reference's
     # statistics: read if SAVED, else written
@@ -123,6 +139,7 @@ def softmax_rows_kernel(
     KL: tl.constexpr,
     SAVED: tl.constexpr,
     GRAD: tl.constexpr,
+    LARGE: tl.constexpr,
     UPSTREAM_LOGPROB: tl.constexpr,
     UPSTREAM_ENTROPY: tl.constexpr,
     UPSTREAM_KL: tl.constexpr,
@@ -246,9 +263,17 @@ def softmax_rows_kernel(
             if SOFTCAP:
                 bend = z / (softcap * inverse_temperature)
                 dz *= 1.0 - bend * bend
+            dz *= inverse_temperature
+            if LARGE:
+                # no two tokens can have most of what the target leaves, rounded as they may be
+                large = live & ((v == y) | (p > 0.51 * one_minus_p))
+                slot = 2 * t + (v != y)
+                tl.store(large_token_ptr + slot, v, large)
+                tl.store(large_value_ptr + slot, dz, large)
+                dz = tl.where(large, 0.0, dz)
             # a narrow gradient's block i lies inside the logits' blocks ≤ i: all lanes must have read theirs
             tl.debug_barrier()
-            tl.store(g_row + v, (dz * inverse_temperature).to(grad.dtype.element_ty), live)
+            tl.store(g_row + v, dz.to(grad.dtype.element_ty), live)
 
 
 @triton.jit
@@ -368,7 +393,7 @@ class TritonRows:
         stats: room for the statistics, or the statistics themselves if `saved`.
         drift: `[r, V]`, raw logits minus the reference's, for KL. Plain torch works on it in place.
         out: `[r, V]`, where the gradient goes: over the logits by default. It may be a narrower view of their memory,
-            if each of its rows starts where the logits' row does.
+            if each of its rows starts where the logits' row does; then large entries stay apart.
     """
 
     def __init__(
@@ -393,15 +418,22 @@ class TritonRows:
 
     def gradient_(
         self, grad_logprob: Tensor | None, grad_entropy: Tensor | None = None, grad_kl: Tensor | None = None
-    ) -> tuple[Tensor, None]:
-        """The gradient in the raw logits; `grad_logprob` None stands for ones. Fills `stats` if not saved."""
-        return self._launch(grad=True, upstream=(grad_logprob, grad_entropy, grad_kl)), None
+    ) -> RowGradient:
+        """The gradient; `grad_logprob` None stands for ones. Fills `stats` if not saved."""
+        return self._gradient(upstream=(grad_logprob, grad_entropy, grad_kl))
 
-    def loss_gradient_(self, inputs: LossInputs) -> tuple[Tensor, None]:
+    def loss_gradient_(self, inputs: LossInputs) -> RowGradient:
         """Statistics and the gradient of `Σ weight · token_loss`, in one launch."""
-        return self._launch(grad=True, loss=inputs), None
+        return self._gradient(loss=inputs)
 
-    def _launch(self, *, grad=False, upstream=(None, None, None), loss=None) -> Tensor:
+    def _gradient(self, **source) -> RowGradient:
+        large = None
+        if self.out.dtype != self.logits.dtype:
+            large = LargeEntries.none(*self.logits.shape, self.logits.device)
+        self._launch(grad=True, large=large, **source)
+        return RowGradient(self.out, large=large)
+
+    def _launch(self, *, grad=False, large=None, upstream=(None, None, None), loss=None) -> None:
         rows, vocabulary = self.logits.shape
         stats, logits, drift = self.stats, self.logits, self.drift
         weight, advantages, old, reference_logprob = loss[:4] if loss else (None,) * 4
@@ -410,6 +442,7 @@ class TritonRows:
         softmax_rows_kernel[(rows,)](
             logits,
             self.out,
+            *(large or (None, None)),
             self.targets,
             drift,
             stats.logprob,
@@ -440,6 +473,7 @@ class TritonRows:
             KL=drift is not None,
             SAVED=self.saved,
             GRAD=grad,
+            LARGE=large is not None,
             UPSTREAM_LOGPROB=upstream[0] is not None,
             UPSTREAM_ENTROPY=upstream[1] is not None,
             UPSTREAM_KL=upstream[2] is not None,
@@ -451,7 +485,6 @@ class TritonRows:
             BLOCK=launch.block,
             num_warps=launch.warps,
         )
-        return self.out
 
 
 class TorchRows:
@@ -511,10 +544,10 @@ class TorchRows:
 
     def gradient_(
         self, grad_logprob: Tensor | None, grad_entropy: Tensor | None = None, grad_kl: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """`(g, c)` with `c[:, None] · g` the gradient in the raw logits. Fills `stats` if they are not known.
+    ) -> RowGradient:
+        """The gradient. Fills `stats` if they are not known.
 
-        Over the logits, the row factor c is left out of g: the GEMMs that follow take it for the price of `[r, H]`.
+        Over the logits it has a factor a row: the GEMMs that follow take it for the price of `[r, H]`.
         """
         if self.saved:
             self._restore(grad_kl is not None)
@@ -531,11 +564,10 @@ class TorchRows:
                 self._gradient_block(rows, upstream[rows], grad_entropy, grad_kl)
             factor = inverse_sum
         if self.out is None:
-            return self.exp, factor[:, 0]
-        self.out.copy_(self.exp.mul_(factor))
-        return self.out, None
+            return RowGradient(self.exp, factor[:, 0])
+        return RowGradient(self.out.copy_(self.exp.mul_(factor)))
 
-    def loss_gradient_(self, inputs: LossInputs) -> tuple[Tensor, Tensor | None]:
+    def loss_gradient_(self, inputs: LossInputs) -> RowGradient:
         """Statistics and the gradient of `Σ weight · token_loss`."""
         self.statistics_()
         return self.gradient_(*inputs.slopes(self.stats.logprob, self.stats.entropy))

@@ -6,6 +6,7 @@ import pytest
 
 from grpo_kernels.grpo_loss import scale_kernel
 from grpo_kernels.interpreter import interpreted
+from grpo_kernels.large_entries import BLOCK_H, BLOCK_ROWS, SLOTS, add_product_kernel, add_transposed_kernel
 from grpo_kernels.lm_head_stats import COMBINE, HeadTile, combine_stats_kernel, lm_head_stats_kernel
 from grpo_kernels.sm90 import SHARED_LIMIT, compile_sm90
 from grpo_kernels.softmax_rows import RowLaunch, softmax_rows_kernel
@@ -54,8 +55,10 @@ def compile_rows(mode, logits, grad, vocabulary_aligned=True):
     names = softmax_rows_kernel.arg_names
     switches = dict.fromkeys((n for n in names if n.isupper() and n != "V"), False) | {"KL_ESTIMATOR": 0}
     launch = RowLaunch()
+    switches["LARGE"] = logits != grad and "GRAD" in ROW_MODES[mode]
     signature = {name: "*fp32" if name.endswith("_ptr") else "fp32" for name in names}
     signature |= {"logits": logits, "drift": logits, "grad": grad, "targets": "*i64", "V": "i32"}
+    signature["large_token_ptr"] = "*i64"
     signature |= dict.fromkeys(("logits_stride", "grad_stride", "drift_stride"), "i32")
     aligned = ("V", "logits_stride", "grad_stride", "drift_stride") if vocabulary_aligned else ()
     return compile_sm90(
@@ -118,5 +121,17 @@ def test_head_statistics_run_on_tensor_cores(options):
 def test_small_kernels():
     signature = dict.fromkeys(combine_stats_kernel.arg_names, "*fp32") | {"T": "i32", "tiles": "i32"}
     check(compile_sm90(combine_stats_kernel, signature, {"ENTROPY": True, **COMBINE}, num_warps=4))
+    tile = {"SLOTS": SLOTS, "BLOCK_H": BLOCK_H}
+    for kernel, total, constants in (
+        (add_product_kernel, "*fp32", tile),
+        (add_transposed_kernel, "*bf16", tile | {"BLOCK_ROWS": BLOCK_ROWS}),
+    ):
+        pointers = ("out", "weight", "hidden")
+        signature = {name: "*bf16" if name in pointers else "i32" for name in kernel.arg_names}
+        signature |= {"total": total, "value_ptr": "*fp32"}
+        signature |= dict.fromkeys(("token_ptr", "entry_ptr", "end_ptr"), "*i64")
+        constants |= dict.fromkeys((name for name in kernel.arg_names if name.endswith("_step")), 1)
+        strides = [name for name in kernel.arg_names if name.endswith("_stride")]
+        check(compile_sm90(kernel, signature, constants, aligned=("H", *strides), num_warps=4))
     signature = {"x": "*bf16", "factor_ptr": "*fp32", "n": "i32"}
     check(compile_sm90(scale_kernel, signature, {"BLOCK": 4096}, aligned=("n",), num_warps=8))

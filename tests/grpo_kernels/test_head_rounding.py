@@ -1,0 +1,260 @@
+"""bfloat16 gradients of the head, computed as on a GPU: of log-probs, only the result's own rounding is to be seen."""
+
+from __future__ import annotations
+
+import sys
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.library import Library
+
+from grpo_kernels import head, linear_grpo_loss, linear_logprob, softmax_rows
+from grpo_kernels.interpreter import interpret
+from grpo_kernels.large_entries import LargeEntries
+from grpo_kernels.softmax_rows import RowStatistics, Transform, TritonRows
+from grpo_kernels.token_loss import LossConfig, LossInputs
+
+ONCE = 2e-3
+"""Relative norm of one rounding to bfloat16, 1.65e-3 for normal numbers, and of what little else there is."""
+TWICE = 2.6e-3
+"""Of two, 1.65e-3·√2 and some scatter."""
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch):
+    """The CPU takes part in the GPU's way: kernels, GEMMs of bfloat16 operands that give float32 accumulators, and rows
+    of weight 0 left in their place."""
+
+    def product(a, b, out_dtype):
+        return (a.float() @ b.float()).to(out_dtype)
+
+    aten = Library("aten", "IMPL")
+    aten.impl("mm.dtype", product, "CPU")
+    aten.impl("mm.dtype_out", lambda a, b, out_dtype, *, out: out.copy_(product(a, b, out_dtype)), "CPU")
+    aten.impl(
+        "addmm.dtype_out",
+        lambda c, a, b, out_dtype, *, beta=1, alpha=1, out: out.copy_(c + product(a, b, out_dtype)),
+        "CPU",
+    )
+    monkeypatch.setattr(head, "EXPORTING", ("cpu",))
+    monkeypatch.setattr(sys.modules["grpo_kernels.linear_grpo_loss"], "_live_rows", lambda *_: None)
+    monkeypatch.setattr(softmax_rows, "launch_rows", lambda: softmax_rows.RowLaunch(block=128, warps=1))
+    with interpret():
+        yield
+    aten._destroy()
+
+
+def relative(value, reference):
+    """Norm of the difference over the norm of the reference."""
+    return float((value.double() - reference).norm() / reference.norm())
+
+
+def noise(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Batch(NamedTuple):
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    reference_hidden: Tensor
+    targets: Tensor
+
+    @classmethod
+    def make(cls, T, H, V, *, bias=False, distinct=None, shift=0.0, margin=None, confident="target"):
+        """In bfloat16, of (a few distinct) targets. Every logit is raised by `shift`; with a margin, the target (or
+        another token) is ahead of all others by about that many nats."""
+        hidden, weight = noise(T, H, seed=0), noise(V, H, seed=1) / H**0.5
+        targets = torch.randint(distinct or V, (T,), generator=torch.Generator().manual_seed(2))
+        if margin is not None:
+            ahead = targets if confident == "target" else (targets + 1) % V
+            hidden = 0.5 * hidden + margin * weight[ahead] / weight[ahead].square().sum(1, keepdim=True)
+        if shift:  # exact in bfloat16
+            hidden[:, 0], weight[:, 0] = shift, 1.0
+        floats = (hidden, weight, noise(V, seed=3) if bias else None, hidden + 0.3 * noise(T, H, seed=4))
+        return cls(*(None if x is None else x.bfloat16() for x in floats), targets)
+
+    def leaves(self, frozen=False):
+        """What gradients are compared of, in order."""
+        tensors = self[:1] if frozen else (x for x in self[:3] if x is not None)
+        return [x.requires_grad_() for x in tensors]
+
+    def double(self):
+        return Batch(*(None if x is None else x.detach().double() for x in self[:4]), self.targets)
+
+    def outputs(self, temperature=1.0, softcap=None):
+        """Log-prob (by the others' sum, which is exact for confident targets), entropy and KL by their definitions."""
+
+        def logits(hidden):
+            z = hidden @ self.weight.T if self.bias is None else hidden @ self.weight.T + self.bias
+            return (z if softcap is None else softcap * torch.tanh(z / softcap)) / temperature
+
+        z = logits(self.hidden)
+        is_target = torch.arange(z.shape[1]) == self.targets[:, None]
+        others = torch.where(is_target, -torch.inf, z).logsumexp(1)
+        gap = others - z.gather(1, self.targets[:, None])[:, 0]
+        logp, logq = z.log_softmax(1), logits(self.reference_hidden).log_softmax(1).detach()
+        return {
+            "logprob": -torch.nn.functional.softplus(gap, threshold=1000),
+            "entropy": -(logp.exp() * logp).sum(1),
+            "kl": (logp.exp() * (logp - logq)).sum(1),
+        }
+
+
+class Statistics:
+    """Outputs of `linear_logprob`, each weighted by noise."""
+
+    def __init__(self, *names):
+        self.names = names
+
+    def definition(self, outputs):
+        return sum((noise(len(outputs[name]), seed=len(name)) * outputs[name]).sum() for name in self.names)
+
+    def __call__(self, batch, _, **options):
+        if "kl" in self.names:
+            options["reference_hidden"] = batch.reference_hidden
+        options["entropy"] = "entropy" in self.names
+        got = linear_logprob(batch.hidden, batch.weight, batch.targets, bias=batch.bias, **options)
+        return self.definition(got._asdict())
+
+
+class Loss:
+    """`linear_grpo_loss` with a KL penalty; some rows have weight 0, and no valid target."""
+
+    def __init__(self, sequences=False, entropy_coef=0.0):
+        self.sequences, self.config = sequences, LossConfig(beta=0.05, entropy_coef=entropy_coef)
+
+    def inputs(self, outputs):
+        logprob = outputs["logprob"].detach().float()
+        T = len(logprob)
+        weight = torch.where(torch.arange(T) % 5 == 4, 0.0, noise(T, seed=5).abs() / T)
+        old, reference = (logprob + 0.05 * noise(T, seed=seed) for seed in (6, 7))
+        index, count = (torch.arange(T) // 4, -(-T // 4)) if self.sequences else (None, None)
+        return LossInputs(weight, noise(T, seed=8), old, reference, index, count, self.config)
+
+    def definition(self, outputs):
+        inputs = self.inputs(outputs)
+        live = inputs.weight != 0
+        loss = inputs.rows(live).loss(outputs["logprob"][live], outputs["entropy"][live]).loss
+        return (loss * inputs.weight[live]).sum()
+
+    def __call__(self, batch, outputs, **options):
+        options |= self.inputs(outputs)._asdict()
+        config, loss_weight = options.pop("config"), options.pop("weight")
+        options |= {"beta": config.beta, "entropy_coef": config.entropy_coef, "loss_weight": loss_weight}
+        targets = torch.where(loss_weight != 0, batch.targets, -100)
+        return linear_grpo_loss(batch.hidden, batch.weight, targets, bias=batch.bias, **options).loss
+
+
+def errors(objective, *, frozen=False, chunk_bytes=None, temperature=1.0, softcap=None, **shape):
+    """Relative norms of the gradients in hidden states and (not frozen) weight and bias."""
+    batch = Batch.make(**shape)
+    wide = batch.double()
+    leaves, wide_leaves = batch.leaves(frozen), wide.leaves(frozen)
+    transform = {"temperature": temperature, "softcap": softcap}
+    outputs = wide.outputs(**transform)
+    objective.definition(outputs).backward()
+    objective(batch, outputs, chunk_bytes=chunk_bytes, **transform).backward()
+    assert all(leaf.grad.dtype == torch.bfloat16 for leaf in leaves)
+    return [relative(a.grad, b.grad) for a, b in zip(leaves, wide_leaves, strict=True)]
+
+
+SHAPE = {"T": 15, "H": 67, "V": 197}
+CASES = {
+    "odd sizes": SHAPE,
+    "one row": {"T": 1, "H": 1023, "V": 131},
+    "few distinct targets": SHAPE | {"T": 30, "distinct": 3},
+    "bias": SHAPE | {"T": 40, "bias": True},
+    "frozen": SHAPE | {"frozen": True},
+    "temperature 0.3": SHAPE | {"temperature": 0.3},
+    "temperature 2, softcap": SHAPE | {"temperature": 2.0, "softcap": 5.0},
+    "logits up by 120": SHAPE | {"shift": 120.0},
+    "logits down by 120": SHAPE | {"shift": -120.0},
+    **{
+        f"{who} ahead by {margin} nats": SHAPE | {"H": 1023, "margin": margin, "confident": who}
+        for who in ("target", "another token")
+        for margin in (4, 17, 40)
+    },
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_of_the_loss_are_rounded_once(case):
+    assert max(errors(Loss(), **CASES[case])) < ONCE
+
+
+@pytest.mark.parametrize("case", ["one row", "bias", "frozen", "target ahead by 40 nats"])
+def test_gradients_of_log_probs_are_rounded_once(case):
+    assert max(errors(Statistics("logprob"), **CASES[case])) < ONCE
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [Statistics("logprob"), Loss(entropy_coef=0.01), Loss(sequences=True)],
+    ids=["log-prob", "loss", "sequences"],
+)
+def test_gradients_summed_over_chunks_are_rounded_once(objective):
+    assert max(errors(objective, **CASES["bias"], chunk_bytes=14_000)) < ONCE
+
+
+@pytest.mark.parametrize("name", ["entropy", "kl"])
+def test_gradients_of_entropy_and_kl_are_rounded_twice(name):
+    """No entry outweighs the others: all are rounded, and so is the result."""
+    assert max(errors(Statistics(name), **SHAPE)) < TWICE
+
+
+def test_head_tied_to_the_embedding_sums_two_rounded_gradients():
+    batch = Batch.make(**SHAPE)
+    objective, ids = Statistics("logprob"), batch.targets.roll(1)
+    tied = [x._replace(weight=x.weight.requires_grad_(), hidden=x.weight[ids]) for x in (batch, batch.double())]
+    objective(tied[0], None).backward()
+    objective.definition(tied[1].outputs()).backward()
+    assert relative(*(x.weight.grad for x in tied)) < TWICE
+
+
+def test_rows_all_masked_give_gradients_of_zero():
+    batch = Batch.make(5, 16, 70, bias=True)
+    leaves, zeros = batch.leaves(), torch.zeros(5)
+    linear_grpo_loss(*leaves[:2], batch.targets, zeros + 1, loss_weight=zeros, bias=leaves[2]).loss.backward()
+    assert all(torch.equal(leaf.grad, torch.zeros_like(leaf)) for leaf in leaves)
+
+
+@pytest.mark.parametrize("chunk_bytes", [None, 1500])
+def test_same_call_gives_the_same_bits(chunk_bytes):
+    gradients = []
+    for _ in range(2):
+        batch = Batch.make(9, 16, 70, bias=True, distinct=2)
+        leaves = batch.leaves()
+        Statistics("logprob")(batch, None, chunk_bytes=chunk_bytes).backward()
+        gradients.append([leaf.grad for leaf in leaves])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_target_out_of_range_makes_its_row_nan_and_is_no_entry():
+    logits, targets = noise(3, 70, seed=0), torch.tensor([4, -100, 70])
+    stats = RowStatistics.empty(3, logits.device, torch.float32, entropy=False, kl=False)
+    rows = TritonRows(logits, targets, Transform(), stats, out=logits.view(torch.bfloat16)[:, :70])
+    dense, _, large = rows.gradient_(None)
+    assert dense.isnan().all(1).tolist() == [False, True, True]
+    assert large.token.tolist() == [[4, 70], [70, 70], [70, 70]]
+
+
+def test_products_of_large_entries_are_those_of_a_dense_matrix():
+    """One token of 40 rows, 20 tokens of one row each, a row without any; more features than a program takes."""
+    rows, width, vocabulary = 41, 600, 70
+    large = LargeEntries.none(rows, vocabulary, torch.device("cpu"))
+    large.token[:-1, 0] = 3
+    large.token[:-1:2, 1] = torch.arange(5, 25)
+    large.value.copy_(noise(rows, 2, seed=0))
+    large.value[-1] = torch.nan
+    dense = torch.zeros(rows, vocabulary + 1, dtype=torch.float64)
+    dense = dense.scatter_(1, large.token, large.value.double())[:, :vocabulary]
+    hidden, weight, total = (noise(n, width, seed=n) for n in (rows, vocabulary, 2 * rows))
+    out = torch.empty(width, rows).t()
+    large.add_product(total[:rows], weight, out)
+    torch.testing.assert_close(out, (total[:rows].double() + dense @ weight.double()).float())
+    total = weight.clone()
+    large.add_transposed(hidden, total)
+    torch.testing.assert_close(total, (weight.double() + dense.t() @ hidden.double()).float())

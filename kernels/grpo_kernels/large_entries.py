@@ -28,15 +28,14 @@ class LargeEntries(NamedTuple):
     """At most `SLOTS` entries of each of r rows, each `[r, SLOTS]`."""
 
     token: Tensor
-    """int64, the column; V where there is no entry."""
+    """int64, the column; −1 where there is no entry."""
     value: Tensor
     """float32; anything where there is no entry."""
 
     @classmethod
-    def none(cls, rows: int, vocabulary: int, device: torch.device) -> LargeEntries:
+    def none(cls, rows: int, device: torch.device) -> LargeEntries:
         """Room for the entries of `rows` rows, none of which is there."""
-        token = torch.full((rows, SLOTS), vocabulary, device=device)
-        return cls(token, torch.empty(rows, SLOTS, device=device))
+        return cls(torch.full((rows, SLOTS), -1, device=device), torch.empty(rows, SLOTS, device=device))
 
     def add_product(self, total: Tensor, weight: Tensor, out: Tensor) -> None:
         """`out[r, H] = total + large · weight` from float32 totals and `weight [V, H]`, rounded once."""
@@ -46,7 +45,6 @@ class LargeEntries(NamedTuple):
             total,
             weight,
             *self,
-            weight.shape[0],
             width,
             *out.stride(),
             *weight.stride(),
@@ -56,7 +54,7 @@ class LargeEntries(NamedTuple):
 
     def add_transposed(self, hidden: Tensor, total: Tensor) -> None:
         """`total[V, H] += largeᵀ · hidden[r, H]`, a row with entries rounded once; the same bits each time."""
-        vocabulary, width = total.shape
+        width = total.shape[1]
         token, entry = self.token.flatten().sort(stable=True)
         end = torch.searchsorted(token, token, right=True)
         add_transposed_kernel[(token.shape[0], triton.cdiv(width, BLOCK_H))](
@@ -66,7 +64,6 @@ class LargeEntries(NamedTuple):
             entry,
             end,
             self.value,
-            vocabulary,
             width,
             *total.stride(),
             *hidden.stride(),
@@ -83,7 +80,6 @@ def add_product_kernel(
     weight,
     token_ptr,
     value_ptr,
-    V,
     H,
     out_stride,
     out_step,
@@ -98,8 +94,8 @@ def add_product_kernel(
     x = tl.load(total + t * H + h, h < H, other=0.0)
     for slot in tl.static_range(SLOTS):
         token = tl.load(token_ptr + t * SLOTS + slot)
-        value = tl.load(value_ptr + t * SLOTS + slot, token < V, other=0.0)
-        w = tl.load(weight + token * weight_stride + h * weight_step, (h < H) & (token < V), other=0.0)
+        value = tl.load(value_ptr + t * SLOTS + slot, token >= 0, other=0.0)
+        w = tl.load(weight + token * weight_stride + h * weight_step, (h < H) & (token >= 0), other=0.0)
         x += value * w.to(tl.float32)
     tl.store(out + t * out_stride + h * out_step, x.to(out.dtype.element_ty), h < H)
 
@@ -112,7 +108,6 @@ def add_transposed_kernel(
     entry_ptr,  # where each was before
     end_ptr,  # of its run of equal tokens
     value_ptr,
-    V,
     H,
     total_stride,
     total_step,
@@ -125,7 +120,7 @@ def add_transposed_kernel(
     """One run of equal tokens a program, BLOCK_H features of it; all but the first of a run have nothing to do."""
     first = tl.program_id(0)
     token = tl.load(token_ptr + first)
-    if (token >= V) | (token == tl.load(token_ptr + first - 1, first > 0, other=-1)):
+    if (token < 0) | (token == tl.load(token_ptr + first - 1, first > 0, other=-1)):
         return
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     x = tl.zeros((BLOCK_H,), tl.float32)

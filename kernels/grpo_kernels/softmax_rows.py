@@ -175,8 +175,9 @@ def softmax_rows_kernel(
             return
 
     # a target out of range is not read: it makes the row NaN
-    z_y = tl.load(z_row + y, (y >= 0) & (y < V), other=float("nan")).to(tl.float32)
-    z_y = transform_logits(z_y, inverse_temperature, softcap, SOFTCAP)
+    valid = (y >= 0) & (y < V)
+    x_y = tl.load(z_row + y, valid, other=float("nan")).to(tl.float32)
+    z_y = transform_logits(x_y, inverse_temperature, softcap, SOFTCAP)
 
     if SAVED:
         row_max = tl.load(row_max_ptr + t)
@@ -203,6 +204,7 @@ def softmax_rows_kernel(
         if ENTROPY:
             tl.store(entropy_ptr + t, entropy)
 
+    mean = 0.0
     if KL:
         if SAVED:
             mean = tl.load(mean_drift_ptr + t)
@@ -246,34 +248,68 @@ def softmax_rows_kernel(
         if UPSTREAM_KL:
             g_kl = tl.load(grad_kl_ptr + t)
         one_minus_p = -expm1(logprob)
-        tl.debug_barrier()  # every lane has read z_y before the row is overwritten
+        row = (row_max, log_sum, entropy, mean, one_minus_p)
+        upstream = (g_logprob, g_entropy, g_kl)
+        if LARGE:
+            dz_y, _ = _slope(
+                x_y, d_row + y, valid, valid, row, upstream, inverse_temperature, softcap, SOFTCAP, UPSTREAM_KL
+            )
+            tl.store(large_token_ptr + 2 * t, tl.where(valid, y, -1))
+            tl.store(large_value_ptr + 2 * t, dz_y)
+            other_token = tl.full((BLOCK,), -1, tl.int32)
+            other_dz = tl.zeros((BLOCK,), tl.float32)
+        tl.debug_barrier()  # every lane has read x_y before the row is overwritten
         for v0 in range(0, V, BLOCK):
             v = v0 + lanes
             live = v < V
             raw = tl.load(z_row + v, live, other=-1e30).to(tl.float32)
-            z = transform_logits(raw, inverse_temperature, softcap, SOFTCAP)
-            logp = (z - row_max) - log_sum
-            bracket = -g_entropy * (logp + entropy)
-            if UPSTREAM_KL:
-                delta = _difference(raw, d_row + v, live, inverse_temperature, softcap, SOFTCAP)
-                bracket += g_kl * (delta - mean)
-            p = tl.exp(logp)
-            # at the target, −g p and +g join to g (1 − p), which is not formed by subtraction
-            dz = tl.where(v == y, p * bracket + g_logprob * one_minus_p, p * (bracket - g_logprob))
-            if SOFTCAP:
-                bend = z / (softcap * inverse_temperature)
-                dz *= 1.0 - bend * bend
-            dz *= inverse_temperature
+            dz, p = _slope(
+                raw, d_row + v, live, v == y, row, upstream, inverse_temperature, softcap, SOFTCAP, UPSTREAM_KL
+            )
             if LARGE:
                 # no two tokens can have most of what the target leaves, rounded as they may be
-                large = live & ((v == y) | (p > 0.51 * one_minus_p))
-                slot = 2 * t + (v != y)
-                tl.store(large_token_ptr + slot, v, large)
-                tl.store(large_value_ptr + slot, dz, large)
-                dz = tl.where(large, 0.0, dz)
+                other = (v != y) & (p > 0.51 * one_minus_p)
+                other_token = tl.where(other, v, other_token)
+                other_dz = tl.where(other, dz, other_dz)
+                dz = tl.where(other | (v == y), 0.0, dz)
             # a narrow gradient's block i lies inside the logits' blocks ≤ i: all lanes must have read theirs
             tl.debug_barrier()
             tl.store(g_row + v, dz.to(grad.dtype.element_ty), live)
+        if LARGE:
+            tl.store(large_token_ptr + 2 * t + 1, tl.max(other_token, 0))
+            tl.store(large_value_ptr + 2 * t + 1, tl.sum(other_dz, 0))
+
+
+@triton.jit
+def _slope(
+    raw,
+    drift,  # where it is
+    live,
+    at_target,
+    row,
+    upstream,
+    inverse_temperature,
+    softcap,
+    SOFTCAP: tl.constexpr,
+    KL: tl.constexpr,
+):
+    """The gradient in raw logits of a row, and their p."""
+    row_max, log_sum, entropy, mean, one_minus_p = row
+    g_logprob, g_entropy, g_kl = upstream
+    z = transform_logits(raw, inverse_temperature, softcap, SOFTCAP)
+    if SOFTCAP:
+        z = tl.where(live, z, -1e30)  # what no column holds is not −∞ any more
+    logp = (z - row_max) - log_sum
+    bracket = -g_entropy * (logp + entropy)
+    if KL:
+        bracket += g_kl * (_difference(raw, drift, live, inverse_temperature, softcap, SOFTCAP) - mean)
+    p = tl.exp(logp)
+    # at the target, −g p and +g join to g (1 − p), which is not formed by subtraction
+    dz = tl.where(at_target, p * bracket + g_logprob * one_minus_p, p * (bracket - g_logprob))
+    if SOFTCAP:
+        bend = z / (softcap * inverse_temperature)
+        dz *= 1.0 - bend * bend
+    return dz * inverse_temperature, p
 
 
 @triton.jit
@@ -429,7 +465,7 @@ class TritonRows:
     def _gradient(self, **source) -> RowGradient:
         large = None
         if self.out.dtype != self.logits.dtype:
-            large = LargeEntries.none(*self.logits.shape, self.logits.device)
+            large = LargeEntries.none(self.logits.shape[0], self.logits.device)
         self._launch(grad=True, large=large, **source)
         return RowGradient(self.out, large=large)
 

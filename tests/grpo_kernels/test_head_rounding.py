@@ -238,19 +238,28 @@ def test_target_out_of_range_makes_its_row_nan_and_is_no_entry():
     rows = TritonRows(logits, targets, Transform(), stats, out=logits.view(torch.bfloat16)[:, :70])
     dense, _, large = rows.gradient_(None)
     assert dense.isnan().all(1).tolist() == [False, True, True]
-    assert large.token.tolist() == [[4, 70], [70, 70], [70, 70]]
+    assert large.token.tolist() == [[4, -1], [-1, -1], [-1, -1]]
+
+
+def test_columns_past_the_vocabulary_are_no_entries():
+    """A softcap makes −softcap of the −∞ they stand for, as likely here as the only token that is left."""
+    logits = torch.tensor([[3.0, -3.0]])
+    stats = RowStatistics.empty(1, logits.device, torch.float32, entropy=False, kl=False)
+    rows = TritonRows(logits, torch.tensor([0]), Transform(softcap=1.0), stats, out=logits.view(torch.bfloat16)[:, :2])
+    assert rows.gradient_(None).large.token.tolist() == [[0, 1]]
 
 
 def test_products_of_large_entries_are_those_of_a_dense_matrix():
     """One token of 40 rows, 20 tokens of one row each, a row without any; more features than a program takes."""
     rows, width, vocabulary = 41, 600, 70
-    large = LargeEntries.none(rows, vocabulary, torch.device("cpu"))
+    large = LargeEntries.none(rows, torch.device("cpu"))
     large.token[:-1, 0] = 3
     large.token[:-1:2, 1] = torch.arange(5, 25)
     large.value.copy_(noise(rows, 2, seed=0))
     large.value[-1] = torch.nan
-    dense = torch.zeros(rows, vocabulary + 1, dtype=torch.float64)
-    dense = dense.scatter_(1, large.token, large.value.double())[:, :vocabulary]
+    dense = torch.zeros(rows, vocabulary, dtype=torch.float64)
+    there = large.token >= 0
+    dense[there.nonzero()[:, 0], large.token[there]] = large.value[there].double()
     hidden, weight, total = (noise(n, width, seed=n) for n in (rows, vocabulary, 2 * rows))
     out = torch.empty(width, rows).t()
     large.add_product(total[:rows], weight, out)

@@ -132,6 +132,11 @@ def test_every_combination_of_options_is_the_written_out_loss(given_logits):
         check(case, given_logits, "torch")
 
 
+@pytest.mark.parametrize("chunk_bytes", [None, 2_000_000])
+def test_more_rows_than_sixteen_bits_count(chunk_bytes):
+    check(("clip", (0.1, "k3", True), True, 1.6, 0.05), False, "torch", T=70_000, chunk_bytes=chunk_bytes)
+
+
 @pytest.mark.parametrize("given_logits", [False, True], ids=["linear", "logits"])
 def test_kernels_give_the_written_out_loss(given_logits):
     with interpret():

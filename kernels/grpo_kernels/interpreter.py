@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -38,13 +38,29 @@ def interpret() -> Iterator[None]:
         for name, value in members.items():
             if isinstance(value, JITFunction):
                 setattr(holder, name, InterpretedFunction(value.fn))
+    patch_lang, interpreter._patch_lang = interpreter._patch_lang, _patch_once(interpreter._patch_lang)
     try:
         with triton.knobs.runtime.scope(), np.errstate(all="ignore"):
             triton.knobs.runtime.interpret = True
             yield
     finally:
+        interpreter._patch_lang = patch_lang
         for holder, members in before:
             _restore(holder, members)
+
+
+def _patch_once(patch_lang: Callable) -> Callable:
+    """The interpreter patches `tl` anew for every launch, and for every call of one jitted function by another, which
+    takes a third of its time. Once a module is enough, as `interpret` undoes it in the end."""
+    patched = set()
+
+    def patch(fn):
+        if fn.__module__ not in patched:
+            patched.add(fn.__module__)
+            patch_lang(fn)
+        return interpreter._LangPatchScope()  # nothing for the launch to undo
+
+    return patch
 
 
 def _restore(holder: object, members: dict[str, object]) -> None:

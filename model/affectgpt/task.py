@@ -45,7 +45,7 @@ class DataConfig:
     """Share of the samples that is held back from training and evaluated in its course."""
     cache_dir: Path = Path("runs/features")
     """Encoder outputs are kept here, keyed by the files' content, and used by every run."""
-    synthetic_clips: tuple[int, int] = (400, 150)
+    synthetic_clips: tuple[int, int] = (400, 450)
     """Training and held-out clips that format synthetic makes."""
     face_channel_order: Literal["rgb", "bgr"] = "rgb"
     """Channel order of the face files; look at the skin if in doubt."""

@@ -186,7 +186,7 @@ def write_mp4(path: Path, frames: NDArray[np.uint8], sound: NDArray[np.float32])
         container.mux(audio.encode())
 
 
-def make_dataset(root: str | Path, *, seed: int = 0, train: int = 400, test: int = 150, workers: int = 2) -> Path:
+def make_dataset(root: str | Path, *, seed: int = 0, train: int = 400, test: int = 450, workers: int = 2) -> Path:
     """Make `train` + `test` clips in the MER2025 layout under `root` and return it.
 
     Writes video/, audio/, openface_face/, subtitle_chieng.csv, track2_train_ovmerd.csv, track3_train_ovmerd.csv,

@@ -4,10 +4,11 @@
     logprob, entropy, kl                    `softmax_rows` says how, forward and backward
 
 Cost of T tokens, H hidden, V vocabulary, one GEMM being 2·T·H·V FLOP: the forward takes one GEMM. With a trainable
-head the backward recomputes a chunk's logits and takes two more (input and weight), four in all. With a frozen head
-(LoRA) the forward also takes the gradient of each row's log-prob with respect to its hidden state, `[T, H]`, which the
-backward only scales: two GEMMs in all, whatever the per-token gradient turns out to be. Where no gradient is wanted and
-the logits would exceed a chunk, `lm_head_stats` takes the GEMM and writes no logits at all.
+head the backward takes two more (input and weight), three in all if one chunk holds all logits, and is kept until then;
+of several chunks it computes each again, four in all. With a frozen head (LoRA) the forward also takes the gradient of
+each row's log-prob with respect to its hidden state, `[T, H]`, which the backward only scales: two GEMMs in all,
+whatever the per-token gradient turns out to be. Where no gradient is wanted and the logits would exceed a chunk,
+`lm_head_stats` takes the GEMM and writes no logits at all.
 """
 
 from __future__ import annotations
@@ -54,12 +55,15 @@ class _LinearLogprob(torch.autograd.Function):
         unit = None
         if options.grad and ctx.needs_input_grad[0] and head_frozen and reference_hidden is None:
             unit = torch.empty_like(hidden, dtype=head.accumulator)  # rounded once, after the upstream factor
+        ctx.options, ctx.kept = options, None
         for rows, chunk in head_rows(head, hidden, bias, targets, stats, options, reference_hidden=reference_hidden):
             if unit is None:
                 chunk.statistics_()
+                if options.grad and any(ctx.needs_input_grad) and rows == slice(0, hidden.shape[0]):
+                    chunk.stats = None  # they are results: the graph would hold itself
+                    ctx.kept = chunk
             else:
                 head.grad_hidden(chunk.gradient_(None), out=unit[rows])
-        ctx.options = options
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, weight, bias, reference_hidden, targets, unit, *stats.tensors())
         return stats.logprob, stats.entropy, stats.kl
@@ -83,17 +87,23 @@ class _LinearLogprob(torch.autograd.Function):
             reference_hidden = None
         head = Head(hidden, weight, ctx.options.backend)
         gradients = HeadGradients(head, hidden, bias, need_hidden, need_weight, need_bias)
+        kept, ctx.kept = ctx.kept, None  # a gradient goes over its logits: a second backward computes them again
         with torch.autocast(hidden.device.type, enabled=False):
-            for rows, chunk in head_rows(
-                head,
-                hidden,
-                bias,
-                targets,
-                stats,
-                ctx.options,
-                saved=True,
-                reference_hidden=reference_hidden,
-            ):
+            if kept is not None:
+                kept.stats = stats
+                chunks = [(slice(0, hidden.shape[0]), kept)]
+            else:
+                chunks = head_rows(
+                    head,
+                    hidden,
+                    bias,
+                    targets,
+                    stats,
+                    ctx.options,
+                    saved=True,
+                    reference_hidden=reference_hidden,
+                )
+            for rows, chunk in chunks:
                 gradients.add(rows, chunk.gradient_(*(None if g is None else g[rows] for g in upstream)))
         return *gradients.results(), None, None, None
 
@@ -134,7 +144,8 @@ def linear_logprob(
         entropy: give the entropy too.
         reference_hidden: `[T, H]`, hidden states of a reference model with the same head (LoRA switched off): give
             KL(policy ‖ reference) too. The reference is a constant: no gradient flows into or through it.
-        chunk_bytes: most bytes of logits at a time; default 32 MiB on a CPU, 1/16 of a GPU's memory.
+        chunk_bytes: most bytes of logits at a time; default 32 MiB on a CPU, 1/16 of a GPU's memory. With a trainable
+            head, logits that fit are kept until the backward. Where many results wait for theirs, set it low.
         backend: 'triton', 'torch', or None for the device's own.
         validate: check the range of `targets` on a GPU too, at the price of a synchronisation.
 

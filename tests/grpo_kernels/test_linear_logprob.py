@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from grpo_kernels import linear_grpo_loss, linear_logprob
+from grpo_kernels import head, linear_grpo_loss, linear_logprob
+from grpo_kernels.head import Head
 from grpo_kernels.interpreter import interpret
 from grpo_kernels.softmax_rows import RowStatistics, Transform, TritonRows
 
@@ -391,6 +394,51 @@ class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
         if isinstance(result, torch.Tensor):
             self.elements = max(self.elements, result.untyped_storage().nbytes() // 4)
         return result
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_logits_of_one_chunk_are_computed_once_and_those_of_several_twice(backend, monkeypatch):
+    computed = []
+    logits = Head.logits
+    monkeypatch.setattr(
+        Head, "logits", lambda head, hidden, out: computed.append(len(out)) or logits(head, hidden, out)
+    )
+    hidden, weight, targets, *_ = make(12, 8, 40)
+    gradients = []
+    for chunk_bytes in (None, 4 * 40 * 4):
+        leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        with interpret():
+            out = linear_logprob(*leaves, targets, entropy=True, chunk_bytes=chunk_bytes, backend=backend)
+            (out.logprob.sum() + 0.3 * out.entropy.sum()).backward()
+        gradients.append([leaf.grad for leaf in leaves])
+    assert computed == [12] + 2 * [4, 4, 4]
+    for one, several in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, several)
+
+
+def test_a_second_backward_gives_the_same_gradient():
+    hidden, weight, targets, *_ = make(9, 8, 40)
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    loss = (linear_logprob(*leaves, targets, entropy=True).entropy ** 2).sum()
+    first, second = (torch.autograd.grad(loss, leaves, retain_graph=True) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_kept_logits_go_with_the_results(monkeypatch):
+    chunks = []
+    original = head.make_rows
+    monkeypatch.setattr(head, "make_rows", lambda *a, **k: chunks.append(made := original(*a, **k)) or made)
+    hidden, weight, targets, *_ = make(9, 8, 40)
+    results = linear_logprob(hidden.requires_grad_(), weight.requires_grad_(), targets, entropy=True)
+    kept = weakref.ref(chunks.pop())
+    assert kept() is not None
+    gc.disable()  # a cycle would keep [T, V] logits until the collector comes by
+    try:
+        del results
+        assert kept() is None
+    finally:
+        gc.enable()
 
 
 def test_operands_keep_their_precision_under_autocast():

@@ -15,7 +15,7 @@ def main() -> None:
     make.add_argument("folder", type=Path)
     make.add_argument("--seed", type=int, default=0)
     make.add_argument("--train", type=int, default=400)
-    make.add_argument("--test", type=int, default=150)
+    make.add_argument("--test", type=int, default=450)
     make.add_argument("--workers", type=int, default=2)
     part = commands.add_parser("film", help="film one part of a folder's scripts (what `make` starts in parallel)")
     part.add_argument("folder", type=Path)

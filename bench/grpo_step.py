@@ -6,7 +6,7 @@
 Three contenders, each in a process of its own, one after the other, on all cores (or the GPU): ours; ours with sharing
 off, where every completion is a group of its own with its own copy of the prompt, in sampling and in training; and TRL
 (`pip install trl==1.16.0`), a group a micro-batch (at P = 192, G = 16, 4 prompts the whole step in one was slower and
-larger), no gradient checkpointing, and AdamW. All start from the same random weights, and draw completions at
+larger), without its default of gradient checkpointing, which takes longer, and with AdamW. All start from the same random weights, and draw completions at
 temperature 1 to the full length, but for the rare end token.
 A step's seconds are the fastest of `--steps`, after one that warms up. Peaks are what a process takes beyond what it
 held before its first step: resident memory on a CPU, allocated memory on a GPU.
@@ -146,7 +146,7 @@ def run_trl(args: argparse.Namespace) -> dict:
         beta=0.0,
         loss_type="dapo",
         learning_rate=1e-6,
-        gradient_checkpointing=False,
+        gradient_checkpointing=args.trl_checkpointing,
         use_cpu=args.device == "cpu",
         bf16=args.device == "cuda",
         optim="adamw_torch_fused",
@@ -218,6 +218,7 @@ def main() -> None:
     parser.add_argument("--preset", choices=list(PRESETS), default="tiny", help="shape of the model")
     parser.add_argument("--lora", action="store_true", help="train LoRA adapters of rank 16 on all linear layers")
     parser.add_argument("--micro-batch-tokens", type=int, default=16_384, help="ours: tokens of a forward and backward")
+    parser.add_argument("--trl-checkpointing", action="store_true", help="TRL: gradient checkpointing, its default")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--json", type=Path, help="where the results go")

@@ -6,8 +6,8 @@
 Three contenders, each in a process of its own, one after the other, on all cores (or the GPU): ours; ours with sharing
 off, where every completion is a group of its own with its own copy of the prompt, in sampling and in training; and TRL
 (`pip install trl==1.16.0`), a group a micro-batch (at P = 192, G = 16, 4 prompts the whole step in one was slower and
-larger), without its default of gradient checkpointing, which takes longer, and with AdamW. All start from the same random weights, and draw completions at
-temperature 1 to the full length, but for the rare end token.
+larger), with AdamW and without its default of gradient checkpointing, which takes longer. All start from the same
+random weights, and draw completions at temperature 1 to the full length, but for the rare end token.
 A step's seconds are the fastest of `--steps`, after one that warms up. Peaks are what a process takes beyond what it
 held before its first step: resident memory on a CPU, allocated memory on a GPU.
 

@@ -1,5 +1,6 @@
 """Tiny local checkpoints in the real formats: a byte-level BPE tokenizer, Qwen2, CLIP vision, HuBERT."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,12 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+
+
+def pytest_configure():
+    """One thread a process, here and in what tests start: the suite runs in several, and its matrices are small."""
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

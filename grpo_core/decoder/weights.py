@@ -15,6 +15,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+_SHORT_BATCH, _TILE = 16, 8
+"""Batches of fewer rows are filled up with zeros to whole tiles on a CPU: kernels for one to three rows (with two
+threads, up to eleven) give other bits than those for a batch."""
+
 
 class FusedLinear:
     """Several linear layers that read the same input, side by side in one matrix `[in, sum of out]`.
@@ -53,10 +57,10 @@ class FusedLinear:
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """`x @ weight + bias (+ residual)`, `[rows, in]` → `[rows, out]`."""
-        if x.shape[0] == 1 and x.device.type == "cpu":
-            # one row would take the matrix-vector kernel, whose bits differ from those of a batch
-            twice = None if residual is None else residual.expand(2, -1)
-            return self(x.expand(2, -1), twice)[:1]
+        rows = x.shape[0]
+        if rows < _SHORT_BATCH and rows % _TILE and x.device.type == "cpu":
+            missing = (0, 0, 0, _TILE - rows % _TILE)
+            return self(F.pad(x, missing), None if residual is None else F.pad(residual, missing))[:rows]
         if residual is None:
             return x @ self.weight if self.bias is None else torch.addmm(self.bias, x, self.weight)
         out = torch.addmm(residual, x, self.weight)

@@ -22,14 +22,6 @@ from .conftest import make_lm
 from .sampling_models import CharTokenizer, FeaturePolicy, generated, make_prompts, sampled, token_ids
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def kernels():
     with interpret():

@@ -27,14 +27,6 @@ from .sampling_models import (
 LENGTHS = (5, 1, 17, 9, 30, 2)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_greedy_decoding_equals_generate(family, lora):
     lm = make_lm(family, lora)

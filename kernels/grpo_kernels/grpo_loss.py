@@ -19,11 +19,12 @@ from torch.autograd.function import once_differentiable
 
 from grpo_kernels.backend import Backend, choose_backend
 from grpo_kernels.checks import GRAPH_BREAK, accumulator_dtype, check_softmax, check_targets
+from grpo_kernels.row_statistics import RowGradient, RowStatistics, Transform
 from grpo_kernels.selective_logprob import check_logits, given_rows
-from grpo_kernels.softmax_rows import RowGradient, RowStatistics, TorchRows, Transform, TritonRows
+from grpo_kernels.softmax_rows import Rows
 from grpo_kernels.token_loss import KLEstimator, LossConfig, LossInputs, LossType
 
-Chunks = Iterator[tuple[slice, TritonRows | TorchRows]]
+Chunks = Iterator[tuple[slice, Rows]]
 
 
 class GRPOLoss(NamedTuple):

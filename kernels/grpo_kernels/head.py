@@ -12,7 +12,8 @@ from torch.distributed.tensor import DTensor, Partial
 from grpo_kernels.backend import Backend
 from grpo_kernels.checks import accumulator_dtype
 from grpo_kernels.large_entries import LargeEntries
-from grpo_kernels.softmax_rows import RowGradient, RowStatistics, TorchRows, Transform, TritonRows, make_rows
+from grpo_kernels.row_statistics import RowGradient, RowStatistics, Transform
+from grpo_kernels.softmax_rows import Rows, make_rows
 
 CPU_CHUNK_BYTES = 32 << 20
 """Default size of the logits that exist at a time on a CPU: about a last-level cache, and still a good GEMM."""
@@ -204,7 +205,7 @@ def head_rows(
     *,
     saved: bool = False,
     reference_hidden: Tensor | None = None,
-) -> Iterator[tuple[slice, TritonRows | TorchRows]]:
+) -> Iterator[tuple[slice, Rows]]:
     """Yield `(rows, chunk)`, each chunk's logits over the last one's; `chunk_bytes` bounds all that is `[r, V]`."""
     vocabulary = head.weight.shape[0]
     streams = 1 if reference_hidden is None else 2

@@ -22,7 +22,7 @@ from grpo_kernels.backend import Backend, choose_backend
 from grpo_kernels.checks import GRAPH_BREAK, accumulator_dtype, check_head, check_softmax, check_targets
 from grpo_kernels.grpo_loss import GRPOLoss, loss_pass, with_gradients
 from grpo_kernels.head import Head, HeadGradients, HeadOptions, head_rows, replicated
-from grpo_kernels.softmax_rows import RowStatistics, Transform
+from grpo_kernels.row_statistics import RowStatistics, Transform
 from grpo_kernels.token_loss import KLEstimator, LossConfig, LossInputs, LossType
 
 

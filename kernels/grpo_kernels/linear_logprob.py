@@ -23,7 +23,7 @@ from grpo_kernels.backend import Backend, choose_backend
 from grpo_kernels.checks import GRAPH_BREAK, accumulator_dtype, check_head, check_softmax, check_targets
 from grpo_kernels.head import Head, HeadGradients, HeadOptions, default_chunk_bytes, head_rows, replicated
 from grpo_kernels.lm_head_stats import can_describe, lm_head_stats
-from grpo_kernels.softmax_rows import RowStatistics, Transform
+from grpo_kernels.row_statistics import RowStatistics, Transform
 
 
 class LinearLogprob(NamedTuple):

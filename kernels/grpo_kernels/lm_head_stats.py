@@ -20,8 +20,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from grpo_kernels.interpreter import interpreted
-from grpo_kernels.softmax_rows import RowStatistics, Transform, transform_logits
+from grpo_kernels.row_statistics import RowStatistics, Transform
 from grpo_kernels.token_loss import log1p
+from grpo_kernels.triton_rows import transform_logits
 
 
 @triton.jit

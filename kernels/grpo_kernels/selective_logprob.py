@@ -19,7 +19,8 @@ from torch.autograd.function import once_differentiable
 from grpo_kernels.backend import Backend, choose_backend
 from grpo_kernels.checks import FLOAT_DTYPES, GRAPH_BREAK, accumulator_dtype, check_softmax, check_targets
 from grpo_kernels.head import row_chunks
-from grpo_kernels.softmax_rows import RowStatistics, TorchRows, Transform, TritonRows, make_rows
+from grpo_kernels.row_statistics import RowStatistics, Transform
+from grpo_kernels.softmax_rows import Rows, make_rows
 
 
 class SelectiveLogprob(NamedTuple):
@@ -80,7 +81,7 @@ def given_rows(
     stats: RowStatistics,
     backend: Backend,
     saved: bool = False,
-) -> Iterator[tuple[slice, TritonRows | TorchRows]]:
+) -> Iterator[tuple[slice, Rows]]:
     """Yield `(rows, chunk)` over logits `[..., V]`; a chunk's gradient goes to the same place of `out`."""
     start = 0
     for view, out_view in row_views(logits, out):

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
-from grpo_kernels import head, linear_grpo_loss, linear_logprob, softmax_rows
+from grpo_kernels import head, linear_grpo_loss, linear_logprob, triton_rows
 from grpo_kernels.interpreter import interpret
 from grpo_kernels.large_entries import LargeEntries
-from grpo_kernels.softmax_rows import RowStatistics, Transform, TritonRows
+from grpo_kernels.row_statistics import RowStatistics, Transform
 from grpo_kernels.token_loss import LossConfig, LossInputs
+from grpo_kernels.triton_rows import TritonRows
 
 ONCE = 2e-3
 """Relative norm of one rounding to bfloat16, 1.65e-3 for normal numbers, and of what little else there is."""
@@ -40,7 +41,7 @@ def as_on_a_gpu(monkeypatch):
     )
     monkeypatch.setattr(head, "EXPORTING", ("cpu",))
     monkeypatch.setattr(sys.modules["grpo_kernels.linear_grpo_loss"], "_live_rows", lambda *_: None)
-    monkeypatch.setattr(softmax_rows, "launch_rows", lambda: softmax_rows.RowLaunch(block=128, warps=1))
+    monkeypatch.setattr(triton_rows, "launch_rows", lambda: triton_rows.RowLaunch(block=128, warps=1))
     with interpret():
         yield
     aten._destroy()

@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from grpo_kernels import head, linear_grpo_loss, linear_logprob
 from grpo_kernels.head import Head
 from grpo_kernels.interpreter import interpret
-from grpo_kernels.softmax_rows import RowStatistics, Transform, TritonRows
+from grpo_kernels.row_statistics import RowStatistics, Transform
+from grpo_kernels.triton_rows import TritonRows
 
 OUTPUTS = ("logprob", "entropy", "kl")
 

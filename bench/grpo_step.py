@@ -3,16 +3,16 @@
     python bench/grpo_step.py --prompt-tokens 512 --completion-tokens 32 --group-size 16 --json out.json
     python bench/grpo_step.py --device cuda --preset 7B --lora --prompt-tokens 1024 --completion-tokens 256 --prompts 8
 
-Three contenders, each in a process of its own, one after the other, on all cores (or the GPU): ours; ours with sharing
-off, where every completion is a group of its own with its own copy of the prompt, in sampling and in training; and TRL
-(`pip install trl==1.16.0`), a group a micro-batch (at P = 192, G = 16, 4 prompts the whole step in one was slower and
-larger), with AdamW and without its default of gradient checkpointing, which takes longer. All start from the same
-random weights, and draw completions at temperature 1 to the full length, but for the rare end token.
+Four contenders, each in a process of its own, one after the other, on all cores (or the GPU): ours; ours with sharing
+off, where every completion is a group of its own with its own copy of the prompt, in sampling and in training; TRL
+(`pip install trl==1.16.0`) as it comes, a group a micro-batch (at P = 192, G = 16, 4 prompts the whole step in one was
+slower and larger); and TRL without gradient checkpointing, its default. All start from the same random weights, and
+draw completions at temperature 1 to the full length, but for the rare end token.
 A step's seconds are the fastest of `--steps`, after one that warms up. Peaks are what a process takes beyond what it
 held before its first step: resident memory on a CPU, allocated memory on a GPU.
 
-The JSON has `ours`, `without_sharing` and `trl`, each `{seconds, peak_bytes, phases}`, and `ratio` and `memory_ratio`,
-TRL's figures over ours.
+The JSON has `ours`, `without_sharing`, `trl` and `trl_no_checkpointing`, each `{seconds, peak_bytes, phases}`, and
+TRL's figures over ours: `ratio` and `memory_ratio`, and the same two for `…_no_checkpointing`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from common import PRESETS, Memory, device_name, make_model, synchronize, write_
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-CONTENDERS = ("trl", "ours", "without_sharing")
+CONTENDERS = ("trl", "trl_no_checkpointing", "ours", "without_sharing")
 
 
 def make_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
@@ -125,7 +125,7 @@ def run_ours(args: argparse.Namespace, shared: bool) -> dict:
     return {"seconds": seconds, "peak_bytes": memory.peak(), "phases": phases}
 
 
-def run_trl(args: argparse.Namespace) -> dict:
+def run_trl(args: argparse.Namespace, checkpointing: bool) -> dict:
     """TRL's trainer, timed by its callbacks."""
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -146,7 +146,7 @@ def run_trl(args: argparse.Namespace) -> dict:
         beta=0.0,
         loss_type="dapo",
         learning_rate=1e-6,
-        gradient_checkpointing=args.trl_checkpointing,
+        gradient_checkpointing=checkpointing,
         use_cpu=args.device == "cpu",
         bf16=args.device == "cuda",
         optim="adamw_torch_fused",
@@ -218,31 +218,34 @@ def main() -> None:
     parser.add_argument("--preset", choices=list(PRESETS), default="tiny", help="shape of the model")
     parser.add_argument("--lora", action="store_true", help="train LoRA adapters of rank 16 on all linear layers")
     parser.add_argument("--micro-batch-tokens", type=int, default=16_384, help="ours: tokens of a forward and backward")
-    parser.add_argument("--trl-checkpointing", action="store_true", help="TRL: gradient checkpointing, its default")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--json", type=Path, help="where the results go")
     parser.add_argument("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        result = run_trl(args) if args.worker == "trl" else run_ours(args, shared=args.worker == "ours")
+        if args.worker.startswith("trl"):
+            result = run_trl(args, checkpointing=args.worker == "trl")
+        else:
+            result = run_ours(args, shared=args.worker == "ours")
         print(json.dumps(result))
         return
     names = args.contenders
-    if "trl" in names and importlib.util.find_spec("trl") is None:
+    if any(name.startswith("trl") for name in names) and importlib.util.find_spec("trl") is None:
         print("left out: TRL (not installed: pip install trl==1.16.0)")
-        names = [name for name in names if name != "trl"]
+        names = [name for name in names if not name.startswith("trl")]
     shape = f"P={args.prompt_tokens} C={args.completion_tokens} G={args.group_size}, {args.prompts} prompts"
     print(f"{device_name(args.device)}, {args.preset}, {shape}, {os.cpu_count()} cores")
     results: dict = {}
     for name in names:
         results[name] = result = run_in_process(name)
         phases = "  ".join(f"{phase} {seconds:.2f}" for phase, seconds in result["phases"].items())
-        print(f"{name:16s} {result['seconds']:7.2f} s   {result['peak_bytes'] / 2**20:6.0f} MiB   {phases}", flush=True)
-    if {"trl", "ours"} <= results.keys():
-        results["ratio"] = results["trl"]["seconds"] / results["ours"]["seconds"]
-        results["memory_ratio"] = results["trl"]["peak_bytes"] / results["ours"]["peak_bytes"]
-        print(f"ratio {results['ratio']:.2f}   memory 1/{results['memory_ratio']:.2f}")
+        print(f"{name:21s} {result['seconds']:7.2f} s   {result['peak_bytes'] / 2**20:6.0f} MiB   {phases}", flush=True)
+    for name in [name for name in results if name.startswith("trl") and "ours" in results]:
+        suffix = name.removeprefix("trl")
+        results[f"ratio{suffix}"] = ratio = results[name]["seconds"] / results["ours"]["seconds"]
+        results[f"memory_ratio{suffix}"] = memory = results[name]["peak_bytes"] / results["ours"]["peak_bytes"]
+        print(f"{name} / ours: time {ratio:.2f}   memory {memory:.2f}")
     shape = f"p{args.prompt_tokens}-c{args.completion_tokens}-g{args.group_size}-n{args.prompts}"
     write_results(results, args, f"grpo_step-{{device}}-{shape}")
 

@@ -22,8 +22,8 @@ class GroupSampler:
     """Samples G completions for each of N prompts from the policy as it is at the call.
 
     A completion depends on the seed, the step, its prompt and its index in the group alone: not on what else is in the
-    batch, in which order, or on how many ranks. In fp32 on one CPU thread, with layers of up to 768 inputs, that holds
-    bit for bit. Elsewhere rounding depends on the batch, and a draw within rounding of two tokens may fall on either.
+    batch, in which order, or on how many ranks. In fp32 on one CPU thread that holds bit for bit. Elsewhere rounding
+    depends on the batch, and a draw within rounding of two tokens may fall on either.
     Prompts with the same id are the same draw.
 
     Args:

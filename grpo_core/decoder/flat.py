@@ -14,7 +14,7 @@ from transformers.activations import ACT2FN
 from grpo_core.decoder.attention import decode_attention, prefill_attention
 from grpo_core.decoder.cache import CacheShape, GroupCache, MaskedCache
 from grpo_core.decoder.drawing import DrawRules, LogitsDrawer
-from grpo_core.decoder.weights import CopiedVector, FlatLayer, FlatWeights
+from grpo_core.decoder.weights import CopiedVector, FlatLayer, FlatWeights, can_pack
 
 _FAMILIES = ("qwen2", "qwen3", "llama", "mistral")
 _STATIC_ROPES = ("default", "linear", "llama3", "yarn")
@@ -27,12 +27,12 @@ class FlatModel:
 
     Args:
         model: the causal LM without its outer PEFT wrapper; adapters inside are merged at `refresh`.
-        input_major: how weights lie in memory, see `FusedLinear`.
+        packed: how weights lie in memory, see `FusedLinear`.
     """
 
-    def __init__(self, model: PreTrainedModel, input_major: bool):
+    def __init__(self, model: PreTrainedModel, packed: bool):
         config = model.config
-        self.weights = FlatWeights(model, input_major)
+        self.weights = FlatWeights(model, packed)
         self.rotary = model.base_model.rotary_emb
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -75,7 +75,7 @@ class FlatDecoder(FlatModel):
     held_bytes = 0
 
     def __init__(self, model: PreTrainedModel):
-        super().__init__(model, input_major=model.get_input_embeddings().weight.device.type == "cpu")
+        super().__init__(model, packed=can_pack(model.get_input_embeddings().weight))
         self.activation = ACT2FN[model.config.hidden_act]
         self.cache: MaskedCache | None = None
 

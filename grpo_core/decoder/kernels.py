@@ -137,7 +137,7 @@ class KernelDecoder(FlatModel):
     """
 
     def __init__(self, model: PreTrainedModel):
-        super().__init__(model, input_major=False)
+        super().__init__(model, packed=False)
         self.cache: KernelCache | None = None
 
     @staticmethod

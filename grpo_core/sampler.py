@@ -22,9 +22,9 @@ class GroupSampler:
     """Samples G completions for each of N prompts from the policy as it is at the call.
 
     A completion depends on the seed, the step, its prompt and its index in the group alone: not on what else is in the
-    batch, in which order, or on how many ranks. In fp32 on one CPU thread that holds bit for bit. Elsewhere rounding
-    depends on the batch, and a draw within rounding of two tokens may fall on either.
-    Prompts with the same id are the same draw.
+    batch, in which order, or on how many ranks. In fp32 on one thread of a CPU with AVX2 that holds bit for bit.
+    Elsewhere rounding may depend on the batch, and a draw within rounding of two tokens may fall on either. Prompts
+    with the same id are the same draw.
 
     Args:
         policy: gives the model and the prompts' embeddings.

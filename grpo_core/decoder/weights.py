@@ -21,9 +21,9 @@ class FusedLinear:
 
     Args:
         modules: the layers, plain or wrapped by PEFT.
-        packed: keep the matrix as oneDNN's kernels read it (see `can_pack`) and not as `weight`. A row's product is
-            then the same to the bit whatever rows are beside it, and a matrix that no cache holds is read at twice the
-            speed of MKL's few-row products.
+        packed: keep the matrix as oneDNN's kernels read it (see `can_pack`) and not as `weight`. MKL has kernels of
+            their own for few rows, which are slow where no cache holds the matrix and give other bits than those for a
+            batch; here a row's product does not depend on the rows beside it (under AVX2; not measured elsewhere).
 
     Attributes:
         weight: the matrix, in memory as the layers' own (output-major), at an address that stays; None if packed.
@@ -34,11 +34,12 @@ class FusedLinear:
         self.modules = list(modules)
         bases = [_base(module) for module in self.modules]
         self.widths = [base.out_features for base in bases]
-        self._shape, self._like = (sum(self.widths), bases[0].in_features), bases[0].weight
+        self._shape = (sum(self.widths), bases[0].in_features)
+        self._kind = {"dtype": bases[0].weight.dtype, "device": bases[0].weight.device}
         self.weight = None if packed else self._empty()
         self._packed: Tensor | None = None
         has_bias = any(base.bias is not None for base in bases)
-        self.bias = self._like.new_zeros(self._shape[0], requires_grad=False) if has_bias else None
+        self.bias = torch.zeros(self._shape[0], **self._kind) if has_bias else None
         self._seen: list[tuple | None] = [None] * len(bases)
 
     @torch.no_grad()
@@ -73,7 +74,7 @@ class FusedLinear:
         return out if self.bias is None else out.add_(self.bias)
 
     def _empty(self) -> Tensor:
-        return torch.empty(self._shape, dtype=self._like.dtype, device=self._like.device).t()
+        return torch.empty(self._shape, **self._kind).t()
 
 
 def can_pack(weight: Tensor) -> bool:

@@ -13,7 +13,7 @@ from grpo_core.config import RolloutConfig
 from grpo_core.decoder import Rollout, StopConditions, TokenChooser, attention, flat
 from grpo_core.decoder.attention import RowPlan, decode_attention, extent
 from grpo_core.decoder.cache import fill_holes
-from grpo_core.decoder.weights import FlatWeights
+from grpo_core.decoder.weights import FlatWeights, FusedLinear
 from grpo_core.policy import Policy
 from grpo_core.sampler import GroupSampler
 
@@ -102,11 +102,12 @@ def test_flat_weights_are_what_the_adapted_layers_apply(options):
         for parameter in peft.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
-        weights = FlatWeights(peft.get_base_model())
+        weights, packed = FlatWeights(peft.get_base_model()), FlatWeights(peft.get_base_model(), packed=True)
         for disabled in (False, True):
             peft.train()
             with peft.disable_adapter() if disabled else torch.no_grad():
                 weights.refresh()
+                packed.refresh()
                 assert all(module.training for module in peft.modules())
                 peft.eval()
                 layer, model = weights.layers[0], lm.model.layers[0]
@@ -123,6 +124,27 @@ def test_flat_weights_are_what_the_adapted_layers_apply(options):
                     bias = torch.cat([b for _, b in expected])
                     found = torch.zeros_like(bias) if fused.bias is None else fused.bias
                     torch.testing.assert_close(found, bias, rtol=0, atol=2e-6)
+                for plain, other in zip(weights._parts(), packed._parts(), strict=True):
+                    if isinstance(plain, FusedLinear):
+                        x, residual = torch.randn(5, plain.weight.shape[0]), torch.randn(5, plain.weight.shape[1])
+                        torch.testing.assert_close(other(x), plain(x), rtol=0, atol=2e-5)
+                        torch.testing.assert_close(other(x, residual), plain(x, residual), rtol=0, atol=2e-5)
+
+
+def test_packed_weights_follow_the_model_and_frozen_ones_are_packed_once():
+    lm = make_lm("qwen2")
+    lm.requires_grad_(False)
+    linear = FusedLinear([lm.model.layers[0].mlp.gate_proj, lm.model.layers[0].mlp.up_proj], packed=True)
+    linear.refresh()
+    packed = linear._packed
+    linear.refresh()
+    assert linear._packed is packed
+    with torch.no_grad():
+        lm.model.layers[0].mlp.up_proj.weight.zero_()
+    linear.refresh()
+    out = linear(torch.randn(3, 32))
+    assert out[:, :48].all()
+    assert not out[:, 48:].any()
 
 
 def test_flat_weights_stay_at_their_addresses_and_leave_frozen_layers_alone():

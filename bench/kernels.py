@@ -61,6 +61,12 @@ def ours_loss(b: Batch) -> Tensor:
     return linear_grpo_loss(b.hidden, b.weight, b.targets, b.advantages, loss_weight=b.loss_weight).loss
 
 
+def ours_loss_with_entropy(b: Batch) -> Tensor:
+    return linear_grpo_loss(
+        b.hidden, b.weight, b.targets, b.advantages, loss_weight=b.loss_weight, entropy_coef=0.01
+    ).loss
+
+
 def ours_logprob(b: Batch) -> Tensor:
     return surrogate(b, linear_logprob(b.hidden, b.weight, b.targets).logprob)
 
@@ -128,6 +134,7 @@ def trl_chunked(b: Batch) -> Tensor:
 COMPILED = "torch.compile"
 CONTENDERS: dict[str, tuple[Callable[[Batch], Tensor], str]] = {
     "ours: linear_grpo_loss": (ours_loss, "torch"),
+    "ours: GRPO loss with an entropy bonus": (ours_loss_with_entropy, "torch"),
     "ours: linear_logprob": (ours_logprob, "torch"),
     "ours: grpo_loss, logits in place": (ours_given_logits, "torch"),
     "torch: log_softmax + gather": (plain, "torch"),

@@ -11,7 +11,6 @@ from torch.distributed.tensor import DTensor, Partial
 
 from grpo_kernels.backend import Backend
 from grpo_kernels.checks import accumulator_dtype
-from grpo_kernels.large_entries import LargeEntries
 from grpo_kernels.row_statistics import RowGradient, RowStatistics, Transform
 from grpo_kernels.softmax_rows import Rows, make_rows
 
@@ -69,7 +68,8 @@ class Head:
 
     Three ways, one meaning. Operands already in accumulator precision: a plain `mm`. Half precision on CUDA: cuBLAS
     multiplies half-precision operands and exports its accumulators (`out_dtype`); gradients of logits are such operands
-    but for their large entries. Half precision on a CPU, which has no such export, or with plain torch asked for:
+    but for their large entries, or in float16 with a factor a row, beside float16 copies of the weight and the hidden
+    states (|weight| < 65,504). Half precision on a CPU, which has no such export, or with plain torch asked for:
     float32 copies, a slab of the vocabulary at a time.
     """
 
@@ -116,16 +116,17 @@ class Head:
         """`out[r, H] = gradient[r, V] · weight`, rounded once to `out`'s precision."""
         dense, factor, large = gradient
         if self.exports:
-            result = torch.mm(dense, self.weight, out_dtype=self.accumulator)
-            large.add_product(result, self.weight, out)
-            return
-        if len(self.slabs) == 1:
+            result = torch.mm(dense, self.weight.to(dense.dtype), out_dtype=self.accumulator)
+        elif len(self.slabs) == 1:
             result = torch.mm(dense, self.weight.to(self.accumulator))
         else:
             result = dense.new_zeros(dense.shape[0], self.weight.shape[1])
             for slab in self.slabs:
                 result.addmm_(dense[:, slab], self.weight[slab].to(self.accumulator))
-        out.copy_(result if factor is None else result.mul_(factor[:, None]))
+        if large is not None:
+            large.add_product(result, self.weight, out)
+        else:
+            out.copy_(result if factor is None else result.mul_(factor[:, None]))
 
     def add_grad_weight(self, gradient: RowGradient, hidden: Tensor, total: Tensor | None, only: bool) -> Tensor:
         """`total[V, H] + gradient[r, V]ᵀ · hidden[r, H]`, in place unless total is None.
@@ -133,6 +134,13 @@ class Head:
         Totals are kept in accumulator precision over several chunks; the `only` chunk's is rounded as it is written.
         """
         dense, factor, large = gradient
+        if factor is not None:
+            hidden = hidden.to(self.accumulator) * factor[:, None]
+        if self.exports and factor is not None:
+            product, unit = self._half_product(dense, hidden)
+            if total is None:
+                return torch.mul(product, unit, out=torch.empty_like(self.weight) if only else product)
+            return total.addcmul_(product, unit)
         hidden = hidden.to(self.operand)
         if self.exports:
             if total is not None:
@@ -143,9 +151,27 @@ class Head:
                 total = torch.mm(dense.t(), hidden, out_dtype=self.accumulator)
             large.add_transposed(hidden, total)
             return total
-        if factor is not None:
-            hidden = hidden * factor[:, None]
         return torch.mm(dense.t(), hidden) if total is None else total.addmm_(dense.t(), hidden)
+
+    def add_grad_bias(self, gradient: RowGradient, total: Tensor) -> None:
+        """`total[V] + Σ_r gradient[r, V]`, in place."""
+        dense, factor, large = gradient
+        if self.exports and factor is not None:
+            product, unit = self._half_product(dense, factor[:, None])
+            total.addcmul_(product[:, 0], unit)
+        elif factor is not None:
+            total.addmv_(dense.t(), factor)
+        else:
+            total.add_(dense.sum(0, dtype=total.dtype))
+        if large is not None:
+            large.add_transposed(dense.new_ones(dense.shape[0], 1), total[:, None])
+
+    def _half_product(self, dense: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """float32 `denseᵀ · columns` as `(product [V, n], unit)`, to be multiplied: of float16 `dense [r, V]`, and
+        float32 `columns [r, n]` that a power of two brings into float16's range."""
+        peak = columns.abs().amax().clamp(min=1e-30)
+        unit = peak / torch.frexp(peak).mantissa * 2.0**-14
+        return torch.mm(dense.t(), (columns / unit).to(dense.dtype), out_dtype=self.accumulator), unit
 
 
 class HeadGradients:
@@ -170,21 +196,13 @@ class HeadGradients:
     def add(self, rows: slice, gradient: RowGradient) -> None:
         """Take in the gradient in the logits of `rows`."""
         if self.bias is not None:
-            self._add_bias(*gradient)
+            self.head.add_grad_bias(gradient, self.bias)
         if self.hidden is not None:
             self.head.grad_hidden(gradient, out=self.hidden[rows])
         if self.need_weight:
             hidden = self.hidden_input[rows]
             only = hidden.shape[0] == self.hidden_input.shape[0]
             self.weight = self.head.add_grad_weight(gradient, hidden, self.weight, only)
-
-    def _add_bias(self, dense: Tensor, factor: Tensor | None, large: LargeEntries | None) -> None:
-        if factor is None:
-            self.bias.add_(dense.sum(0, dtype=self.bias.dtype))
-        else:
-            self.bias.addmv_(dense.t(), factor)
-        if large is not None:
-            large.add_transposed(dense.new_ones(dense.shape[0], 1), self.bias[:, None])
 
     def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of hidden, weight and bias in their dtypes; zeros where no row came."""

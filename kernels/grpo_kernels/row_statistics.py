@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -41,13 +41,15 @@ class RowStatistics:
     log_sum: Tensor
     entropy: Tensor | None
     kl: Tensor | None
+    peak_drift: Tensor | None
+    """z − z_ref of a most probable token."""
     mean_drift: Tensor | None
     """Σ p δ."""
 
     @classmethod
     def empty(cls, rows: int, device: torch.device, dtype: torch.dtype, *, entropy: bool, kl: bool) -> RowStatistics:
         """Room for the statistics of `rows` rows."""
-        wanted = (True, True, True, entropy, kl, kl)
+        wanted = (True, True, True, entropy, kl, kl, kl)
         return cls(*(torch.empty(rows, device=device, dtype=dtype) if want else None for want in wanted))
 
     def rows(self, rows: slice) -> RowStatistics:
@@ -56,7 +58,7 @@ class RowStatistics:
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The fields, in order."""
-        return self.logprob, self.row_max, self.log_sum, self.entropy, self.kl, self.mean_drift
+        return tuple(getattr(self, field.name) for field in fields(self))
 
 
 class RowGradient(NamedTuple):
@@ -65,6 +67,6 @@ class RowGradient(NamedTuple):
     dense: Tensor
     """`[r, V]`."""
     factor: Tensor | None = None
-    """`[r]`; None: 1."""
+    """float32 `[r]`; None: 1."""
     large: LargeEntries | None = None
     """None: 0."""

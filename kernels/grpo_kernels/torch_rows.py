@@ -46,7 +46,7 @@ class TorchRows:
             if stats.kl is not None:
                 delta = self.transform.difference(x, self.drift[rows])
             self.transform(x)
-            row_max = x.amax(1, keepdim=True)
+            row_max, peak = x.max(1, keepdim=True)
             x.sub_(row_max)
             target_z = x.gather(1, targets)
             # a logit of −∞ has p = 0, and 0·z must be 0
@@ -62,6 +62,9 @@ class TorchRows:
             stats.log_sum.copy_(log_sum[:, 0])
             stats.logprob.copy_((-(gap.clamp(min=0.0) + torch.log1p(torch.exp(-gap.abs()))))[:, 0])
             if stats.kl is not None:
+                peak_drift = delta.gather(1, peak)
+                stats.peak_drift.copy_(peak_drift[:, 0])
+                delta.sub_(peak_drift)
                 mean = (x * delta).sum(1, keepdim=True) / total
                 stats.mean_drift.copy_(mean[:, 0])
                 stats.kl.copy_(torch_kl(x / total, z - log_sum, delta, mean)[:, 0])
@@ -127,7 +130,8 @@ class TorchRows:
         """exp(z − m), and δ, from saved statistics."""
         for rows in self._blocks():
             if kl:
-                self.transform.difference(self.exp[rows], self.drift[rows])
+                delta = self.transform.difference(self.exp[rows], self.drift[rows])
+                delta.sub_(self.stats.peak_drift[rows, None])
             self.transform(self.exp[rows]).sub_(self.stats.row_max[rows, None]).exp_()
         torch.mul(torch.expm1(self.stats.logprob).neg_(), self.stats.log_sum.exp(), out=self.others[:, 0])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -20,6 +21,7 @@ def softmax_rows_kernel(
     grad,  # where the gradient goes: over the logits, each row's from the row's start on
     large_token_ptr,  # [T, 2]: the target's entry, and that of a token with most of the others' probability
     large_value_ptr,
+    factor_ptr,  # what a scaled gradient has to be multiplied by
     targets,
     drift,  # raw logits minus the reference's
     # statistics: read if SAVED, else written
@@ -28,6 +30,7 @@ def softmax_rows_kernel(
     log_sum_ptr,
     entropy_ptr,
     kl_ptr,
+    peak_drift_ptr,
     mean_drift_ptr,
     # upstream gradient of logprob, entropy and KL (UPSTREAM), or what a GRPO loss is made of (LOSS)
     grad_logprob_ptr,
@@ -58,6 +61,7 @@ def softmax_rows_kernel(
     SAVED: tl.constexpr,
     GRAD: tl.constexpr,
     LARGE: tl.constexpr,
+    SCALED: tl.constexpr,
     UPSTREAM_LOGPROB: tl.constexpr,
     UPSTREAM_ENTROPY: tl.constexpr,
     UPSTREAM_KL: tl.constexpr,
@@ -86,6 +90,8 @@ def softmax_rows_kernel(
             tl.store(log_sum_ptr + t, 0.0)
             if ENTROPY:
                 tl.store(entropy_ptr + t, 0.0)
+            if SCALED:
+                tl.store(factor_ptr + t, 0.0)
             if GRAD:
                 for v0 in range(0, V, BLOCK):
                     zero = tl.zeros((BLOCK,), tl.float32).to(grad.dtype.element_ty)
@@ -105,7 +111,9 @@ def softmax_rows_kernel(
         if UPSTREAM_ENTROPY:
             entropy = tl.load(entropy_ptr + t)
     else:
-        row_max, others, moment = _online(z_row, y, V, lanes, inverse_temperature, softcap, SOFTCAP, ENTROPY, BLOCK)
+        row_max, others, moment, peak_token = _online(
+            z_row, y, V, lanes, inverse_temperature, softcap, SOFTCAP, ENTROPY, KL, BLOCK
+        )
         highest = tl.maximum(row_max, z_y)
         shrink = tl.exp(row_max - highest)
         moment = (moment + others * (row_max - highest)) * shrink
@@ -122,12 +130,19 @@ def softmax_rows_kernel(
         if ENTROPY:
             tl.store(entropy_ptr + t, entropy)
 
+    peak = 0.0
     mean = 0.0
     if KL:
         if SAVED:
+            peak = tl.load(peak_drift_ptr + t)
             mean = tl.load(mean_drift_ptr + t)
+            kl = tl.load(kl_ptr + t)
         else:
-            mean, kl = _kl(z_row, d_row, row_max, log_sum, V, lanes, inverse_temperature, softcap, SOFTCAP, BLOCK)
+            x = tl.load(z_row + peak_token).to(tl.float32)
+            peak = _difference(x, d_row + peak_token, True, 0.0, inverse_temperature, softcap, SOFTCAP)
+            row = (row_max, log_sum, peak)
+            mean, kl = _kl(z_row, d_row, row, V, lanes, inverse_temperature, softcap, SOFTCAP, BLOCK)
+            tl.store(peak_drift_ptr + t, peak)
             tl.store(mean_drift_ptr + t, mean)
             tl.store(kl_ptr + t, kl)
 
@@ -166,8 +181,16 @@ def softmax_rows_kernel(
         if UPSTREAM_KL:
             g_kl = tl.load(grad_kl_ptr + t)
         one_minus_p = -expm1(logprob)
-        row = (row_max, log_sum, entropy, mean, one_minus_p)
+        row = (row_max, log_sum, entropy, peak, mean, one_minus_p)
         upstream = (g_logprob, g_entropy, g_kl)
+        if SCALED:
+            bound = tl.abs(g_logprob) * one_minus_p
+            if LOSS or UPSTREAM_ENTROPY:
+                bound += tl.abs(g_entropy) * entropy
+            if UPSTREAM_KL:
+                bound += tl.abs(g_kl) * _kl_slope_bound(kl)
+            scale, factor = _half_scale(bound * inverse_temperature)
+            tl.store(factor_ptr + t, factor)
         if LARGE:
             dz_y, _ = _slope(
                 x_y, d_row + y, valid, valid, row, upstream, inverse_temperature, softcap, SOFTCAP, UPSTREAM_KL
@@ -190,6 +213,8 @@ def softmax_rows_kernel(
                 other_token = tl.where(other, v, other_token)
                 other_dz = tl.where(other, dz, other_dz)
                 dz = tl.where(other | (v == y), 0.0, dz)
+            if SCALED:
+                dz *= scale
             # a narrow gradient's block i lies inside the logits' blocks ≤ i: all lanes must have read theirs
             tl.debug_barrier()
             tl.store(g_row + v, dz.to(grad.dtype.element_ty), live)
@@ -212,7 +237,7 @@ def _slope(
     KL: tl.constexpr,
 ):
     """The gradient in raw logits of a row, and their p."""
-    row_max, log_sum, entropy, mean, one_minus_p = row
+    row_max, log_sum, entropy, peak, mean, one_minus_p = row
     g_logprob, g_entropy, g_kl = upstream
     z = transform_logits(raw, inverse_temperature, softcap, SOFTCAP)
     if SOFTCAP:
@@ -220,7 +245,7 @@ def _slope(
     logp = (z - row_max) - log_sum
     bracket = -g_entropy * (logp + entropy)
     if KL:
-        bracket += g_kl * (_difference(raw, drift, live, inverse_temperature, softcap, SOFTCAP) - mean)
+        bracket += g_kl * (_difference(raw, drift, live, peak, inverse_temperature, softcap, SOFTCAP) - mean)
     p = tl.exp(logp)
     # at the target, −g p and +g join to g (1 − p), which is not formed by subtraction
     dz = tl.where(at_target, p * bracket + g_logprob * one_minus_p, p * (bracket - g_logprob))
@@ -228,6 +253,25 @@ def _slope(
         bend = z / (softcap * inverse_temperature)
         dz *= 1.0 - bend * bend
     return dz * inverse_temperature, p
+
+
+@triton.jit
+def _kl_slope_bound(kl):
+    """No |p_v d_v| is larger, of any distribution p and reference at this KL.
+
+    Σ p d = 0, so none exceeds a = ½ Σ p |d|. As exp(−d) − 1 + d ≥ d² / (2 + |d|), which is convex in |d|,
+    exp(KL) − 1 ≥ (2a)² / (2 + 2a). And where d < 0, of probability q, exp(KL) ≥ q exp(a / q): a ≤ q (KL − log q).
+    """
+    grown = expm1(tl.minimum(kl, 20.0))
+    return tl.minimum(0.25 * (grown + tl.sqrt(grown * (grown + 8.0))), kl + 0.37)
+
+
+@triton.jit
+def _half_scale(bound):
+    """A power of two that lifts `bound` to between 2¹³ and 2¹⁴, a quarter of what float16 holds, and its inverse."""
+    exponent = 267 - (bound.to(tl.int32, bitcast=True) >> 23)
+    exponent = tl.minimum(tl.maximum(exponent, 1), 253)
+    return (exponent << 23).to(tl.float32, bitcast=True), ((254 - exponent) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -250,13 +294,13 @@ def tanh(x):
 
 
 @triton.jit
-def _difference(raw, pointers, live, inverse_temperature, softcap, SOFTCAP: tl.constexpr):
-    """δ = z − z_ref from raw logits and where their drift is; `Transform.difference` has the formula."""
+def _difference(raw, pointers, live, peak, inverse_temperature, softcap, SOFTCAP: tl.constexpr):
+    """δ = z − z_ref less the peak's, from raw logits and where their drift is: `Transform.difference`'s formula."""
     delta = tl.load(pointers, live, other=0.0).to(tl.float32)
     if SOFTCAP:
         product = tanh(raw / softcap) * tanh((raw - delta) / softcap)
         delta = tanh(delta / softcap) * (1.0 - product) * softcap
-    return delta * inverse_temperature
+    return delta * inverse_temperature - peak
 
 
 @triton.jit
@@ -267,10 +311,21 @@ def _load(pointers, live, inverse_temperature, softcap, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _online(
-    row, y, V, lanes, inverse_temperature, softcap, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr
+    row,
+    y,
+    V,
+    lanes,
+    inverse_temperature,
+    softcap,
+    SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    PEAK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """`(m, Σ exp(z − m), Σ exp(z − m)(z − m))` of a row, the target y left out; one cross-lane reduction a row."""
+    """`(m, Σ exp(z − m), Σ exp(z − m)(z − m))` of a row, the target y left out of sums, and with PEAK a token of
+    logit m; one cross-lane reduction a row."""
     m = tl.full((BLOCK,), -1e30, tl.float32)
+    peak = tl.zeros((BLOCK,), tl.int32)
     s = tl.zeros((BLOCK,), tl.float32)
     q = tl.zeros((BLOCK,), tl.float32)
     for v0 in range(0, V, BLOCK):
@@ -278,6 +333,8 @@ def _online(
         z = _load(row + v, v < V, inverse_temperature, softcap, SOFTCAP)
         counts = (v < V) & (v != y)
         n = tl.maximum(m, z)
+        if PEAK:
+            peak = tl.where(z > m, v, peak)
         shrink = tl.exp(m - n)
         e = tl.where(counts, tl.exp(z - n), 0.0)
         if ENTROPY:
@@ -288,14 +345,16 @@ def _online(
     shrink = tl.exp(m - highest)
     if ENTROPY:
         q = (q + s * (m - highest)) * shrink
-    return highest, tl.sum(s * shrink, 0), tl.sum(q, 0)
+    token = 0
+    if PEAK:
+        token = tl.max(tl.where(m == highest, peak, 0), 0)
+    return highest, tl.sum(s * shrink, 0), tl.sum(q, 0), token
 
 
 @triton.jit
-def _kl(
-    z_row, d_row, row_max, log_sum, V, lanes, inverse_temperature, softcap, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr
-):
+def _kl(z_row, d_row, row, V, lanes, inverse_temperature, softcap, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr):
     """`(Σ p δ, KL)` of a row: one pass for the mean and the reference's normaliser, one for the terms around it."""
+    row_max, log_sum, peak = row
     mean = tl.zeros((BLOCK,), tl.float32)
     m = tl.full((BLOCK,), -1e30, tl.float32)
     s = tl.zeros((BLOCK,), tl.float32)
@@ -303,7 +362,7 @@ def _kl(
         live = v0 + lanes < V
         raw = tl.load(z_row + v0 + lanes, live, other=-1e30).to(tl.float32)
         z = transform_logits(raw, inverse_temperature, softcap, SOFTCAP) - row_max
-        delta = _difference(raw, d_row + v0 + lanes, live, inverse_temperature, softcap, SOFTCAP)
+        delta = _difference(raw, d_row + v0 + lanes, live, peak, inverse_temperature, softcap, SOFTCAP)
         mean += tl.where(live, tl.exp(z - log_sum) * delta, 0.0)
         n = tl.maximum(m, tl.where(live, z - delta, -1e30))
         s = s * tl.exp(m - n) + tl.where(live, tl.exp(z - delta - n), 0.0)
@@ -316,7 +375,7 @@ def _kl(
         live = v0 + lanes < V
         raw = tl.load(z_row + v0 + lanes, live, other=-1e30).to(tl.float32)
         logp = transform_logits(raw, inverse_temperature, softcap, SOFTCAP) - row_max - log_sum
-        d = _difference(raw, d_row + v0 + lanes, live, inverse_temperature, softcap, SOFTCAP) - mean
+        d = _difference(raw, d_row + v0 + lanes, live, peak, inverse_temperature, softcap, SOFTCAP) - mean
         p = tl.exp(logp)
         term = tl.where(tl.abs(d) < 1.0, p * (expm1(-d) + d), tl.exp(logp - d) - p + p * d)
         terms += tl.where(live, term, 0.0)
@@ -346,8 +405,8 @@ class TritonRows:
         transform: raw logits to the softmax's.
         stats: room for the statistics, or the statistics themselves if `saved`.
         drift: `[r, V]`, raw logits minus the reference's, for KL. Plain torch works on it in place.
-        out: `[r, V]`, where the gradient goes: over the logits by default. It may be a narrower view of their memory,
-            if each of its rows starts where the logits' row does; then large entries stay apart.
+        out: `[r, V]`, where the gradient goes: over the logits by default. It may be a view of their memory in half
+            precision, if each of its rows starts where the logits' row does: see `softmax_rows` on what it holds then.
     """
 
     def __init__(
@@ -374,29 +433,41 @@ class TritonRows:
         self, grad_logprob: Tensor | None, grad_entropy: Tensor | None = None, grad_kl: Tensor | None = None
     ) -> RowGradient:
         """The gradient; `grad_logprob` None stands for ones. Fills `stats` if not saved."""
-        return self._gradient(upstream=(grad_logprob, grad_entropy, grad_kl))
+        even = grad_entropy is not None or grad_kl is not None
+        return self._gradient(even, upstream=(grad_logprob, grad_entropy, grad_kl))
 
     def loss_gradient_(self, inputs: LossInputs) -> RowGradient:
         """Statistics and the gradient of `Σ weight · token_loss`, in one launch."""
-        return self._gradient(loss=inputs)
+        return self._gradient(inputs.config.entropy_coef != 0, loss=inputs)
 
-    def _gradient(self, **source) -> RowGradient:
-        large = None
-        if self.out.dtype != self.logits.dtype:
-            large = LargeEntries.none(self.logits.shape[0], self.logits.device)
-        self._launch(grad=True, large=large, **source)
-        return RowGradient(self.out, large=large)
+    def _gradient(self, even: bool, **source) -> RowGradient:
+        """The gradient; `even` if it is more than a log-prob's, whose one or two large entries outweigh the rest."""
+        rows, device, gradient = self.logits.shape[0], self.logits.device, RowGradient(self.out)
+        if self.out.dtype != self.logits.dtype and even:
+            gradient = RowGradient(self.out.view(torch.float16), factor=torch.empty(rows, device=device))
+        elif self.out.dtype != self.logits.dtype:
+            gradient = RowGradient(self.out, large=LargeEntries.none(rows, device))
+        self._launch(gradient, **source)
+        return gradient
 
-    def _launch(self, *, grad=False, large=None, upstream=(None, None, None), loss=None) -> None:
+    def _launch(
+        self,
+        gradient: RowGradient | None = None,
+        *,
+        upstream: tuple[Tensor | None, ...] = (None, None, None),
+        loss: LossInputs | None = None,
+    ) -> None:
         rows, vocabulary = self.logits.shape
         stats, logits, drift = self.stats, self.logits, self.drift
         weight, advantages, old, reference_logprob = loss[:4] if loss else (None,) * 4
         config = loss.config if loss else LossConfig()
+        out, factor, large = gradient or RowGradient(logits)
         launch = launch_rows()
         softmax_rows_kernel[(rows,)](
             logits,
-            self.out,
+            out,
             *(large or (None, None)),
+            factor,
             self.targets,
             drift,
             stats.logprob,
@@ -404,6 +475,7 @@ class TritonRows:
             stats.log_sum,
             stats.entropy,
             stats.kl,
+            stats.peak_drift,
             stats.mean_drift,
             *upstream,
             weight,
@@ -412,7 +484,7 @@ class TritonRows:
             reference_logprob,
             vocabulary,
             logits.stride(0),
-            self.out.stride(0),
+            out.stride(0),
             0 if drift is None else drift.stride(0),
             1.0 / self.transform.temperature,
             self.transform.softcap or 1.0,
@@ -426,8 +498,9 @@ class TritonRows:
             ENTROPY=stats.entropy is not None,
             KL=drift is not None,
             SAVED=self.saved,
-            GRAD=grad,
+            GRAD=gradient is not None,
             LARGE=large is not None,
+            SCALED=factor is not None,
             UPSTREAM_LOGPROB=upstream[0] is not None,
             UPSTREAM_ENTROPY=upstream[1] is not None,
             UPSTREAM_KL=upstream[2] is not None,

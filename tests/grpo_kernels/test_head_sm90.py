@@ -55,7 +55,8 @@ def compile_rows(mode, logits, grad, vocabulary_aligned=True):
     names = softmax_rows_kernel.arg_names
     switches = dict.fromkeys((n for n in names if n.isupper() and n != "V"), False) | {"KL_ESTIMATOR": 0}
     launch = RowLaunch()
-    switches["LARGE"] = logits != grad and "GRAD" in ROW_MODES[mode]
+    narrow = logits != grad and "GRAD" in ROW_MODES[mode]
+    switches |= {"LARGE": narrow and grad == "*bf16", "SCALED": narrow and grad == "*fp16"}
     signature = {name: "*fp32" if name.endswith("_ptr") else "fp32" for name in names}
     signature |= {"logits": logits, "drift": logits, "grad": grad, "targets": "*i64", "V": "i32"}
     signature["large_token_ptr"] = "*i64"
@@ -70,9 +71,10 @@ def compile_rows(mode, logits, grad, vocabulary_aligned=True):
     )
 
 
+@pytest.mark.parametrize("grad", ["*bf16", "*fp16"], ids=["large entries apart", "scaled"])
 @pytest.mark.parametrize("mode", ROW_MODES)
-def test_row_pass_over_float32_accumulators(mode):
-    compiled = compile_rows(mode, "*fp32", "*bf16")  # V = 151,936 and 152,064 are both multiples of 16
+def test_row_pass_over_float32_accumulators(mode, grad):
+    compiled = compile_rows(mode, "*fp32", grad)  # V = 151,936 and 152,064 are both multiples of 16
     check(compiled)
     assert compiled.count(r"LDG\.E\.128") > 0
 

@@ -18,6 +18,8 @@ from grpo_kernels.interpreter import interpret
 from grpo_kernels.row_statistics import RowStatistics, Transform
 from grpo_kernels.triton_rows import TritonRows
 
+from . import oracles
+
 OUTPUTS = ("logprob", "entropy", "kl")
 
 
@@ -28,17 +30,14 @@ def oracle(hidden, weight, targets, bias=None, temperature=1.0, softcap=None, re
         logits = h @ w.T
         logits = logits if b is None else logits + b
         logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-        return torch.log_softmax(logits / temperature, -1)
+        return oracles.log_softmax(logits / temperature)
 
     logp = log_softmax(hidden, weight, bias)
-    result = {
-        "logprob": logp.gather(1, targets[:, None])[:, 0],
-        "entropy": -(logp.exp() * logp).sum(-1),
-    }
+    result = {"logprob": logp.gather(1, targets[:, None])[:, 0], "entropy": oracles.entropy(logp)}
     if reference_hidden is not None:
         with torch.no_grad():
             logq = log_softmax(reference_hidden, weight, bias)
-        result["kl"] = (logp.exp() * (logp - logq)).sum(-1)
+        result["kl"] = oracles.kl(logp, logq)
     return result
 
 
@@ -218,12 +217,28 @@ def test_confident_tokens_keep_value_and_gradient(margin, frozen, backend):
     got = linear_logprob(hidden, weight, targets, backend=backend).logprob
     got.sum().backward()
     wide = hidden.detach().double().requires_grad_()
-    others = torch.logsumexp(torch.where(torch.arange(V) == targets[:, None], -torch.inf, wide), 1)
-    want = -torch.nn.functional.softplus(others - wide.gather(1, targets[:, None])[:, 0], threshold=100)
+    want = oracle(wide, weight.detach().double(), targets)["logprob"]
     want.sum().backward()
     assert ((got - want) / want).abs().max() < 1e-6
     for row in (0, 1):
         assert relative(hidden.grad[row], wide.grad[row]) < 1e-6
+
+
+@pytest.mark.parametrize("margin", [2.0, 17.0, 40.0])
+@pytest.mark.parametrize("name", ["entropy", "kl"])
+def test_confident_rows_keep_the_gradients_of_entropy_and_kl(name, margin, backend):
+    """In the logit ahead it is a sum over the others, some exp(−margin), between terms that are not small."""
+    g = torch.Generator().manual_seed(0)
+    hidden, step = (torch.randint(-8, 9, (2, 65), generator=g) / 8 for _ in range(2))  # exact logits
+    hidden[:, 7] = margin
+    weight, targets = torch.eye(65), torch.tensor([7, 3])
+    leaf, wide = hidden.requires_grad_(), hidden.detach().double().requires_grad_()
+    got = linear_logprob(leaf, weight, targets, entropy=True, reference_hidden=leaf + step, backend=backend)
+    want = oracle(wide, weight.double(), targets, reference_hidden=wide + step)
+    getattr(got, name).sum().backward()
+    want[name].sum().backward()
+    for row in (0, 1):
+        assert relative(leaf.grad[row], wide.grad[row]) < 1e-6
 
 
 def test_head_tied_to_the_embedding_sums_both_gradients():
@@ -333,7 +348,7 @@ def compare_bits(hidden, weight, targets, backend):
 
 @pytest.mark.parametrize("upstream", [("grad_logprob",), ("grad_entropy",), ("grad_logprob", "grad_entropy")], ids=str)
 def test_row_gradient_in_the_front_of_its_float32_row(upstream):
-    """The bfloat16 gradient of a row overlaps float32 logits of the same row that are still to be read."""
+    """The half-precision gradient of a row overlaps float32 logits of the same row that are still to be read."""
     T, V, stride = 5, 131, 136
     g = torch.Generator().manual_seed(0)
     memory = torch.full((T, stride), float("nan"))
@@ -347,12 +362,17 @@ def test_row_gradient_in_the_front_of_its_float32_row(upstream):
     out = memory.view(torch.bfloat16)[:, :V]
     with interpret():
         rows = TritonRows(memory[:, :V], targets, Transform(0.7), stats, out=out)
-        dense, _, large = rows.gradient_(**{"grad_logprob": torch.zeros(T)} | factors)
-    assert torch.equal(large.token[:, 0], targets)
-    assert (dense.gather(1, targets[:, None]) == 0).all()
-    there = large.token >= 0
-    whole = out.double().index_put((there.nonzero()[:, 0], large.token[there]), large.value[there].double())
-    assert relative(whole, logits.grad) < 2e-3
+        dense, factor, large = rows.gradient_(**{"grad_logprob": torch.zeros(T)} | factors)
+    assert dense.data_ptr() == memory.data_ptr()
+    if "grad_entropy" in upstream:
+        assert large is None
+        assert relative(dense.double() * factor[:, None], logits.grad) < 3e-4
+    else:
+        assert torch.equal(large.token[:, 0], targets)
+        assert (dense.gather(1, targets[:, None]) == 0).all()
+        there = large.token >= 0
+        whole = out.double().index_put((there.nonzero()[:, 0], large.token[there]), large.value[there].double())
+        assert relative(whole, logits.grad) < 2e-3
     assert (stats.logprob - want["grad_logprob"]).abs().max() < 1e-5
 
 

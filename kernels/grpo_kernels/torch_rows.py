@@ -46,7 +46,7 @@ class TorchRows:
             if stats.kl is not None:
                 delta = self.transform.difference(x, self.drift[rows])
             self.transform(x)
-            row_max, peak = x.max(1, keepdim=True)
+            row_max = x.amax(1, keepdim=True)
             x.sub_(row_max)
             target_z = x.gather(1, targets)
             # a logit of −∞ has p = 0, and 0·z must be 0
@@ -62,7 +62,7 @@ class TorchRows:
             stats.log_sum.copy_(log_sum[:, 0])
             stats.logprob.copy_((-(gap.clamp(min=0.0) + torch.log1p(torch.exp(-gap.abs()))))[:, 0])
             if stats.kl is not None:
-                peak_drift = delta.gather(1, peak)
+                peak_drift = delta.gather(1, z.argmax(1, keepdim=True))
                 stats.peak_drift.copy_(peak_drift[:, 0])
                 delta.sub_(peak_drift)
                 mean = (x * delta).sum(1, keepdim=True) / total

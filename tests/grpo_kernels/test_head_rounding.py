@@ -169,7 +169,7 @@ CASES = {
     **{
         f"{who} ahead by {margin} nats": SHAPE | {"H": 1023, "margin": margin, "confident": who}
         for who in ("target", "another token")
-        for margin in (4, 17, 40)
+        for margin in (17, 40)
     },
 }
 
@@ -178,10 +178,8 @@ OBJECTIVES = {
     "log-prob": Statistics("logprob"),
     "entropy": Statistics("entropy"),
     "KL": Statistics("kl"),
-    "all three": Statistics("logprob", "entropy", "kl"),
     "loss": Loss(),
     "loss with entropy": Loss(entropy_coef=0.01),
-    "loss of sequences with entropy": Loss(sequences=True, entropy_coef=0.01),
 }
 
 
@@ -191,10 +189,14 @@ def test_gradients_are_rounded_once(objective, case):
     assert max(errors(OBJECTIVES[objective], **CASES[case])) < ONCE
 
 
-@pytest.mark.parametrize("case", ["bias", "frozen"])
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("case", ["bias", "frozen", "target ahead by 40 nats"])
+@pytest.mark.parametrize(
+    "objective",
+    [Statistics("logprob", "entropy", "kl"), Loss(sequences=True), Loss(sequences=True, entropy_coef=0.01)],
+    ids=["all three", "loss of sequences", "loss of sequences with entropy"],
+)
 def test_gradients_summed_over_chunks_are_rounded_once(objective, case):
-    assert max(errors(OBJECTIVES[objective], **CASES[case], chunk_bytes=5_000)) < ONCE
+    assert max(errors(objective, **CASES[case], chunk_bytes=5_000)) < ONCE
 
 
 @pytest.mark.parametrize("factor", [1e-12, 1e-6, 1e6, 1e12])

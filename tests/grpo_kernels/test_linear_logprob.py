@@ -139,7 +139,7 @@ def test_frozen_bfloat16_head_rounds_its_gradient_once():
 
 @pytest.mark.parametrize(("T", "H", "V"), [(1, 8, 1), (1, 5, 7), (3, 1, 2), (70_001, 19, 131)], ids=lambda n: str(n))
 def test_odd_sizes(T, H, V):
-    # T = 70,001 with a head of a few numbers would measure MKL, which sums so small products' rows in order: 7e-6
+    # T = 70,001 with H = 3, V = 5 would measure MKL, which sums the rows of so small a product in order: 7.1e-6
     values, gradients = compare(T, H, V, upstream=("logprob", "entropy"))
     assert max(values.values()) < 1e-5
     assert V == 1 or max(gradients) < 1e-6

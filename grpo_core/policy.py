@@ -100,7 +100,7 @@ class Policy:
         self.causal_lm: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
         self.causal_lm.set_attn_implementation(ATTENTION)
         self.module = model if module is None else module
-        self._embed = embed or self._embed_tokens
+        self._embed = embed
         if not self.named_parameters():
             raise ValueError("the policy has no trainable parameter: add an adapter or set requires_grad")
         if isinstance(self.causal_lm.get_output_embeddings(), BaseTunerLayer):
@@ -131,29 +131,20 @@ class Policy:
 
     def embed(self, prompts: Sequence[Prompt]) -> list[Tensor]:
         """`[P_n, H]` of each prompt, on the policy's device, with gradient into whatever made them."""
-        return self._embed(prompts)
+        return self._embed_tokens(prompts) if self._embed is None else self._embed(prompts)
 
     def _embed_tokens(self, prompts: Sequence[Prompt]) -> list[Tensor]:
         ids = torch.tensor([token for prompt in prompts for token in prompt.token_ids], device=self.device)
         return list(self.causal_lm.get_input_embeddings()(ids).split([len(prompt.token_ids) for prompt in prompts]))
 
-    def hidden_states(self, layout: GroupLayout, prompt_embeds: Sequence[Tensor]) -> Tensor:
+    def hidden_states(self, layout: GroupLayout, prompts: Sequence[Prompt]) -> Tensor:
         """Last hidden states `[R, H]` of the predictor rows, in one forward over the packed axis.
 
         Args:
-            layout: N groups on the policy's device.
-            prompt_embeds: `[P_n, H]` for each of the N prompts.
+            layout: the N prompts packed with their completions, on the policy's device.
+            prompts: the N prompts.
         """
-        # completion tokens alone are looked up: a prompt's placeholders may lie outside the vocabulary
-        embeds = self.causal_lm.get_input_embeddings()(layout.target_ids)
-        completions = embeds.split([sum(lengths) for lengths in layout.spans.completion_lengths])
-        packed = torch.cat(
-            [
-                part
-                for prompt, own in zip(prompt_embeds, completions, strict=True)
-                for part in (prompt.to(own.dtype), own)
-            ]
-        )
+        packed = self._packed_embeds(layout, prompts)
         output = self.causal_lm.base_model(
             inputs_embeds=packed[None],
             position_ids=layout.position_ids[None],
@@ -163,6 +154,16 @@ class Policy:
             group_spans=layout.spans,
         )
         return output.last_hidden_state[0, layout.predictor_rows]
+
+    def _packed_embeds(self, layout: GroupLayout, prompts: Sequence[Prompt]) -> Tensor:
+        """`[T, H]`. One lookup where prompts are tokens: the gradient of each is as large as the whole table."""
+        embedding = self.causal_lm.get_input_embeddings()
+        if self._embed is None:
+            return embedding(layout.token_ids)
+        # completion tokens alone are looked up: a prompt's placeholders may lie outside the vocabulary
+        completions = embedding(layout.target_ids).split([sum(lengths) for lengths in layout.spans.completion_lengths])
+        pairs = zip(self.embed(prompts), completions, strict=True)
+        return torch.cat([part for prompt, own in pairs for part in (prompt.to(own.dtype), own)])
 
     def logprobs(
         self,
@@ -182,7 +183,7 @@ class Policy:
             entropy: also give entropies.
             reference_hidden: `[R, H]` of `reference_hidden_states`: also give the KL to the reference.
         """
-        hidden = self.hidden_states(layout, self.embed(prompts))
+        hidden = self.hidden_states(layout, prompts)
         head = self.causal_lm.get_output_embeddings()
         return LogProbs(
             *linear_logprob(
@@ -220,7 +221,7 @@ class Policy:
                 "trained (or tied to trained embeddings): set kl_estimator to k3"
             )
         with self._as_reference():
-            return self.hidden_states(layout, self.embed(prompts))
+            return self.hidden_states(layout, prompts)
 
     @torch.no_grad()
     def sync_reference(self, alpha: float = 1.0) -> None:

@@ -41,6 +41,10 @@ class TorchRows:
 
     def statistics_(self) -> None:
         """Fill `stats`."""
+        shifted = None
+        if self.stats.entropy is not None or self.stats.kl is not None:
+            # one buffer for all blocks: fresh memory costs more than what is done in it
+            shifted = self.exp.new_empty(self._block_rows(), self.exp.shape[1])
         for rows in self._blocks():
             stats, targets, x = self.stats.rows(rows), self.targets[rows], self.exp[rows]
             if stats.kl is not None:
@@ -50,7 +54,7 @@ class TorchRows:
             x.sub_(row_max)
             target_z = x.gather(1, targets)
             # a logit of −∞ has p = 0, and 0·z must be 0
-            z = x.clone().clamp_(min=-1e30) if stats.entropy is not None or stats.kl is not None else None
+            z = None if shifted is None else torch.clamp(x, min=-1e30, out=shifted[: x.shape[0]])
             x.exp_()
             target_exp = x.gather(1, targets)
             others = torch.sum(x.scatter_(1, targets, 0.0), 1, keepdim=True, out=self.others[rows])
@@ -135,11 +139,13 @@ class TorchRows:
             self.transform(self.exp[rows]).sub_(self.stats.row_max[rows, None]).exp_()
         torch.mul(torch.expm1(self.stats.logprob).neg_(), self.stats.log_sum.exp(), out=self.others[:, 0])
 
-    def _blocks(self) -> Iterator[slice]:
+    def _block_rows(self) -> int:
         count, vocabulary = self.exp.shape
         size = max(1, BLOCK_BYTES // max(1, vocabulary * self.exp.element_size()))
-        if self.exp.is_cuda:
-            size = count
+        return count if self.exp.is_cuda else min(size, count)
+
+    def _blocks(self) -> Iterator[slice]:
+        count, size = self.exp.shape[0], self._block_rows()
         return (slice(start, min(start + size, count)) for start in range(0, count, max(1, size)))
 
 

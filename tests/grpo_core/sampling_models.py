@@ -46,12 +46,12 @@ class FeaturePolicy(Policy):
     """A policy whose placeholder rows come from a projection of the prompt's feature."""
 
     def __init__(self, model):
-        super().__init__(model)
+        super().__init__(model, embed=self.embed_features)
         torch.manual_seed(5)
         self.projection = torch.nn.Linear(8, self.causal_lm.config.hidden_size)
 
-    def embed(self, prompts):
-        embeds = super().embed(prompts)
+    def embed_features(self, prompts):
+        embeds = self._embed_tokens(prompts)
         for prompt, rows in zip(prompts, embeds, strict=True):
             if "audio" in prompt.features:
                 rows.data[0] = self.projection(prompt.features["audio"])

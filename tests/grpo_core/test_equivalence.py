@@ -189,7 +189,7 @@ class PlainHead(Policy):
     """The same policy with all its logits in memory."""
 
     def logprobs(self, layout, prompts, *, temperature=1.0, entropy=False, reference_hidden=None):
-        hidden = self.hidden_states(layout, self.embed(prompts))
+        hidden = self.hidden_states(layout, prompts)
         scores = torch.log_softmax(self.causal_lm.get_output_embeddings()(hidden) / temperature, -1)
         return LogProbs(scores.gather(1, layout.target_ids[:, None])[:, 0], -(scores.exp() * scores).sum(1))
 

@@ -71,7 +71,7 @@ def test_the_full_kl_is_the_sum_over_the_vocabulary(tmp_path):
     _, ((batch,),) = prepared(trainer)
     policy = trainer.policy
     head = policy.causal_lm.get_output_embeddings().weight
-    own = torch.log_softmax(policy.hidden_states(batch.layout, policy.embed(batch.prompts)) @ head.T / 0.7, -1)
+    own = torch.log_softmax(policy.hidden_states(batch.layout, batch.prompts) @ head.T / 0.7, -1)
     other = torch.log_softmax(batch.reference_hidden @ head.T / 0.7, -1)
     want = (own.exp() * (own - other)).sum(-1)
     result = policy.logprobs(

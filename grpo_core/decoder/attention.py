@@ -32,16 +32,14 @@ class RowPlan:
     The grid lets one batched product serve all queries of a group: its prompt's keys are read once, not once per row.
 
     Attributes:
-        group_of_row: int64 `[B]`.
-        prefix_lengths: int64 `[N]`, tokens of each group's prompt.
+        prompt_tokens: int64 `[B]`, how many each row's prompt has.
         grid: int64 `[N * W]`, the row in each cell; unused cells take row 0 and are never read. None: rows lie as the
             grid does.
         cells: int64 `[B]`, the cell of each row; None likewise.
         prefix_mask: `[N, 1, 1, E]`, 0 on the prompt's keys and -inf behind them.
     """
 
-    group_of_row: Tensor
-    prefix_lengths: Tensor
+    prompt_tokens: Tensor
     grid: Tensor | None
     cells: Tensor | None
     prefix_mask: Tensor
@@ -51,7 +49,6 @@ class RowPlan:
         cls,
         group_of_row: np.ndarray,
         prefix_lengths: Sequence[int],
-        heads_per_kv: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> RowPlan:
@@ -62,9 +59,8 @@ class RowPlan:
         starts = np.r_[0, np.cumsum(counts)[:-1]]
         column = np.empty_like(group_of_row)
         column[order] = np.arange(len(group_of_row)) - np.repeat(starts, counts)
-        # query rows in multiples of 8: matrix kernels treat a short remainder differently, to the last bit
-        step = _GRID_ROWS // math.gcd(_GRID_ROWS, heads_per_kv)
-        width = math.ceil(int(counts.max(initial=1)) / step) * step
+        # rows in multiples of 8: matrix kernels treat a short remainder differently, to the last bit
+        width = math.ceil(int(counts.max(initial=1)) / _GRID_ROWS) * _GRID_ROWS
         cells = group_of_row * width + column
         grid = np.zeros(groups * width, dtype=np.int64)
         grid[cells] = np.arange(len(group_of_row))
@@ -74,8 +70,7 @@ class RowPlan:
         mask = torch.zeros(groups, 1, 1, len(keys), dtype=dtype, device=device)
         mask.masked_fill_(keys >= lengths[:, None, None, None], -torch.inf)
         return cls(
-            group_of_row=torch.from_numpy(group_of_row).to(device),
-            prefix_lengths=lengths,
+            prompt_tokens=lengths[torch.from_numpy(group_of_row).to(device)],
             grid=None if aligned else torch.from_numpy(grid).to(device),
             cells=None if aligned else torch.from_numpy(cells).to(device),
             prefix_mask=mask,
@@ -94,31 +89,32 @@ def decode_attention(
     """One query per row over its group's prompt and its own tokens; the two parts merge by their log-sum-exps.
 
     Args:
-        q: `[B, K, R, D]`: B rows, K key/value heads, R query heads for each of them.
-        prefix_k, prefix_v: `[N, K, ≥ E, D]` of the groups' prompts.
+        q: `[B, H, D]`: B rows, H query heads.
+        prefix_k, prefix_v: `[N, K, ≥ E, D]` of the groups' prompts; H / K query heads share a key/value head.
         suffix_k, suffix_v: `[B, K, S, D]` of the rows' own tokens.
         suffix_mask: `[B, 1, 1, S]`, 0 on a row's own tokens and -inf behind them.
         plan: where rows lie.
 
     Returns:
-        `[B, K * R * D]`.
+        `[B, H * D]`.
     """
-    batch, kv_heads, heads_per_kv, width = q.shape
     groups, keys = plan.prefix_mask.shape[0], plan.prefix_mask.shape[-1]
     grid = q if plan.grid is None else q.index_select(0, plan.grid)
-    grid = grid.view(groups, -1, kv_heads, heads_per_kv, width).transpose(1, 2)
-    grid = grid.reshape(groups, kv_heads, -1, width).contiguous()
-    out, lse = _attend(grid, prefix_k[:, :, :keys], prefix_v[:, :, :keys], plan.prefix_mask)
-    # attention gives heads within rows, [N, W * R, K, D] in memory: the parts merge in that order
-    prefix_out = out.transpose(1, 2).reshape(-1, heads_per_kv, kv_heads, width)
-    prefix_lse = lse.transpose(1, 2).reshape(-1, heads_per_kv, kv_heads)
+    grid = grid.unflatten(0, (groups, -1)).transpose(1, 2)
+    parts = (
+        _attend(grid, prefix_k[:, :, :keys], prefix_v[:, :, :keys], plan.prefix_mask),
+        _attend(q.unsqueeze(2), suffix_k, suffix_v, suffix_mask),
+    )
+    # attention gives [N, H, W, …] with rows before heads in memory
+    (prefix_out, prefix_lse), (suffix_out, suffix_lse) = (
+        (x.transpose(1, 2).flatten(0, 1) for x in part) for part in parts
+    )
     if plan.cells is not None:
         prefix_out, prefix_lse = prefix_out.index_select(0, plan.cells), prefix_lse.index_select(0, plan.cells)
-    suffix_out, suffix_lse = (part.transpose(1, 2) for part in _attend(q, suffix_k, suffix_v, suffix_mask))
     # softmax over both parts = their own softmaxes weighted by exp(lse). A softmax of pairs and not a sigmoid of their
     # difference: element-wise functions round the last few elements of a tensor by other code than the rest
     share = torch.softmax(torch.stack((suffix_lse, prefix_lse), dim=-1), dim=-1)[..., 1:].to(q.dtype)
-    return torch.lerp(suffix_out, prefix_out, share).transpose(1, 2).reshape(batch, -1)
+    return torch.lerp(suffix_out, prefix_out, share).flatten(1)
 
 
 def prefill_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], last_only: bool) -> Tensor:
@@ -141,15 +137,17 @@ def prefill_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], l
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax attention and its log-sum-exp. q `[N, K, M, D]`, k and v `[N, K, S, D]`, mask `[N, 1, 1, S]`
-    → `[N, K, M, D]`, float32 `[N, K, M]`."""
+    """Softmax attention and its log-sum-exp. q `[N, H, M, D]`, k and v `[N, K, S, D]`, mask `[N, 1, 1, S]`
+    → `[N, H, M, D]`, float32 `[N, H, M]`."""
     if q.device.type == "cpu":
         mask = mask.expand(-1, -1, q.shape[2], -1)
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, attn_mask=mask)
+        return torch._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, attn_mask=mask)
     return _attend_reference(q, k, v, mask)
 
 
 def _attend_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5 + mask
+    heads = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # those that share keys, as rows
+    scores = (heads @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5 + mask
     lse = torch.logsumexp(scores, -1)
-    return torch.exp(scores - lse.unsqueeze(-1)).to(q.dtype) @ v, lse
+    out = torch.exp(scores - lse.unsqueeze(-1)).to(q.dtype) @ v
+    return out.view(q.shape), lse.view(q.shape[:-1])

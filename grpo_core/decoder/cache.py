@@ -96,14 +96,15 @@ class MaskedCache(GroupCache):
         plan: the rows' arrangement for attention, remade whenever rows come or go.
     """
 
-    def __init__(self, shape: CacheShape, heads_per_kv: int, slots: int, group_size: int, prompt_tokens: int,
-                 new_tokens: int, device: torch.device):  # fmt: skip
+    def __init__(self, shape: CacheShape, slots: int, group_size: int, prompt_tokens: int, new_tokens: int,
+                 device: torch.device):  # fmt: skip
         rows = slots * group_size
         super().__init__(shape, slots, rows, group_size, prompt_tokens, new_tokens, device)
-        self.heads_per_kv, self.kv_heads = heads_per_kv, shape.kv_heads
         self.own_lengths = torch.zeros(rows, dtype=torch.int64, device=device)
         self.longest = np.zeros(0, dtype=np.int64)
-        self._flat_heads = torch.arange(rows * 2 * self.kv_heads, device=device).view(rows, -1) * self.suffix.shape[4]
+        self._flat_heads = torch.arange(rows * 2 * shape.kv_heads, device=device).view(rows, -1) * self.suffix.shape[4]
+        self._columns = torch.arange(self.suffix.shape[4], device=device)
+        self._seen, self._behind = torch.tensor((0.0, -torch.inf), dtype=shape.dtype, device=device).unbind()
         self.plan: RowPlan | None = None
 
     def add_groups(self, lengths: list[int]) -> None:
@@ -122,17 +123,17 @@ class MaskedCache(GroupCache):
 
     def positions(self) -> Tensor:
         """int64 `[B]`, the position of the token that each row appends next."""
-        return self.plan.prefix_lengths[self.plan.group_of_row] + self.own_lengths[: self.rows]
+        return self.plan.prompt_tokens + self.own_lengths[: self.rows]
 
     def append_index(self) -> Tensor:
         """int64 `[B * 2K]`, where the next token's keys and values go in a layer's flat suffix `[rows * 2K * S, D]`."""
         return (self._flat_heads[: self.rows] + self.own_lengths[: self.rows, None]).view(-1)
 
-    def suffix_mask(self, dtype: torch.dtype) -> Tensor:
+    def suffix_mask(self) -> Tensor:
         """`[B, 1, 1, S']`: 0 on a row's tokens, the one being appended included, -inf behind. S' covers all rows."""
         columns = min(extent(int(self.longest.max()) + 1), self.suffix.shape[4])
-        behind = torch.arange(columns, device=self.suffix.device) > self.own_lengths[: self.rows, None]
-        return torch.zeros_like(behind, dtype=dtype).masked_fill_(behind, -torch.inf)[:, None, None]
+        behind = self._columns[:columns] > self.own_lengths[: self.rows, None]
+        return torch.where(behind, self._behind, self._seen)[:, None, None]
 
     def advance(self) -> None:
         """Count the token that every row has just appended. A full row stays at its last column: only rows that have
@@ -143,7 +144,7 @@ class MaskedCache(GroupCache):
 
     def _arrange(self) -> None:
         dtype, device = self.suffix.dtype, self.suffix.device
-        self.plan = RowPlan.build(self.group_of_row, self.prefix_lengths, self.heads_per_kv, dtype, device)
+        self.plan = RowPlan.build(self.group_of_row, self.prefix_lengths, dtype, device)
 
 
 def fill_holes(alive: np.ndarray) -> np.ndarray:

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
@@ -85,10 +84,10 @@ class FlatDecoder(FlatModel):
         return max(1, min(groups, budget // (cache + logits)))
 
     def reserve(self, slots: int, group_size: int, prompt_tokens: int, new_tokens: int) -> None:
-        heads_per_kv, device = self.heads // self.kv_heads, self.weights.norm.weight.device
-        self.cache = MaskedCache(self.shape, heads_per_kv, slots, group_size, prompt_tokens, new_tokens, device)
+        device = self.weights.norm.weight.device
+        self.cache = MaskedCache(self.shape, slots, group_size, prompt_tokens, new_tokens, device)
         cos, sin = self._rotations(prompt_tokens + new_tokens)
-        self._cos, self._sin = torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]
+        self._turns = torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)), dim=1)
 
     def release(self, reuse: bool = False) -> None:
         self.cache = None
@@ -108,16 +107,15 @@ class FlatDecoder(FlatModel):
 
     def step(self, tokens: Tensor) -> Tensor:
         cache = self.cache
-        positions = cache.positions()
-        cos, sin = self._cos[positions], self._sin[positions]
-        index, mask = cache.append_index(), cache.suffix_mask(self.weights.norm.weight.dtype)
+        turns = self._turns.index_select(0, cache.positions())
+        index, mask = cache.append_index(), cache.suffix_mask()
         columns = mask.shape[-1]
         x = self.weights.embed(tokens)
         for layer, prefix, suffix in zip(self.weights.layers, cache.prefix, cache.suffix, strict=True):
-            qkv = self._qkv(layer, x, cos, sin)
+            qkv = self._qkv(layer, x, turns)
             suffix.view(-1, self.head_dim).index_copy_(0, index, qkv[:, self.heads :].reshape(-1, self.head_dim))
             attended = decode_attention(
-                qkv[:, : self.heads].view(len(tokens), self.kv_heads, -1, self.head_dim),
+                qkv[:, : self.heads],
                 prefix[: cache.groups, 0],
                 prefix[: cache.groups, 1],
                 suffix[: cache.rows, 0, :, :columns],
@@ -136,9 +134,9 @@ class FlatDecoder(FlatModel):
         """Packed prompts `[T, H]` into the slots from `first_slot` on: logits `[N, V]` after each prompt."""
         positions = torch.cat([torch.arange(length, device=x.device) for length in lengths])
         last_rows = torch.tensor(lengths, device=x.device).cumsum(0) - 1
-        cos, sin = self._cos[positions], self._sin[positions]
+        turns = self._turns.index_select(0, positions)
         for depth, (layer, prefix) in enumerate(zip(self.weights.layers, self.cache.prefix, strict=True)):
-            qkv = self._qkv(layer, x, cos, sin)
+            qkv = self._qkv(layer, x, turns)
             q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
             for slot, (ks, vs) in enumerate(zip(k.split(lengths), v.split(lengths), strict=True), start=first_slot):
                 prefix[slot, 0, :, : len(ks)] = ks.transpose(0, 1)
@@ -150,15 +148,19 @@ class FlatDecoder(FlatModel):
             x = self._mlp(layer, layer.out(attended, residual=x))
         return self._logits(x)
 
-    def _qkv(self, layer: FlatLayer, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Queries, keys (both rotated) and values of rows `[T, H]`, as heads `[T, heads + 2 K, D]`."""
+    def _qkv(self, layer: FlatLayer, x: Tensor, turns: Tensor) -> Tensor:
+        """Queries, keys (both rotated) and values of rows `[T, H]`, as heads `[T, heads + 2 K, D]`.
+
+        Args:
+            turns: `[T, 2, D]`, cosines, and sines with the sign of the half of a head that they are added to.
+        """
         qkv = layer.qkv(self._norm(x, layer.input_norm)).view(len(x), -1, self.head_dim)
         rotated = qkv[:, : self.heads + self.kv_heads]
         if layer.q_norm is not None:
             rotated[:, : self.heads] = self._norm(rotated[:, : self.heads], layer.q_norm)
             rotated[:, self.heads :] = self._norm(rotated[:, self.heads :], layer.k_norm)
-        left, right = rotated.chunk(2, dim=-1)
-        torch.addcmul(rotated * cos, torch.cat((right, left), dim=-1), sin, out=rotated)
+        halves_swapped = rotated.roll(self.head_dim // 2, dims=-1)
+        rotated.mul_(turns[:, :1]).addcmul_(halves_swapped, turns[:, 1:])
         return qkv
 
     def _mlp(self, layer: FlatLayer, x: Tensor) -> Tensor:
@@ -166,7 +168,11 @@ class FlatDecoder(FlatModel):
         return layer.down(self.activation(gate).mul_(up), residual=x)
 
     def _norm(self, x: Tensor, norm: CopiedVector) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), norm.weight, self.eps)
+        # half the operations of F.rms_norm on a CPU; rounded where transformers' module rounds
+        wide = x.float()
+        squares = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
+        scale = squares.div_(x.shape[-1]).add_(self.eps).rsqrt_()
+        return (wide * scale).to(x.dtype).mul_(norm.weight)
 
     def _logits(self, x: Tensor) -> Tensor:
         return self.weights.head(self._norm(x, self.weights.norm))

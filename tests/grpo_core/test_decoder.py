@@ -61,11 +61,11 @@ def test_decode_attention_equals_dense_attention_of_each_row(path, rows, prefix,
     own = torch.randint(1, 17, (batch,))
     mask = torch.zeros(batch, 1, 1, 16, dtype=torch.float64)
     mask.masked_fill_(torch.arange(16) >= own[:, None, None, None], -torch.inf)
-    plan = RowPlan.build(np.array(rows), prefix, heads_per_kv, torch.float64, CPU)
+    plan = RowPlan.build(np.array(rows), prefix, torch.float64, CPU)
     with pytest.MonkeyPatch.context() as patch:
         if path == "reference":
             patch.setattr(attention, "_attend", attention._attend_reference)
-        out = decode_attention(q, prefix_k, prefix_v, suffix_k, suffix_v, mask, plan)
+        out = decode_attention(q.flatten(1, 2), prefix_k, prefix_v, suffix_k, suffix_v, mask, plan)
     for i, group in enumerate(rows):
         k = torch.cat((prefix_k[group, :, : prefix[group]], suffix_k[i, :, : own[i]]), dim=1)
         v = torch.cat((prefix_v[group, :, : prefix[group]], suffix_v[i, :, : own[i]]), dim=1)

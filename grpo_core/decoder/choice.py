@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from grpo_core.config import RolloutConfig
@@ -56,8 +57,9 @@ class TokenChooser:
         return tokens, torch.log_softmax(logits, dim=-1).gather(1, tokens[:, None])[:, 0]
 
     def _admissible(self, scores: Tensor, nothing: float) -> Tensor:
-        """Scores `[B, limit]`, overwritten with `nothing` at forbidden tokens."""
-        scores = scores[:, : self.limit]
+        """Scores `[B, V]`, overwritten with `nothing` at tokens that are never drawn."""
+        if self.limit < scores.shape[1]:
+            scores[:, self.limit :] = nothing
         return scores if self.forbidden is None else scores.index_fill_(1, self.forbidden, nothing)
 
     def _penalised(self, logits: Tensor, seen: Tensor) -> Tensor:
@@ -86,22 +88,19 @@ def _inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
     First the block of 64 tokens, then the token in it: running sums over the whole row cost more than the softmax.
     """
     size = weights.shape[1]
-    whole = size - size % _BLOCK
-    blocks = weights[:, :whole].unflatten(1, (whole // _BLOCK, _BLOCK)).sum(dim=-1)
-    if whole < size:
-        blocks = torch.cat((blocks, weights[:, whole:].sum(dim=-1, keepdim=True)), dim=1)
-    sums = blocks.cumsum(dim=-1)
-    aim = uniforms[:, None].to(sums.dtype) * sums[:, -1:]
-    block = _first_above(sums, aim)
-    columns = block * _BLOCK + torch.arange(_BLOCK, device=weights.device)
-    inside = weights.gather(1, columns.clamp(max=size - 1)).masked_fill_(columns >= size, 0.0)
-    before = sums.gather(1, block) - blocks.gather(1, block)
-    token = block * _BLOCK + _first_above(inside.cumsum(dim=-1), aim - before)
-    return token[:, 0].clamp_(max=size - 1)  # for rows of NaN, which the caller finds by their log-probs
+    blocks = F.pad(weights, (0, -size % _BLOCK)) if size % _BLOCK else weights
+    blocks = blocks.unflatten(1, (-1, _BLOCK))
+    sums = blocks.sum(dim=-1).cumsum(dim=-1)
+    aim = _below(uniforms[:, None].to(sums.dtype) * sums[:, -1:], sums)
+    # for rows of NaN, which the caller finds by their log-probs, no sum is above the aim
+    block = torch.searchsorted(sums, aim, right=True).clamp_(max=sums.shape[1] - 1)
+    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, _BLOCK))[:, 0].cumsum(dim=-1)
+    beyond = sums.gather(1, block) - aim
+    aim = _below((inside[:, -1:] - beyond).clamp_(min=0), inside)
+    token = block * _BLOCK + torch.searchsorted(inside, aim, right=True)
+    return token[:, 0].clamp_(max=size - 1)
 
 
-def _first_above(sums: Tensor, aim: Tensor) -> Tensor:
-    """The first of rising `sums` `[B, n]` above `aim` `[B, 1]`, one that rises even if rounding put the aim outside."""
-    last = sums[:, -1:]
-    aim = torch.minimum(aim.clamp(min=0), torch.nextafter(last, torch.zeros_like(last)))
-    return torch.searchsorted(sums, aim, right=True).clamp_(max=sums.shape[1] - 1)
+def _below(aim: Tensor, sums: Tensor) -> Tensor:
+    """`aim` `[B, 1]`, less than the last of rising `sums` `[B, n]` even if rounding put it there: 1 - 2⁻²³ of it."""
+    return torch.minimum(aim, sums[:, -1:] * (1 - torch.finfo(torch.float32).eps))

@@ -136,7 +136,7 @@ class LogitsDrawer:
         if self.rollout.temperature > 0:
             index = self._count[rows] - self._ahead_from[rows]
             drawn = self._ahead[rows][np.arange(len(index)), index]
-            uniforms = torch.from_numpy(drawn).to(self.device, torch.float32)
+            uniforms = torch.from_numpy(drawn).to(self.device)
         seen = None if self._seen is None else self._seen[rows]
         tokens, logprobs = self.choose(logits, uniforms, seen)
         if seen is not None:
@@ -147,10 +147,10 @@ class LogitsDrawer:
         return tokens, logprobs
 
     def _draw_ahead(self, keys: np.ndarray, count: np.ndarray) -> np.ndarray:
-        """Uniform numbers `[rows, _DRAWN_AHEAD]` for the next tokens."""
+        """Uniform numbers float32 `[rows, _DRAWN_AHEAD]` for the next tokens."""
         if self.rollout.temperature == 0:
             return np.zeros((len(keys), 0))
-        return rng.row_uniform(keys[:, None], count[:, None] + np.arange(_DRAWN_AHEAD))
+        return rng.row_uniform(keys[:, None], count[:, None] + np.arange(_DRAWN_AHEAD)).astype(np.float32)
 
 
 def _read(drawn: list[tuple[Tensor, Tensor]]) -> Drawn:

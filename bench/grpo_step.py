@@ -3,12 +3,13 @@
     python bench/grpo_step.py --prompt-tokens 512 --completion-tokens 32 --group-size 16 --json out.json
     python bench/grpo_step.py --device cuda --preset 7B --lora --prompt-tokens 1024 --completion-tokens 256 --prompts 8
 
-Four contenders, each in a process of its own, one after the other, on all cores (or the GPU): ours; ours with sharing
-off, where every completion is a group of its own with its own copy of the prompt, in sampling and in training; TRL
-(`pip install trl==1.16.0`) as it comes; and TRL without gradient checkpointing, its default. TRL trains on a group at a
-time (at P = 192, G = 16, 4 prompts the whole step in one micro-batch was slower and larger), and so do we on a CPU, for
-the same reasons. All start from the same random weights, and draw completions at temperature 1 to the full length, but
-for the rare end token.
+Four contenders, each in a process of its own, on all cores (or the GPU): ours; ours with sharing off, where every
+completion is a group of its own with its own copy of the prompt, in sampling and in training; TRL
+(`pip install trl==1.16.0`) as it comes; and TRL without gradient checkpointing, its default. On a CPU they take a step
+each in turn, so that a busy minute of the machine is everyone's; on a GPU, whose memory they would have to share, one
+runs after the other. TRL trains on a group at a time (at P = 192, G = 16, 4 prompts the whole step in one micro-batch
+was slower and larger), and so do we on a CPU, for the same reasons. All start from the same random weights, and draw
+completions at temperature 1 to the full length, but for the rare end token.
 A step's seconds are the fastest of `--steps`, after one that warms up. Peaks are what a process takes beyond what it
 held before its first step: resident memory on a CPU, allocated memory on a GPU.
 
@@ -32,9 +33,11 @@ import numpy as np
 import torch
 from common import PRESETS, Memory, device_name, make_model, synchronize, write_results
 from tokenizers import Tokenizer, models, pre_tokenizers
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 CONTENDERS = ("trl", "trl_no_checkpointing", "ours", "without_sharing")
+ANSWER = "answer: "
 
 
 def make_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
@@ -59,7 +62,7 @@ def model_of(args: argparse.Namespace) -> PreTrainedModel:
     return make_model(args.preset, args.device, args.prompt_tokens + args.completion_tokens, lora=args.lora)
 
 
-def run_ours(args: argparse.Namespace, shared: bool) -> dict:
+def run_ours(args: argparse.Namespace, shared: bool) -> None:
     """Our trainer, step by step."""
     from grpo_core.config import AlgorithmConfig, GRPOConfig, OptimConfig, RolloutConfig, RunConfig
     from grpo_core.distributed import Distributed
@@ -116,19 +119,19 @@ def run_ours(args: argparse.Namespace, shared: bool) -> dict:
     sampler = GroupSampler(policy, make_tokenizer(PRESETS[args.preset][-1]))
     trainer = (GRPOTrainer if shared else WithoutSharing)(policy, sampler, prompts, [EvenShare()], config, dist=dist)
     trainer.open_writer(None)
-    memory, steps = Memory(args.device), []
+    memory = Memory(args.device)
     for _ in range(args.steps + 1):
+        wait_for_turn()
         start = time.perf_counter()
         values = trainer.step()
         synchronize(args.device)
-        steps.append(
-            (time.perf_counter() - start, {k[5:]: v for k, v in values.items() if k.startswith("time/") and v})
-        )
-    seconds, phases = min(steps[1:], key=lambda step: step[0])
-    return {"seconds": seconds, "peak_bytes": memory.peak(), "phases": phases}
+        seconds = time.perf_counter() - start
+        phases = {key[5:]: value for key, value in values.items() if key.startswith("time/") and value}
+        answer({"seconds": seconds, "phases": phases})
+    answer({"peak_bytes": memory.peak()})
 
 
-def run_trl(args: argparse.Namespace, checkpointing: bool) -> dict:
+def run_trl(args: argparse.Namespace, checkpointing: bool) -> None:
     """TRL's trainer, timed by its callbacks."""
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -164,17 +167,16 @@ def run_trl(args: argparse.Namespace, checkpointing: bool) -> dict:
         return [even_share(np.array(ids)) for ids in completion_ids]
 
     class Clock(TrainerCallback):
-        def __init__(self):
-            self.steps, self.generation = [], 0.0
-
         def on_step_begin(self, *arguments, **options):
             synchronize(args.device)
+            wait_for_turn()
             self.start, self.generation = time.perf_counter(), 0.0
 
         def on_step_end(self, *arguments, **options):
             synchronize(args.device)
             seconds = time.perf_counter() - self.start
-            self.steps.append((seconds, {"sample": self.generation, "train": seconds - self.generation}))
+            phases = {"sample": self.generation, "train": seconds - self.generation}
+            answer({"seconds": seconds, "phases": phases})
 
     clock = Clock()
     trainer = GRPOTrainer(
@@ -200,15 +202,56 @@ def run_trl(args: argparse.Namespace, checkpointing: bool) -> dict:
     trainer._generate_and_score_completions = timed
     memory = Memory(args.device)
     trainer.train()
-    seconds, phases = min(clock.steps[1:], key=lambda step: step[0])
-    return {"seconds": seconds, "peak_bytes": memory.peak(), "phases": phases}
+    answer({"peak_bytes": memory.peak()})
 
 
-def run_in_process(name: str) -> dict:
+class Worker:
     """A contender in a process of its own, with this one's arguments."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--worker", name]
-    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ)
-    return json.loads(run.stdout.splitlines()[-1])
+
+    def __init__(self, name: str):
+        self.name, self.steps = name, []
+        command = [sys.executable, __file__, *sys.argv[1:], "--worker", name]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def step(self) -> None:
+        """Let it take a step."""
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        self.steps.append(self._hear())
+
+    def result(self) -> dict:
+        """Its fastest step but for the first, and its peak of memory."""
+        return min(self.steps[1:], key=lambda step: step["seconds"]) | self._hear()
+
+    def _hear(self) -> dict:
+        for line in self.process.stdout:
+            if line.startswith(ANSWER):
+                return json.loads(line.removeprefix(ANSWER))
+        raise RuntimeError(f"{self.name} ended early: see its error above")
+
+
+def wait_for_turn() -> None:
+    """In a worker: wait until the step may begin."""
+    sys.stdin.readline()
+
+
+def answer(values: dict) -> None:
+    """In a worker: tell what was measured."""
+    print(ANSWER + json.dumps(values), flush=True)
+
+
+def compare(names: list[str], steps: int) -> dict[str, dict]:
+    """Results of contenders that take their steps in turn."""
+    workers = [Worker(name) for name in names]
+    try:
+        for _ in tqdm(range(steps + 1), desc=", ".join(names), unit="step", leave=False):
+            for worker in workers:
+                worker.step()
+        return {worker.name: worker.result() for worker in workers}
+    finally:
+        for worker in workers:
+            worker.process.kill()
+            worker.process.wait()
 
 
 def main() -> None:
@@ -232,10 +275,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.worker:
         if args.worker.startswith("trl"):
-            result = run_trl(args, checkpointing=args.worker == "trl")
+            run_trl(args, checkpointing=args.worker == "trl")
         else:
-            result = run_ours(args, shared=args.worker == "ours")
-        print(json.dumps(result))
+            run_ours(args, shared=args.worker == "ours")
         return
     names = args.contenders
     if any(name.startswith("trl") for name in names) and importlib.util.find_spec("trl") is None:
@@ -244,10 +286,12 @@ def main() -> None:
     shape = f"P={args.prompt_tokens} C={args.completion_tokens} G={args.group_size}, {args.prompts} prompts"
     print(f"{device_name(args.device)}, {args.preset}, {shape}, {os.cpu_count()} cores")
     results: dict = {}
-    for name in names:
-        results[name] = result = run_in_process(name)
-        phases = "  ".join(f"{phase} {seconds:.2f}" for phase, seconds in result["phases"].items())
-        print(f"{name:21s} {result['seconds']:7.2f} s   {result['peak_bytes'] / 2**20:6.0f} MiB   {phases}", flush=True)
+    for together in [names] if args.device == "cpu" else [[name] for name in names]:
+        for name, result in compare(together, args.steps).items():
+            results[name] = result
+            phases = "  ".join(f"{phase} {seconds:.2f}" for phase, seconds in result["phases"].items())
+            mebibytes = result["peak_bytes"] / 2**20
+            print(f"{name:21s} {result['seconds']:7.2f} s   {mebibytes:6.0f} MiB   {phases}", flush=True)
     for name in [name for name in results if name.startswith("trl") and "ours" in results]:
         suffix = name.removeprefix("trl")
         results[f"ratio{suffix}"] = ratio = results[name]["seconds"] / results["ours"]["seconds"]

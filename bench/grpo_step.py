@@ -20,6 +20,7 @@ TRL's figures over ours: `ratio` and `memory_ratio`, and the same two for `…_n
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -215,8 +216,9 @@ class Worker:
 
     def step(self) -> None:
         """Let it take a step."""
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # a process that has ended has said why
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
         self.steps.append(self._hear())
 
     def result(self) -> dict:

@@ -77,7 +77,8 @@ class Policy:
 
     Args:
         model: the LM. Its attention is switched to the group interface, which is SDPA for ordinary calls.
-        embed: gives `[P, H]` per prompt, differentiably; the LM's token embeddings unless given.
+        embed: gives `[P, H]` per prompt, differentiably; the LM's token embeddings unless given. Sampling and training
+            go by it; a subclass passes it on instead of overriding the method.
         module: owns every trained parameter (the LM and what `embed` uses); the LM unless given.
         reference: which policy `reference=True` means; see `AlgorithmConfig.reference`. `frozen` copies the trained
             parameters now, in their own dtype (sharded ones, as FSDP2 makes them, stay sharded); `None` keeps no

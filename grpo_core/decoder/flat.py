@@ -14,6 +14,7 @@ from grpo_core.decoder.attention import decode_attention, prefill_attention
 from grpo_core.decoder.cache import CacheShape, GroupCache, MaskedCache
 from grpo_core.decoder.drawing import DrawRules, LogitsDrawer
 from grpo_core.decoder.weights import CopiedVector, FlatLayer, FlatWeights, can_pack
+from grpo_kernels.rms_norm import rms_norm_reference
 
 _FAMILIES = ("qwen2", "qwen3", "llama", "mistral")
 _STATIC_ROPES = ("default", "linear", "llama3", "yarn")
@@ -168,11 +169,7 @@ class FlatDecoder(FlatModel):
         return layer.down(self.activation(gate).mul_(up), residual=x)
 
     def _norm(self, x: Tensor, norm: CopiedVector) -> Tensor:
-        # half the operations of F.rms_norm on a CPU; rounded where transformers' module rounds
-        wide = x.float()
-        squares = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
-        scale = squares.div_(x.shape[-1]).add_(self.eps).rsqrt_()
-        return (wide * scale).to(x.dtype).mul_(norm.weight)
+        return rms_norm_reference(x, norm.weight, self.eps)[0]
 
     def _logits(self, x: Tensor) -> Tensor:
         return self.weights.head(self._norm(x, self.weights.norm))

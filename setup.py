@@ -14,7 +14,11 @@ setup(
     packages=[
         package for name, folder in FOLDERS.items() for package in find_packages(folder, include=[name, f"{name}.*"])
     ],
-    package_data={"affectgpt.emotion_wheel": ["data/*"]},
+    package_data={
+        **{name: ["py.typed"] for name in FOLDERS},
+        "affectgpt.configs": ["*.yaml"],
+        "affectgpt.emotion_wheel": ["data/*"],
+    },
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",

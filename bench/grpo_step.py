@@ -65,12 +65,12 @@ def model_of(args: argparse.Namespace) -> PreTrainedModel:
 
 def run_ours(args: argparse.Namespace, shared: bool) -> None:
     """Our trainer, step by step."""
-    from grpo_core.config import AlgorithmConfig, GRPOConfig, OptimConfig, RolloutConfig, RunConfig
-    from grpo_core.distributed import Distributed
-    from grpo_core.groups import Group, Prompt
+    from grpo_core.config.options import AlgorithmConfig, GRPOConfig, OptimConfig, RolloutConfig, RunConfig
+    from grpo_core.distributed.collectives import Distributed
     from grpo_core.policy import Policy
-    from grpo_core.sampler import GroupSampler
-    from grpo_core.trainer import GRPOTrainer
+    from grpo_core.rollout.sampler import GroupSampler
+    from grpo_core.training.grpo import GRPOTrainer
+    from grpo_core.types import Group, Prompt
 
     class EvenShare:
         name = "even"

@@ -333,9 +333,9 @@ def gpu_contender(function: Callable[[Batch], Tensor], batch: Batch, calls: int)
 
 def row_pass(calls: int) -> dict[str, float]:
     """The element-wise pass alone (fp32 logits in, bf16 gradient out, in place) beside a copy of as many bytes."""
-    from grpo_kernels.row_statistics import RowStatistics, Transform
-    from grpo_kernels.token_loss import LossConfig, LossInputs
-    from grpo_kernels.triton_rows import TritonRows
+    from grpo_kernels.lm_head._rows import RowStatistics, Transform
+    from grpo_kernels.lm_head._rows_triton import TritonRows
+    from grpo_kernels.lm_head.token_loss import LossConfig, LossInputs
 
     count, vocabulary = 4096, 152_064
     logits = torch.randn(count, vocabulary, device="cuda")

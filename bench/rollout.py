@@ -27,10 +27,10 @@ from pathlib import Path
 import torch
 from common import PRESETS, ceilings, device_name, make_model, matrix_parameters, synchronize, write_results
 
-from grpo_core.config import RolloutConfig
-from grpo_core.groups import Prompt
+from grpo_core.config.options import RolloutConfig
 from grpo_core.policy import Policy
-from grpo_core.sampler import GroupSampler
+from grpo_core.rollout.sampler import GroupSampler
+from grpo_core.types import Prompt
 
 CONTENDERS = ("ours", "generate", "generate, static cache")
 

@@ -20,8 +20,9 @@ from pathlib import Path
 import torch
 from common import PRESETS, Memory, device_name, make_model, matrix_parameters, synchronize, write_results
 
-from grpo_core.groups import GroupLayout, Prompt
+from grpo_core.layout import GroupLayout
 from grpo_core.policy import Policy
+from grpo_core.types import Prompt
 
 
 def floor_ratio(preset: str, prompt: int, completion: int, members: int) -> float:

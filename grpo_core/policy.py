@@ -14,9 +14,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from grpo_core.groups import GroupLayout, Prompt
+from grpo_core.layout import GroupLayout
+from grpo_core.types import Prompt
 from grpo_kernels import group_attention, linear_logprob
-from grpo_kernels.spans import GroupSpans
+from grpo_kernels.attention.spans import GroupSpans
 
 ATTENTION = "grpo_group"
 """Name under which group attention is registered with transformers."""

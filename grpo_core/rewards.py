@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from grpo_core.groups import Group
+from grpo_core.types import Group
 
 
 class Reward(Protocol):

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 HERE = Path(__file__).parent
-MODES = {"think": ("demo.yaml", "demo_think.yaml"), "no_think": ("demo.yaml",)}
+MODES = {"think": ("demo", "demo_think"), "no_think": ("demo",)}
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def train(row: Row, output_dir: Path, steps: int, cold_start: Path | None, more:
     shared = {} if cold_start is None else {"model.path": cold_start, "cold_start.max_steps": 0}
     command = [sys.executable, str(HERE / "affectgpt_r1.py")]
     for file in MODES[row.mode]:
-        command += ["--config", str(HERE / "configs" / file)]
+        command += ["--config", file]
     if subprocess.run([*command, *flags(options), *more, *flags(shared)], check=False).returncode:
         raise RuntimeError(f"row {row.name!r} failed: its error is above")
     evaluations = output_dir / row.name / "evaluations"

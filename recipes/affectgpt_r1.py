@@ -1,7 +1,7 @@
 """AffectGPT-R1 (arXiv 2508.01318): GRPO on the emotion-wheel score, after a cold start where the model is fresh.
 
 python recipes/affectgpt_r1.py                                   the embedded default, whole, on any machine
-python recipes/affectgpt_r1.py --config recipes/configs/r1.yaml --model.path DIR --data.root DIR
+python recipes/affectgpt_r1.py --config r1_no_think --model.path DIR --data.root DIR
 torchrun --nproc_per_node=8 recipes/affectgpt_r1.py ...          the same on eight GPUs
 python recipes/affectgpt_r1.py --help                            every option
 """
@@ -11,15 +11,15 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from pathlib import Path
 
+from affectgpt.config import R1Config
+from affectgpt.configs import CONFIGS
+from affectgpt.pipeline import Stages, open_run
 from affectgpt.report import write_report
 from affectgpt.synthetic import shuffle_media
-from affectgpt.training import R1Config, Stages, open_run
 from grpo_core import distributed
-from grpo_core.cli import load_config
+from grpo_core.config.loader import load_config
 
-DEFAULT = Path(__file__).parent / "configs" / "demo.yaml"
 ROWS = {
     "untrained": "untrained",
     "cold_start": "cold start",
@@ -30,7 +30,7 @@ ROWS = {
 
 
 def main() -> None:
-    config = load_config(R1Config, description=__doc__, default_config=DEFAULT)
+    config = load_config(R1Config, description=__doc__, default_config=CONFIGS / "demo.yaml", config_folder=CONFIGS)
     dist = distributed.init()
     logging.basicConfig(level=logging.INFO if dist.main_process else logging.ERROR, format="%(message)s")
     open_run(config, dist)

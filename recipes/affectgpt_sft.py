@@ -1,6 +1,6 @@
 """Supervised training of AffectGPT on a label table: the cold start that GRPO begins from.
 
-    python recipes/affectgpt_sft.py --config recipes/configs/sft.yaml \\
+    python recipes/affectgpt_sft.py --config sft \\
         --model.llm QWEN --model.visual_encoder CLIP --model.audio_encoder HUBERT --data.root MER2025
 
 Writes `runs/<name>/model`, which recipes/affectgpt_r1.py takes as --model.path.
@@ -12,10 +12,12 @@ import logging
 import sys
 from dataclasses import dataclass, field
 
-from affectgpt.training import Stages, TaskConfig, open_run
+from affectgpt.config import TaskConfig
+from affectgpt.configs import CONFIGS
+from affectgpt.pipeline import Stages, open_run
 from grpo_core import distributed
-from grpo_core.cli import load_config
-from grpo_core.config import OptimConfig, SFTConfig
+from grpo_core.config.loader import load_config
+from grpo_core.config.options import OptimConfig, SFTConfig
 
 
 @dataclass
@@ -26,7 +28,7 @@ class Config(TaskConfig):
 
 
 def main() -> None:
-    config = load_config(Config, description=__doc__)
+    config = load_config(Config, description=__doc__, config_folder=CONFIGS)
     dist = distributed.init()
     logging.basicConfig(level=logging.INFO if dist.main_process else logging.ERROR, format="%(message)s")
     open_run(config, dist)

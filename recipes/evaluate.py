@@ -10,14 +10,15 @@ from __future__ import annotations
 import logging
 import sys
 
-from affectgpt.task import load_samples
-from affectgpt.training import Stages, TaskConfig
+from affectgpt.config import TaskConfig
+from affectgpt.configs import CONFIGS
+from affectgpt.pipeline import Stages, load_samples
 from grpo_core import distributed
-from grpo_core.cli import load_config
+from grpo_core.config.loader import load_config
 
 
 def main() -> None:
-    config = load_config(TaskConfig, description=__doc__)
+    config = load_config(TaskConfig, description=__doc__, config_folder=CONFIGS)
     dist = distributed.init()
     logging.basicConfig(level=logging.INFO if dist.main_process else logging.ERROR, format="%(message)s")
     stages = Stages(config, dist, splits=False)

@@ -15,12 +15,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from affectgpt.config import TaskConfig
+from affectgpt.configs import CONFIGS
 from affectgpt.emotion_wheel import parse_labels
+from affectgpt.pipeline import Stages, answer, load_samples
 from affectgpt.prompts import answer_text
-from affectgpt.task import answer, load_samples
-from affectgpt.training import Stages, TaskConfig
 from grpo_core import distributed
-from grpo_core.cli import load_config
+from grpo_core.config.loader import load_config
 
 
 @dataclass
@@ -32,7 +33,7 @@ class Config(TaskConfig):
 
 
 def main() -> None:
-    config = load_config(Config, description=__doc__)
+    config = load_config(Config, description=__doc__, config_folder=CONFIGS)
     dist = distributed.init()
     logging.basicConfig(level=logging.INFO if dist.main_process else logging.ERROR, format="%(message)s")
     stages = Stages(config, dist, splits=False)

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Literal
 from torch import Tensor
 
 from affectgpt.emotion_wheel import parse_labels
-from grpo_core.groups import Prompt
+from grpo_core.types import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from affectgpt.datasets import Sample
-    from affectgpt.fusion import Branch
+    from affectgpt.data.datasets import Sample
+    from affectgpt.modeling.fusion import Branch
 
 Template = Literal["upstream", "chat"]
 Mode = Literal["no_think", "think"]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from affectgpt.datasets import Sample, load_folder, load_jsonl, load_mer2025, load_mer2026, load_ovmerd_plus
+from affectgpt.data.datasets import Sample, load_folder, load_jsonl, load_mer2025, load_mer2026, load_ovmerd_plus
 
 
 def write(path, text):

@@ -18,8 +18,8 @@ from transformers import (
     Wav2Vec2FeatureExtractor,
 )
 
-from affectgpt.encoders import Encoders
-from affectgpt.media import audio_clips
+from affectgpt.data.media import audio_clips
+from affectgpt.modeling.encoders import Encoders
 
 VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 

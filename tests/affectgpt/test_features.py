@@ -17,11 +17,11 @@ import pytest
 import torch
 from PIL import Image
 
-from affectgpt import features
-from affectgpt.datasets import Sample, load_jsonl
-from affectgpt.encoders import Encoders
-from affectgpt.features import FeatureStore, extract_features
-from affectgpt.media import read_audio, read_faces, read_frames, read_image
+from affectgpt.data import features
+from affectgpt.data.datasets import Sample, load_jsonl
+from affectgpt.data.features import FeatureStore, extract_features
+from affectgpt.data.media import read_audio, read_faces, read_frames, read_image
+from affectgpt.modeling.encoders import Encoders
 
 
 def write_clip(path, seed, sound=True):
@@ -298,8 +298,8 @@ SCRIPT = textwrap.dedent(
     import json, sys, time
     from pathlib import Path
     import torch
-    from affectgpt.datasets import load_jsonl
-    from affectgpt.features import extract_features
+    from affectgpt.data.datasets import load_jsonl
+    from affectgpt.data.features import extract_features
     from grpo_core import distributed
 
     class MeanEncoder:

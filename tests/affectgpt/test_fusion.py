@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from affectgpt.fusion import Fusion, FusionInput
+from affectgpt.modeling.fusion import Fusion, FusionInput
 
 VISUAL, AUDIO, HIDDEN, STEPS = 7, 5, 11, 8
 

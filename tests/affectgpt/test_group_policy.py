@@ -5,12 +5,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from affectgpt.modeling import AffectGPT
+from affectgpt.modeling.affectgpt import AffectGPT
 from affectgpt.prompts import build_prompt, build_target
-from grpo_core.config import RolloutConfig
-from grpo_core.groups import GroupLayout, Prompt
+from grpo_core.config.options import RolloutConfig
+from grpo_core.layout import GroupLayout
 from grpo_core.policy import Policy
-from grpo_core.sampler import GroupSampler
+from grpo_core.rollout.sampler import GroupSampler
+from grpo_core.types import Prompt
 
 LABELS = [["[happy]", "[sad, angry]", "[calm, proud, tired]"], ["[afraid, sad]", "[sad]"]]
 

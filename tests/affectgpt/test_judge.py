@@ -32,18 +32,19 @@ from transformers import (
 )
 from transformers.utils import is_torchvision_available
 
-from affectgpt.datasets import Sample, load_mer2025
+from affectgpt.config import R1Config
+from affectgpt.configs import CONFIGS
+from affectgpt.data.datasets import Sample, load_mer2025
+from affectgpt.data.media import MediaError, read_frames, read_waveform
 from affectgpt.emotion_wheel import EmotionWheel
-from affectgpt.media import MediaError, read_frames, read_waveform
+from affectgpt.pipeline import Stages, open_run
 from affectgpt.rewards import Comparison, RewardConfig, judge, make_rewards, perception
 from affectgpt.rewards.judge import ModelJudge
 from affectgpt.synthetic import make_dataset
-from affectgpt.training import R1Config, Stages, open_run
-from grpo_core.cli import ConfigError, load_config
-from grpo_core.distributed import Distributed
-from grpo_core.groups import Prompt
+from grpo_core.config.loader import ConfigError, load_config
+from grpo_core.distributed.collectives import Distributed
+from grpo_core.types import Prompt
 
-RECIPES = Path(__file__).parents[2] / "recipes"
 TEXT = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -554,9 +555,7 @@ def test_weights_that_do_not_fill_the_model_are_refused_when_they_are_loaded(lla
     ],
 )
 def test_a_run_stops_at_its_config(options, message):
-    files = [
-        text for file in ("r1_think", "r1_think_v3") for text in ("--config", str(RECIPES / f"configs/{file}.yaml"))
-    ]
+    files = [text for file in ("r1_think", "r1_think_v3") for text in ("--config", str(CONFIGS / f"{file}.yaml"))]
     with pytest.raises(ConfigError, match=message):
         load_config(R1Config, [*files, "--algorithm.reward_weights", "{}", *options])
 
@@ -593,9 +592,7 @@ def test_a_run_with_all_five_rewards_and_a_judge_goes_on_as_if_uninterrupted(
     }
 
     def run(name: str, steps: int) -> Path:
-        files = [
-            text for file in ("demo", "r1_think_v3") for text in ("--config", str(RECIPES / f"configs/{file}.yaml"))
-        ]
+        files = [text for file in ("demo", "r1_think_v3") for text in ("--config", str(CONFIGS / f"{file}.yaml"))]
         changed = options | {"run.output_dir": tmp_path / name, "run.max_steps": steps}
         flags = [text for key, value in changed.items() for text in (f"--{key}", str(value))]
         config, dist = load_config(R1Config, [*files, *flags]), Distributed()

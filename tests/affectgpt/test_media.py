@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from affectgpt import media
-from affectgpt.media import MediaError, audio_clips, frame_indices, read_audio, read_faces, read_frames, read_image
+from affectgpt.data import media
+from affectgpt.data.media import MediaError, audio_clips, frame_indices, read_audio, read_faces, read_frames, read_image
 
 RATE = 16_000
 

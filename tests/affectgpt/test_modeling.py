@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from affectgpt.modeling import CONFIG_FILE, WEIGHTS_FILE, AffectGPT, AffectGPTConfig
-from affectgpt.official import from_upstream, to_upstream
+from affectgpt.modeling.affectgpt import CONFIG_FILE, WEIGHTS_FILE, AffectGPT, AffectGPTConfig
+from affectgpt.modeling.official import from_upstream, to_upstream
 from affectgpt.prompts import PLACEHOLDERS, build_prompt, build_target
-from grpo_core.groups import Prompt
+from grpo_core.types import Prompt
 
 
 @pytest.fixture
@@ -231,7 +231,7 @@ def test_an_interrupted_save_keeps_the_former_model(model, tmp_path, monkeypatch
         path.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("affectgpt.modeling.save_file", half)
+    monkeypatch.setattr("affectgpt.modeling.affectgpt.save_file", half)
     with pytest.raises(OSError, match="disk full"):
         model.save_pretrained(tmp_path)
     assert (tmp_path / WEIGHTS_FILE).read_bytes() == before

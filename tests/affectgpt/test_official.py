@@ -5,8 +5,8 @@ import pickle
 import pytest
 import torch
 
-from affectgpt.modeling import AffectGPT
-from affectgpt.official import from_upstream, load_upstream, to_upstream, upstream_state_dict
+from affectgpt.modeling.affectgpt import AffectGPT
+from affectgpt.modeling.official import from_upstream, load_upstream, to_upstream, upstream_state_dict
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from affectgpt.emotion_wheel import parse_labels
-from affectgpt.modeling import add_placeholders
+from affectgpt.modeling.affectgpt import add_placeholders
 from affectgpt.prompts import (
     FACE_OR_FRAME,
     PLACEHOLDERS,

@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from affectgpt.datasets import Sample
+from affectgpt.data.datasets import Sample
 from affectgpt.emotion_wheel import EmotionWheel
 from affectgpt.emotion_wheel.tables import Tables
-from affectgpt.metrics import score_answers
+from affectgpt.evaluation import score_answers
 from affectgpt.report import compare, figures, write_report
 from affectgpt.report.__main__ import main
 from affectgpt.report.run import Curves, read_run
-from grpo_core.jsonlines import jsonable
+from grpo_core.storage.jsonl import jsonable
 
 SECTORS = [
     ("mad", "disgusted", "sad", "happy", "surprised", "scared"),

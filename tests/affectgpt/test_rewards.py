@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from affectgpt.datasets import Sample
+from affectgpt.data.datasets import Sample
 from affectgpt.emotion_wheel import EmotionWheel, parse_labels
 from affectgpt.rewards import (
     REWARDS,
@@ -34,7 +34,7 @@ from affectgpt.rewards import (
     wordnet_lemmas,
 )
 from affectgpt.rewards.closed_labels import hit_rates
-from grpo_core.groups import Completion, Group, Prompt
+from grpo_core.types import Completion, Group, Prompt
 
 WHEEL = EmotionWheel.default()
 WORDS = EmotionWords(WHEEL)

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from affectgpt.datasets import load_mer2025
+from affectgpt.data.datasets import load_mer2025
+from affectgpt.data.media import read_audio, read_faces, read_frames
 from affectgpt.emotion_wheel import EmotionWheel, parse_labels
-from affectgpt.media import read_audio, read_faces, read_frames
 from affectgpt.synthetic import dataset, face, make_dataset, read_truth, shuffle_media, tiny_encoders, tiny_llm, voice
 from affectgpt.synthetic.ceiling import ceilings
 from affectgpt.synthetic.emotions import EMOTIONS, IRONIC

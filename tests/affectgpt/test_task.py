@@ -7,15 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from affectgpt.datasets import Sample
+from affectgpt.config import R1Config
+from affectgpt.data.datasets import Sample
 from affectgpt.emotion_wheel import EmotionWheel
-from affectgpt.metrics import score_answers
+from affectgpt.evaluation import score_answers
+from affectgpt.pipeline import open_run, split_samples
 from affectgpt.rewards import AccuracyReward, FormatReward, RewardConfig, has_think_answer_format
-from affectgpt.task import split_samples
-from affectgpt.training import R1Config, open_run
-from grpo_core.config import RunConfig
-from grpo_core.distributed import Distributed
-from grpo_core.groups import Completion, Group, Prompt
+from grpo_core.config.options import RunConfig
+from grpo_core.distributed.collectives import Distributed
+from grpo_core.types import Completion, Group, Prompt
 
 WHEEL = EmotionWheel.default()
 

@@ -3,9 +3,9 @@
 import numpy as np
 import torch
 
-from grpo_core.config import RolloutConfig
-from grpo_core.groups import Prompt
+from grpo_core.config.options import RolloutConfig
 from grpo_core.policy import Policy
+from grpo_core.types import Prompt
 
 VOCABULARY = 97
 PLACEHOLDER = 2

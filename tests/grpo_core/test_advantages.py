@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_core.advantages import (
+from grpo_core.algorithm.advantages import (
     choose_groups,
     combine_moments,
     combined_advantages,

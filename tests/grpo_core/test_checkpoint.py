@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from grpo_core import checkpoint, training_state
-from grpo_core.checkpoint import CheckpointError, CheckpointManager, read_manifest
+from grpo_core.storage import checkpoint
+from grpo_core.storage import optimizer_state as training_state
+from grpo_core.storage.checkpoint import CheckpointError, CheckpointManager, read_manifest
 
 
 class Run:

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from grpo_core.cli import load_config, save_config, to_dict
-from grpo_core.config_values import ConfigError
+from grpo_core.config.loader import load_config, save_config, to_dict
+from grpo_core.config.values import ConfigError
 
 
 @dataclass
@@ -276,7 +276,7 @@ def test_help_shows_every_field_with_type_default_and_doc(capsys):
 def test_a_program_prints_a_mistake_without_a_traceback_and_exits_with_2(tmp_path):
     script = tmp_path / "program.py"
     script.write_text(
-        "from dataclasses import dataclass\nfrom grpo_core.cli import load_config\n"
+        "from dataclasses import dataclass\nfrom grpo_core.config.loader import load_config\n"
         "@dataclass\nclass C:\n    seed: int = 0\nprint(load_config(C))\n"
     )
     done = subprocess.run([sys.executable, script, "--sead", "1"], capture_output=True, text=True)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from grpo_core.controllers import AdaptiveEntropy, AdaptiveKL, beta_schedule
+from grpo_core.algorithm.controllers import AdaptiveEntropy, AdaptiveKL, beta_schedule
 
 
 def test_the_schedule_runs_from_start_to_end():

@@ -9,13 +9,17 @@ from peft import LoraConfig, get_peft_model
 from scipy import stats
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from grpo_core.config import RolloutConfig
-from grpo_core.decoder import Rollout, StopConditions, TokenChooser, attention, flat
-from grpo_core.decoder.attention import RowPlan, decode_attention, extent
-from grpo_core.decoder.cache import fill_holes
-from grpo_core.decoder.weights import FlatWeights, FusedLinear
+from grpo_core.config.options import RolloutConfig
 from grpo_core.policy import Policy
-from grpo_core.sampler import GroupSampler
+from grpo_core.rollout import attention
+from grpo_core.rollout.attention import RowPlan, decode_attention, extent
+from grpo_core.rollout.backends import torch as flat
+from grpo_core.rollout.cache import fill_holes
+from grpo_core.rollout.sampler import GroupSampler
+from grpo_core.rollout.sampling import TokenChooser
+from grpo_core.rollout.scheduler import Rollout
+from grpo_core.rollout.stopping import StopConditions
+from grpo_core.rollout.weights import FlatWeights, FusedLinear
 
 from .conftest import LORA_TARGETS, make_lm
 from .sampling_models import VOCABULARY, CharTokenizer, make_prompts

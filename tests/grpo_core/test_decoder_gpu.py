@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from grpo_core.config import RolloutConfig
-from grpo_core.decoder.graphs import StepGraphs
-from grpo_core.decoder.kernels import KernelDecoder, KernelDrawer
-from grpo_core.groups import GroupLayout
+from grpo_core.config.options import RolloutConfig
+from grpo_core.layout import GroupLayout
 from grpo_core.policy import Policy
-from grpo_core.sampler import GroupSampler
+from grpo_core.rollout.backends.triton import KernelDecoder, KernelDrawer
+from grpo_core.rollout.cuda_graphs import StepGraphs
+from grpo_core.rollout.sampler import GroupSampler
 
 from .conftest import make_lm
 from .sampling_models import CharTokenizer, make_prompts, sampled, token_ids

@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from grpo_core.distributed import all_reduce_gradients
-from grpo_core.groups import Group
+from grpo_core.distributed.collectives import all_reduce_gradients
 from grpo_core.policy import LogProbs, Policy
-from grpo_core.trainer import GRPOTrainer, Rollout
+from grpo_core.training.grpo import GRPOTrainer, Rollout
+from grpo_core.types import Group
 
 from .toy import make_trainer
 

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_core.groups import Completion, Group, GroupLayout, Prompt
+from grpo_core.layout import GroupLayout
+from grpo_core.types import Completion, Group, Prompt
 
 
 def test_a_small_layout_by_hand():

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from grpo_core.config import RolloutConfig
-from grpo_core.decoder.flat import FlatDecoder
-from grpo_core.decoder.kernels import KernelDecoder, bucket
-from grpo_core.groups import GroupLayout
+from grpo_core.config.options import RolloutConfig
+from grpo_core.layout import GroupLayout
 from grpo_core.policy import Policy
-from grpo_core.sampler import GroupSampler
+from grpo_core.rollout.backends.torch import FlatDecoder
+from grpo_core.rollout.backends.triton import KernelDecoder, bucket
+from grpo_core.rollout.sampler import GroupSampler
 from grpo_kernels import sample_head
-from grpo_kernels.interpreter import InterpretedFunction, interpret
+from grpo_kernels.testing.interpreter import InterpretedFunction, interpret
 
 from .conftest import make_lm
 from .sampling_models import CharTokenizer, FeaturePolicy, generated, make_prompts, sampled, token_ids

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from grpo_core.groups import GroupLayout, Prompt
+from grpo_core.layout import GroupLayout
 from grpo_core.policy import Policy
+from grpo_core.types import Prompt
 from grpo_kernels import GroupSpans, group_attention
 
 from .conftest import make_lm

@@ -7,20 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_core.losses import (
-    LOSS_TYPES,
-    clipped_surrogate,
-    completion_kl,
-    entropy_bonus,
-    entropy_histogram,
-    entropy_threshold,
-    importance_ratio,
-    kl_penalty,
-    off_policy_mask,
-    policy_loss,
-    sampler_correction,
-    token_weights,
-)
+from grpo_core.algorithm.entropy import entropy_bonus, entropy_histogram, entropy_threshold
+from grpo_core.algorithm.kl import completion_kl, kl_penalty
+from grpo_core.algorithm.losses import LOSS_TYPES, clipped_surrogate, importance_ratio, policy_loss, token_weights
+from grpo_core.algorithm.off_policy import off_policy_mask, sampler_correction
 
 LENGTHS = [7, 0, 1, 23, 12, 4]  # a completion without tokens among them
 INDEX = torch.arange(len(LENGTHS)).repeat_interleave(torch.tensor(LENGTHS))

@@ -8,15 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from grpo_core.losses import (
-    entropy_bonus,
-    importance_ratio,
-    kl_penalty,
-    off_policy_mask,
-    policy_loss,
-    sampler_correction,
-    token_weights,
-)
+from grpo_core.algorithm.entropy import entropy_bonus
+from grpo_core.algorithm.kl import kl_penalty
+from grpo_core.algorithm.losses import importance_ratio, policy_loss, token_weights
+from grpo_core.algorithm.off_policy import off_policy_mask, sampler_correction
 
 trl = pytest.importorskip("trl.trainer.grpo_trainer")
 

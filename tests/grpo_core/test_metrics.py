@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from grpo_core import metrics
-from grpo_core.distributed import Distributed
-from grpo_core.jsonlines import JsonLines
-from grpo_core.metrics import CompletionsWriter, MetricsWriter, StepMetrics
+from grpo_core.distributed.collectives import Distributed
+from grpo_core.storage.jsonl import JsonLines
+from grpo_core.storage.metrics_writer import CompletionsWriter, MetricsWriter
+from grpo_core.training import accumulator as metrics
+from grpo_core.training.accumulator import StepMetrics
 
 
 def test_mean_is_over_values_and_not_over_calls():

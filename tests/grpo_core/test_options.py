@@ -8,12 +8,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-import grpo_core.metrics
-import grpo_core.trainer
-from grpo_core.advantages import group_advantages
-from grpo_core.first_step import FirstStepError, check_features
-from grpo_core.groups import Prompt
+import grpo_core.training.accumulator
+import grpo_core.training.grpo
+from grpo_core.algorithm.advantages import group_advantages
 from grpo_core.policy import Policy
+from grpo_core.training.sanity import FirstStepError, check_features
+from grpo_core.types import Prompt
 
 from .conftest import make_lm
 from .toy import make_trainer, weights
@@ -281,10 +281,10 @@ def test_a_feature_without_effect_stops_the_run(tmp_path, used):
 def test_logging_costs_one_collective_and_one_copy_to_the_host(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, steps=1, beta=0.1)
     calls = []
-    gather = grpo_core.metrics.gather_rows
-    monkeypatch.setattr(grpo_core.metrics, "gather_rows", lambda *a: calls.append("gather") or gather(*a))
-    reduce = grpo_core.trainer.all_reduce_sum
-    monkeypatch.setattr(grpo_core.trainer, "all_reduce_sum", lambda *a: calls.append("counts") or reduce(*a))
+    gather = grpo_core.training.accumulator.gather_rows
+    monkeypatch.setattr(grpo_core.training.accumulator, "gather_rows", lambda *a: calls.append("gather") or gather(*a))
+    reduce = grpo_core.training.grpo.all_reduce_sum
+    monkeypatch.setattr(grpo_core.training.grpo, "all_reduce_sum", lambda *a: calls.append("counts") or reduce(*a))
     report, read = trainer.report, []
 
     def counted(start):

@@ -6,11 +6,11 @@ import torch
 from scipy import stats
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from grpo_core.config import RolloutConfig
-from grpo_core.decoder.transformers_decoder import TransformersDecoder
-from grpo_core.groups import GroupLayout
+from grpo_core.config.options import RolloutConfig
+from grpo_core.layout import GroupLayout
 from grpo_core.policy import Policy
-from grpo_core.sampler import GroupSampler
+from grpo_core.rollout.backends.transformers import TransformersDecoder
+from grpo_core.rollout.sampler import GroupSampler
 
 from .conftest import make_lm
 from .sampling_models import (

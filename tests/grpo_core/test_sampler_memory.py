@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from grpo_core.policy import Policy
-from grpo_core.sampler import GroupSampler
+from grpo_core.rollout.sampler import GroupSampler
 
 from .conftest import make_lm
 from .sampling_models import CharTokenizer, make_prompts, sampled, token_ids

@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from grpo_core.config import RolloutConfig
-from grpo_core.groups import Prompt
+from grpo_core.config.options import RolloutConfig
 from grpo_core.policy import Policy
-from grpo_core.sampler import GroupSampler
+from grpo_core.rollout.sampler import GroupSampler
+from grpo_core.types import Prompt
 
 from .conftest import make_lm
 from .sampling_models import VOCABULARY, CharTokenizer, make_prompts, sampled

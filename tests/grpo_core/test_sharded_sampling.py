@@ -15,10 +15,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from grpo_core import distributed
-from grpo_core.config import RolloutConfig
-from grpo_core.decoder.kernels import KernelDecoder
+from grpo_core.config.options import RolloutConfig
 from grpo_core.policy import Policy
-from grpo_core.sampler import GroupSampler
+from grpo_core.rollout.backends.triton import KernelDecoder
+from grpo_core.rollout.sampler import GroupSampler
 from tests.grpo_core.conftest import make_lm
 from tests.grpo_core.sampling_models import CharTokenizer, make_prompts
 

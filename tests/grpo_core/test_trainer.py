@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from grpo_core.losses import LOSS_TYPES
+from grpo_core.algorithm.losses import LOSS_TYPES
 
 from .toy import make_trainer, weights
 

@@ -7,12 +7,12 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from grpo_core.config import AlgorithmConfig, GRPOConfig, OptimConfig, RolloutConfig, RunConfig
-from grpo_core.distributed import Distributed
-from grpo_core.groups import Prompt
+from grpo_core.config.options import AlgorithmConfig, GRPOConfig, OptimConfig, RolloutConfig, RunConfig
+from grpo_core.distributed.collectives import Distributed
 from grpo_core.policy import Policy
-from grpo_core.sampler import GroupSampler
-from grpo_core.trainer import GRPOTrainer
+from grpo_core.rollout.sampler import GroupSampler
+from grpo_core.training.grpo import GRPOTrainer
+from grpo_core.types import Prompt
 
 from .conftest import make_lm
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from grpo_core import distributed
-from grpo_core.metrics import StepMetrics
+from grpo_core.training.accumulator import StepMetrics
 
 
 def error_of(function):

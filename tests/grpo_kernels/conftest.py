@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from grpo_kernels.interpreter import interpret
+from grpo_kernels.testing.interpreter import interpret
 
 
 @pytest.fixture(params=["torch", "triton"])

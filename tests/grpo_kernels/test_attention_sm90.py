@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from grpo_kernels.group_decode_attention import (
+from grpo_kernels.attention.group_decode_attention import (
     prefix_attention_kernel,
     prefix_config,
     suffix_attention_kernel,
     suffix_config,
 )
-from grpo_kernels.interpreter import interpreted
-from grpo_kernels.sm90 import SHARED_LIMIT, compile_sm90
+from grpo_kernels.testing.interpreter import interpreted
+from grpo_kernels.testing.sm90 import SHARED_LIMIT, compile_sm90
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="TRITON_INTERPRET=1: there is nothing to compile")
 

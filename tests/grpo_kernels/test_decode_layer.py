@@ -8,7 +8,7 @@ from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from grpo_kernels import RowState, record_tokens, rms_norm, rope_append, silu_mul
-from grpo_kernels.interpreter import interpret
+from grpo_kernels.testing.interpreter import interpret
 
 TOLERANCE = {torch.float32: 3e-7, torch.bfloat16: 5e-3, torch.float16: 7e-4}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))

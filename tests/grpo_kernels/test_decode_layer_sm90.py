@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from grpo_kernels.interpreter import interpreted
-from grpo_kernels.record_tokens import record_tokens_kernel
-from grpo_kernels.rms_norm import norm_config, rms_norm_kernel
-from grpo_kernels.rope_append import rope_append_kernel, rope_config
-from grpo_kernels.silu_mul import SILU, silu_mul_kernel
-from grpo_kernels.sm90 import compile_sm90
+from grpo_kernels.layers.rms_norm import norm_config, rms_norm_kernel
+from grpo_kernels.layers.rope_append import rope_append_kernel, rope_config
+from grpo_kernels.layers.silu_mul import SILU, silu_mul_kernel
+from grpo_kernels.sampling.record_tokens import record_tokens_kernel
+from grpo_kernels.testing.interpreter import interpreted
+from grpo_kernels.testing.sm90 import compile_sm90
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="TRITON_INTERPRET=1: there is nothing to compile")
 

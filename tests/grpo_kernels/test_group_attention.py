@@ -11,7 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from grpo_kernels import GroupSpans, group_attention, varlen_attention
+from grpo_kernels import GroupSpans, group_attention
+from grpo_kernels.attention import varlen as varlen_attention
 
 UNEVEN = GroupSpans([5, 1, 3, 1], [[3, 1, 0, 6], [2, 2], [], [0]])
 EVEN = GroupSpans([7], [[4, 4, 4]])

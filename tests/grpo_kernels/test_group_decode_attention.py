@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from grpo_kernels import GroupRows, group_decode_attention, group_decode_attention_reference
-from grpo_kernels.interpreter import interpret
+from grpo_kernels.testing.interpreter import interpret
 
-module = importlib.import_module("grpo_kernels.group_decode_attention")
+module = importlib.import_module("grpo_kernels.attention.group_decode_attention")
 
 
 def make(heads=(6, 2), width=16, prefixes=(300, 1, 17), groups=(0, 2, 0, 1, 0, 0), dtype=torch.float32, room=(320, 70)):
@@ -149,7 +149,7 @@ def test_rows_are_sorted_by_group():
 
 def test_the_decoders_own_attention_agrees():
     """The engine's CPU path and this one read the same cache."""
-    attention = pytest.importorskip("grpo_core.decoder.attention")
+    attention = pytest.importorskip("grpo_core.rollout.attention")
     q, pk, pv, pl, sk, sv, sl, rows = make(heads=(6, 2), room=(512, 80))
     pk, pv, sk, sv = (x.nan_to_num(0.0) for x in (pk, pv, sk, sv))
     sl = sl.clamp(min=1)  # a step appends its own token first

@@ -7,9 +7,10 @@ import itertools
 import pytest
 import torch
 
-from grpo_core.losses import importance_ratio, kl_penalty, policy_loss
+from grpo_core.algorithm.kl import kl_penalty
+from grpo_core.algorithm.losses import importance_ratio, policy_loss
 from grpo_kernels import grpo_loss, linear_grpo_loss, selective_logprob
-from grpo_kernels.interpreter import interpret
+from grpo_kernels.testing.interpreter import interpret
 
 T, H, V = 45, 12, 67
 CLIP, CAP = {"clip_low": 0.1, "clip_high": 0.28}, 1.4

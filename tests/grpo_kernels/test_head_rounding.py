@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
-from grpo_kernels import head, linear_grpo_loss, linear_logprob, triton_rows
-from grpo_kernels.interpreter import interpret
-from grpo_kernels.large_entries import LargeEntries
-from grpo_kernels.row_statistics import RowStatistics, Transform
-from grpo_kernels.token_loss import LossConfig, LossInputs
-from grpo_kernels.triton_rows import TritonRows
+from grpo_kernels import linear_grpo_loss, linear_logprob
+from grpo_kernels.lm_head import _gemm as head
+from grpo_kernels.lm_head import _rows_triton as triton_rows
+from grpo_kernels.lm_head._large_entries import LargeEntries
+from grpo_kernels.lm_head._rows import RowStatistics, Transform
+from grpo_kernels.lm_head._rows_triton import TritonRows
+from grpo_kernels.lm_head.token_loss import LossConfig, LossInputs
+from grpo_kernels.testing.interpreter import interpret
 
 from . import oracles
 
@@ -40,7 +42,7 @@ def as_on_a_gpu(monkeypatch):
         "CPU",
     )
     monkeypatch.setattr(head, "EXPORTING", ("cpu",))
-    monkeypatch.setattr(sys.modules["grpo_kernels.linear_grpo_loss"], "_live_rows", lambda *_: None)
+    monkeypatch.setattr(sys.modules["grpo_kernels.lm_head.grpo_loss"], "_live_rows", lambda *_: None)
     monkeypatch.setattr(triton_rows, "launch_rows", lambda: triton_rows.RowLaunch(block=128, warps=1))
     with interpret():
         yield

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from grpo_kernels.grpo_loss import scale_kernel
-from grpo_kernels.interpreter import interpreted
-from grpo_kernels.large_entries import BLOCK_H, BLOCK_ROWS, SLOTS, add_product_kernel, add_transposed_kernel
-from grpo_kernels.lm_head_stats import COMBINE, HeadTile, combine_stats_kernel, lm_head_stats_kernel
-from grpo_kernels.sm90 import SHARED_LIMIT, compile_sm90
-from grpo_kernels.triton_rows import RowLaunch, softmax_rows_kernel
+from grpo_kernels.lm_head._large_entries import BLOCK_H, BLOCK_ROWS, SLOTS, add_product_kernel, add_transposed_kernel
+from grpo_kernels.lm_head._rows_triton import RowLaunch, softmax_rows_kernel
+from grpo_kernels.lm_head._stats import COMBINE, HeadTile, combine_stats_kernel, lm_head_stats_kernel
+from grpo_kernels.lm_head.from_logits import scale_kernel
+from grpo_kernels.testing.interpreter import interpreted
+from grpo_kernels.testing.sm90 import SHARED_LIMIT, compile_sm90
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="TRITON_INTERPRET=1: there is nothing to compile")
 

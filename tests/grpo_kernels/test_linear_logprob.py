@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from grpo_kernels import head, linear_grpo_loss, linear_logprob
-from grpo_kernels.head import Head
-from grpo_kernels.interpreter import interpret
-from grpo_kernels.row_statistics import RowStatistics, Transform
-from grpo_kernels.triton_rows import TritonRows
+from grpo_kernels import linear_grpo_loss, linear_logprob
+from grpo_kernels.lm_head import _gemm as head
+from grpo_kernels.lm_head._gemm import Head
+from grpo_kernels.lm_head._rows import RowStatistics, Transform
+from grpo_kernels.lm_head._rows_triton import TritonRows
+from grpo_kernels.testing.interpreter import interpret
 
 from . import oracles
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from grpo_kernels import SampleOptions, sample_head, sample_head_reference, sample_row
-from grpo_kernels.interpreter import interpret
+from grpo_kernels.testing.interpreter import interpret
 
 
 def make(batch=21, width=40, vocabulary=203, dtype=torch.bfloat16):

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from grpo_kernels import SampledTokens, SampleOptions, sample_row, sample_row_reference
-from grpo_kernels.gumbel import gumbel_noise_reference
-from grpo_kernels.interpreter import interpret
+from grpo_kernels.sampling.gumbel import gumbel_noise_reference
+from grpo_kernels.testing.interpreter import interpret
 
 V = 301
 OPTIONS = {

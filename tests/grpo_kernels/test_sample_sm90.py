@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from grpo_kernels.interpreter import interpreted
-from grpo_kernels.sample_head import combine_samples_kernel, head_config, sample_head_kernel
-from grpo_kernels.sample_row import ROW, sample_row_kernel
-from grpo_kernels.sm90 import SHARED_LIMIT, compile_sm90
+from grpo_kernels.sampling.sample_head import combine_samples_kernel, head_config, sample_head_kernel
+from grpo_kernels.sampling.sample_row import ROW, sample_row_kernel
+from grpo_kernels.testing.interpreter import interpreted
+from grpo_kernels.testing.sm90 import SHARED_LIMIT, compile_sm90
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="TRITON_INTERPRET=1: there is nothing to compile")
 

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from affectgpt import training
+from affectgpt import config as options
+from affectgpt.config import R1Config
+from affectgpt.configs import CONFIGS
 from affectgpt.emotion_wheel import EmotionWheel
 from affectgpt.synthetic import make_dataset
-from affectgpt.training import R1Config
-from grpo_core.cli import ConfigError, load_config
+from grpo_core.config.loader import ConfigError, load_config
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 VARIANTS = {
@@ -29,14 +30,12 @@ VARIANTS = {
 
 
 def read(files) -> R1Config:
-    return load_config(R1Config, [text for f in files for text in ("--config", str(RECIPES / "configs" / f"{f}.yaml"))])
+    return load_config(R1Config, [text for f in files for text in ("--config", str(CONFIGS / f"{f}.yaml"))])
 
 
 def with_judge(monkeypatch) -> None:
     """Rewards as a script of one's own makes them, with a judge that always prefers the first answer."""
-    monkeypatch.setattr(
-        training, "make_rewards", partial(training.make_rewards, judge=lambda pairs: [1.0] * len(pairs))
-    )
+    monkeypatch.setattr(options, "make_rewards", partial(options.make_rewards, judge=lambda pairs: [1.0] * len(pairs)))
 
 
 @pytest.mark.parametrize("files", VARIANTS, ids="+".join)
@@ -55,7 +54,7 @@ def test_every_variant_makes_its_rewards(files, monkeypatch):
 
 def test_every_config_file_is_tried_here():
     tried = {name for files in VARIANTS for name in files} | {"sft"}  # sft.yaml is of another recipe
-    assert {path.stem for path in (RECIPES / "configs").glob("*.yaml")} == tried
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == tried
 
 
 def test_all_five_rewards_are_refused_without_a_judge():
@@ -74,7 +73,7 @@ def ablations(monkeypatch):
 
 def test_rows_differ_by_what_they_say(ablations):
     def config(row):
-        files = [text for file in ablations.MODES[row.mode] for text in ("--config", str(RECIPES / "configs" / file))]
+        files = [text for file in ablations.MODES[row.mode] for text in ("--config", str(CONFIGS / f"{file}.yaml"))]
         return load_config(R1Config, files + ablations.flags(row.options))
 
     configs = {row.name: config(row) for row in ablations.ROWS}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+RECIPES = Path(__file__).parents[2] / "recipes/examples"
 
 
 def load(name):

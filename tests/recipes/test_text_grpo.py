@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "text_grpo.py"
+RECIPE = Path(__file__).parents[2] / "recipes/examples/text_grpo.py"
 REWARDS = """
 def share(prompt, completion, wanted, **others):
     assert isinstance(prompt, str if others["chat"] is False else list)

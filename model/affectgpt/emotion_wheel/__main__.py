@@ -6,9 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from .build import build_tables
-from .score import DEFAULT_TABLES
-from .tables import TablesError, save_tables
+from affectgpt.emotion_wheel.build import build_tables
+from affectgpt.emotion_wheel.score import DEFAULT_TABLES
+from affectgpt.emotion_wheel.tables import TablesError, save_tables
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from .tables import Tables, TablesError, Wheel, compile_tables
+from affectgpt.emotion_wheel.tables import Tables, TablesError, Wheel, compile_tables
 
 if TYPE_CHECKING:
     from nltk.corpus.reader.wordnet import Lemma, Synset, WordNetCorpusReader

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .parse import MARK, PARSERS, LabelText, as_text, clean_token, split_batch
-from .tables import LEVELS, Tables, load_tables, read_published
+from affectgpt.emotion_wheel.parse import MARK, PARSERS, LabelText, as_text, clean_token, split_batch
+from affectgpt.emotion_wheel.tables import LEVELS, Tables, load_tables, read_published
 
 DEFAULT_TABLES = Path(__file__).parent / "data" / "tables.npz"
 CHUNK = 2048  # texts looked up at once: their tokens and masks stay in the processor's cache

@@ -13,7 +13,7 @@ from affectgpt.report.run import read_run
 from affectgpt.report.style import CSS
 
 if TYPE_CHECKING:
-    from affectgpt.datasets import Sample
+    from affectgpt.data.datasets import Sample
     from affectgpt.emotion_wheel import EmotionWheel
 
 __all__ = ["write_report"]

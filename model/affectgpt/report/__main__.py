@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from affectgpt.datasets import Sample, load_folder, load_mer2025
+from affectgpt.data.datasets import Sample, load_folder, load_mer2025
 from affectgpt.emotion_wheel import EmotionWheel
 from affectgpt.report import write_report
 

@@ -17,7 +17,7 @@ from affectgpt.report.html import escape, figure, key, number, plural, shorten, 
 from affectgpt.report.run import Curves, Run
 
 if TYPE_CHECKING:
-    from affectgpt.datasets import Sample
+    from affectgpt.data.datasets import Sample
     from affectgpt.emotion_wheel import EmotionWheel
 
 # name of an evaluation → title, what it is, class of its row and bar
@@ -471,7 +471,7 @@ def _frames(sample: Sample | None, count: int = 3, size: int = 148) -> str:
     try:
         from PIL import Image
 
-        from affectgpt.media import read_frames
+        from affectgpt.data.media import read_frames
 
         frames = read_frames(sample.video)
         images = []

@@ -3,15 +3,15 @@
 Called with N groups of G completions, a reward gives float64 `[N, G]`, NaN where it cannot judge.
 """
 
-from .accuracy import AccuracyReward, DualReward
-from .alignment import AlignmentReward
-from .closed_labels import HitRateReward, SentimentReward
-from .config import REWARDS, RewardConfig, make_rewards
-from .format import FormatReward, has_think_answer_format, split_think_answer
-from .length import LengthPenalty
-from .perception import Comparison, Judge, PerceptionReward, bradley_terry
-from .shaping import RepetitionPenalty, SoftOverlongPunishment
-from .words import EmotionWords, wordnet_lemmas
+from affectgpt.rewards.accuracy import AccuracyReward, DualReward
+from affectgpt.rewards.alignment import AlignmentReward
+from affectgpt.rewards.closed_labels import HitRateReward, SentimentReward
+from affectgpt.rewards.config import REWARDS, RewardConfig, make_rewards
+from affectgpt.rewards.format import FormatReward, has_think_answer_format, split_think_answer
+from affectgpt.rewards.length import LengthPenalty
+from affectgpt.rewards.perception import Comparison, Judge, PerceptionReward, bradley_terry
+from affectgpt.rewards.shaping import RepetitionPenalty, SoftOverlongPunishment
+from affectgpt.rewards.words import EmotionWords, wordnet_lemmas
 
 __all__ = [
     "REWARDS",

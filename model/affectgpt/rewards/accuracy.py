@@ -12,7 +12,7 @@ from affectgpt.prompts import Mode, answer_text
 from affectgpt.rewards.format import think_text
 from affectgpt.rewards.length import LengthPenalty, count_labels
 from affectgpt.rewards.words import EmotionWords
-from grpo_core.groups import Group
+from grpo_core.types import Group
 
 Level = Literal[1, 2]
 Unscored = Literal["zero", "skip"]

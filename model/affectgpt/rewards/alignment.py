@@ -10,7 +10,7 @@ import numpy as np
 from affectgpt.emotion_wheel import EmotionWheel
 from affectgpt.rewards.format import FormatRule, split_think_answer
 from affectgpt.rewards.words import EmotionWords
-from grpo_core.groups import Group
+from grpo_core.types import Group
 
 
 class AlignmentReward:

@@ -9,7 +9,7 @@ import numpy as np
 
 from affectgpt.emotion_wheel import EmotionWheel, parse_labels
 from affectgpt.prompts import Mode, answer_text
-from grpo_core.groups import Group
+from grpo_core.types import Group
 
 POSITIVE = frozenset(["happy", "joyful", "joy", "powerful", "peaceful", "genius"])
 NEGATIVE = frozenset(["mad", "angry", "anger", "disgusted", "disgust", "sad", "scared", "fearful", "fear", "bad"])

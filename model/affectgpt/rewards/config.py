@@ -93,7 +93,7 @@ class _Parts:
         config = self.config
         if self._judge is not None or config.judge is None:
             return self._judge
-        from affectgpt.rewards.judge import ModelJudge  # needs av and pillow
+        from affectgpt.rewards.judge import ModelJudge
 
         options = {"frames": config.judge_frames, "batch": config.judge_batch, "dtype": config.judge_dtype}
         return ModelJudge(config.judge, **options)

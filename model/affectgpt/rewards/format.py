@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from grpo_core.groups import Group
+from grpo_core.types import Group
 
 FormatRule = Literal["full", "prefix", "tolerant"]
 

@@ -28,8 +28,8 @@ from transformers import (
     ProcessorMixin,
 )
 
-from affectgpt.datasets import Sample
-from affectgpt.media import SAMPLE_RATE, MediaError, read_frames, read_image, read_waveform
+from affectgpt.data.datasets import Sample
+from affectgpt.data.media import SAMPLE_RATE, MediaError, read_frames, read_image, read_waveform
 from affectgpt.prompts import neutralise
 from affectgpt.rewards.perception import Comparison
 

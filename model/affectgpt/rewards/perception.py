@@ -10,7 +10,7 @@ import numpy as np
 
 from affectgpt.prompts import Mode
 from affectgpt.rewards.format import FormatRule, split_think_answer
-from grpo_core.groups import Group, Prompt
+from grpo_core.types import Group, Prompt
 
 # Each member also wins and loses this much against one of skill 1: else the skill of one that always won is infinite.
 PRIOR = 0.5

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from grpo_core.groups import Group
+from grpo_core.types import Group
 
 
 class SoftOverlongPunishment:

@@ -102,7 +102,7 @@ def wordnet_lemmas(folder: Path) -> Lemmas:
     Raises:
         TablesError: the folder lacks a file.
     """
-    from affectgpt.emotion_wheel.build import open_wordnet  # needs nltk
+    from affectgpt.emotion_wheel.build import open_wordnet
 
     reader = open_wordnet(folder)
 

@@ -236,7 +236,7 @@ def read_truth(root: str | Path) -> list[Script]:
 def shuffle_media(samples: Sequence, seed: int) -> list:
     """Give each sample another sample's video, sound, face and subtitle; names and labels stay. A control.
 
-    `samples` are `affectgpt.datasets.Sample`. No sample keeps its own clip (two or more samples needed).
+    `samples` are `affectgpt.data.datasets.Sample`. No sample keeps its own clip (two or more samples needed).
     """
     if len(samples) < 2:
         raise ValueError("shuffling media needs two or more samples")

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from affectgpt.datasets import Sample
-from affectgpt.modeling import add_placeholders
+from affectgpt.data.datasets import Sample
+from affectgpt.modeling.affectgpt import add_placeholders
 from affectgpt.prompts import PLACEHOLDERS, build_prompt, build_target
 from affectgpt.synthetic.dataset import Script, write_script
 from affectgpt.synthetic.emotions import EMOTIONS, PLAIN_FACE, PLAIN_VOICE

@@ -1,0 +1,31 @@
+"""Several processes, one per device: set-up under torchrun, and the few collectives a step needs."""
+
+from grpo_core.distributed.collectives import (
+    Distributed,
+    all_reduce_gradients,
+    all_reduce_sum,
+    barrier,
+    broadcast_parameters,
+    finalize,
+    gather_objects,
+    gather_rows,
+    init,
+    require_same,
+    send_to_main,
+    shard,
+)
+
+__all__ = [
+    "Distributed",
+    "all_reduce_gradients",
+    "all_reduce_sum",
+    "barrier",
+    "broadcast_parameters",
+    "finalize",
+    "gather_objects",
+    "gather_rows",
+    "init",
+    "require_same",
+    "send_to_main",
+    "shard",
+]

@@ -1,0 +1,1 @@
+"""Group sampling: prompts prefilled once per group, completions decoded together over them."""

@@ -1,0 +1,1 @@
+"""Decoders: plain torch (`torch`), Triton kernels (`triton`), and any causal LM (`transformers`)."""

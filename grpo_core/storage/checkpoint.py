@@ -1,0 +1,226 @@
+"""Checkpoints that are there whole or not at all, and from which a run continues bit for bit.
+
+A checkpoint is a folder `step-000123`:
+
+    trainer_state.json       step, metric, the trainer's own state, optimiser options; size and SHA-256 of the others
+    optimizer.safetensors    `<parameter name>/<state name>`, e.g. `layers.0.weight/exp_avg`
+    rng.safetensors          torch's generator states
+    model/                   whatever `save_model(folder)` writes
+
+It is written under a hidden name, flushed to the disk, and renamed: a kill at any moment leaves the earlier ones
+untouched. No file is a pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch.optim import Optimizer
+
+from grpo_core.storage.optimizer_state import (
+    NamedParameters,
+    flatten_optimizer,
+    restore_optimizer,
+    rng_state,
+    set_rng_state,
+)
+
+STATE_FILE = "trainer_state.json"
+# A checkpoint that is being replaced by one of the same step stays under the second name until the new one is in place.
+_FOLDER = re.compile(r"step-(\d+)(\.replaced)?")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is incomplete, damaged, or of another model."""
+
+
+class CheckpointManager:
+    """Saves a run's checkpoints under `root`, keeps the last and the best of them, and finds the one to continue from.
+
+    In a run of several processes only the main one saves; all of them may load.
+    """
+
+    def __init__(self, root: Path, keep_last: int = 2, keep_best: int = 1, higher_is_better: bool = True) -> None:
+        """Keep the `keep_last` ≥ 1 newest checkpoints and, of those with a metric, the `keep_best` ≥ 0 best."""
+        if keep_last < 1 or keep_best < 0:
+            raise ValueError(f"keep_last must be ≥ 1 and keep_best ≥ 0, got {keep_last} and {keep_best}")
+        self.root = Path(root)
+        self.keep_last, self.keep_best = keep_last, keep_best
+        self.higher_is_better = higher_is_better
+
+    def save(
+        self,
+        step: int,
+        *,
+        save_model: Callable[[Path], Any],
+        optimizer: Optimizer,
+        named_parameters: NamedParameters,
+        state: dict[str, Any],
+        metric: float | None = None,
+    ) -> Path:
+        """Write a checkpoint, then delete those that need not be kept.
+
+        These are the ones neither among the last nor the best, and those of later steps: the run went back before them.
+
+        Args:
+            step: optimiser steps made so far.
+            save_model: writes the model into the folder it is given.
+            named_parameters: name and parameter; covers the optimiser's parameters.
+            state: the trainer's own state, in JSON's types.
+            metric: what `best` compares; None or NaN never counts as best.
+
+        Returns:
+            The checkpoint's folder.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        folder, temporary = self.root / f"step-{step:06d}", self.root / f".writing-step-{step:06d}"
+        for leftover in self.root.glob(".writing-*"):
+            shutil.rmtree(leftover)
+        (temporary / "model").mkdir(parents=True)
+        save_model(temporary / "model")
+        tensors, groups = flatten_optimizer(optimizer, named_parameters)
+        save_file(tensors, temporary / "optimizer.safetensors")
+        save_file(rng_state(), temporary / "rng.safetensors")
+        manifest = {
+            "step": step,
+            "metric": None if metric is None or math.isnan(metric) else float(metric),
+            "state": state,
+            "optimizer_groups": groups,
+            "files": _describe(temporary),
+        }
+        (temporary / STATE_FILE).write_text(json.dumps(manifest, indent=1, allow_nan=False))
+        _flush([*temporary.rglob("*"), temporary])
+        replaced = folder.with_name(folder.name + ".replaced")
+        if folder.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            folder.rename(replaced)
+        temporary.rename(folder)
+        _flush([self.root])
+        shutil.rmtree(replaced, ignore_errors=True)
+        self._prune(step)
+        return folder
+
+    def latest(self) -> Path | None:
+        """The newest checkpoint that is whole, every byte of it checked; None where there is none.
+
+        Damaged ones are passed over with a warning.
+        """
+        return _first_whole(reversed(self._folders()))
+
+    def best(self) -> Path | None:
+        """The whole checkpoint with the best metric among those kept, checked like `latest`; the earliest of equals."""
+        return _first_whole(self._ranked())
+
+    def load_optimizer(self, folder: Path, optimizer: Optimizer, named_parameters: NamedParameters) -> None:
+        """Give an optimiser the state and the options it had when the checkpoint was written.
+
+        Args:
+            named_parameters: as at saving; names, shapes, groups and order must be the same.
+
+        Raises:
+            CheckpointError: naming the parameters that differ.
+        """
+        tensors, groups = load_file(folder / "optimizer.safetensors"), read_manifest(folder)["optimizer_groups"]
+        try:
+            restore_optimizer(optimizer, named_parameters, tensors, groups)
+        except ValueError as error:
+            raise CheckpointError(f"{folder} does not fit the model: {error}") from error
+
+    def load_rng_state(self, folder: Path) -> None:
+        """Put torch's generators where they were when the checkpoint was written."""
+        set_rng_state(load_file(folder / "rng.safetensors"))
+
+    def _folders(self) -> list[Path]:
+        """All finished checkpoints, oldest first; of two of a step the replaced one first."""
+        found = [(match, path) for path in self.root.glob("step-*") if (match := _FOLDER.fullmatch(path.name))]
+        return [path for match, path in sorted(found, key=lambda item: (int(item[0][1]), not item[0][2]))]
+
+    def _ranked(self) -> list[Path]:
+        """Checkpoints with a metric, best first."""
+        scored = []
+        for folder in self._folders():
+            try:
+                metric = read_manifest(folder)["metric"]
+            except CheckpointError:
+                continue
+            if metric is not None:
+                scored.append((-metric if self.higher_is_better else metric, folder))
+        return [folder for _, folder in sorted(scored, key=lambda item: item[0])]
+
+    def _prune(self, step: int) -> None:
+        """Delete what is neither among the last nor the best, and what a run that went back to `step` left behind."""
+        folders = self._folders()
+        abandoned = [folder for folder in folders if int(_FOLDER.fullmatch(folder.name)[1]) > step]
+        kept = [folder for folder in folders if folder not in abandoned]
+        best = [folder for folder in self._ranked() if folder in kept][: self.keep_best]
+        for folder in folders:
+            if folder not in (*kept[-self.keep_last :], *best):
+                shutil.rmtree(folder)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """`trainer_state.json` of a checkpoint: `step`, `metric`, `state`, `optimizer_groups`, `files`.
+
+    Raises:
+        CheckpointError: it is missing or no checkpoint's.
+    """
+    path = Path(folder) / STATE_FILE
+    try:
+        manifest = json.loads(path.read_text())
+        manifest["step"], manifest["metric"], manifest["state"], manifest["optimizer_groups"], manifest["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is missing or damaged ({error!r}): resume from another checkpoint") from error
+    return manifest
+
+
+def verify(folder: Path) -> None:
+    """Check that every file of a checkpoint has the size and SHA-256 it was written with.
+
+    Raises:
+        CheckpointError: naming the file.
+    """
+    for name, written in read_manifest(folder)["files"].items():
+        path = Path(folder) / name
+        found = _digest(path) if path.is_file() else "no such file"
+        if found != written:
+            raise CheckpointError(f"{path} is not what was written ({found} instead of {written})")
+
+
+def _first_whole(folders: Iterable[Path]) -> Path | None:
+    for folder in folders:
+        try:
+            verify(folder)
+        except CheckpointError as error:
+            warnings.warn(f"passing over a damaged checkpoint: {error}", stacklevel=3)
+        else:
+            return folder
+    return None
+
+
+def _describe(folder: Path) -> dict[str, list]:
+    return {path.relative_to(folder).as_posix(): _digest(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def _digest(path: Path) -> list:
+    with path.open("rb") as file:
+        return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+
+
+def _flush(paths: Iterable[Path]) -> None:
+    """Wait until files and folders are on the disk."""
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,148 @@
+"""Accumulates a step's metrics on the device and reduces them over all ranks in one packed collective."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from hashlib import blake2b
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from grpo_core.distributed.collectives import Distributed, gather_rows
+
+Kind = Literal["mean", "sum", "max", "min"]
+# Metrics in a step. The packed row has this size whatever a rank registered, so ranks that disagree can still say so.
+CAPACITY = 256
+
+
+class StepMetrics:
+    """Accumulates a step's metrics where their values are computed, and reduces them over all ranks at once.
+
+    `mean`, `sum`, `max` and `min` never wait for the device; `reduce` makes one collective and one copy to the host.
+    All kinds share that collective because it *gathers* each rank's packed float64 row, `[world_size, 1 + 2·256]` (4
+    KiB a rank), and every rank combines the rows itself: an all-reduce would need one call for sums and one for
+    maxima.
+
+    Every rank must register the same names with the same kinds in a step. A rank without data registers with an empty
+    tensor (or `register`) and contributes weight zero; a metric without data on any rank is NaN (a sum: 0).
+    """
+
+    def __init__(self, dist: Distributed | None = None) -> None:
+        self.dist = dist or Distributed()
+        self._entries: dict[str, tuple[Kind, Tensor, Tensor]] = {}  # name → kind, value, weight; float64 scalars
+
+    def register(self, kind: Kind, *names: str) -> None:
+        """Announce metrics that this rank may have no data for."""
+        for name in names:
+            self._entry(kind, name)
+
+    def mean(self, name: str, values: Tensor | np.ndarray | float, weights: Tensor | np.ndarray | None = None) -> None:
+        """Mean over everything added by any rank; `weights` (or a mask) have the values' shape.
+
+        A value of weight 0 is left out even if it is NaN.
+        """
+        self._entry("mean", name)
+        values = _float64(values)
+        if weights is None:
+            self._add(name, values.sum(), values.numel())
+        else:
+            weights = _float64(weights).to(values.device)
+            self._add(name, torch.where(weights == 0, 0.0, values * weights).sum(), weights.sum())
+
+    def sum(self, name: str, values: Tensor | np.ndarray | float) -> None:
+        """Sum over everything added by any rank."""
+        self._entry("sum", name)
+        values = _float64(values)
+        self._add(name, values.sum(), values.numel())
+
+    def max(self, name: str, values: Tensor | np.ndarray | float) -> None:
+        """Maximum over everything added by any rank; NaN if any value is."""
+        self._extreme("max", name, values)
+
+    def min(self, name: str, values: Tensor | np.ndarray | float) -> None:
+        """Minimum over everything added by any rank; NaN if any value is."""
+        self._extreme("min", name, values)
+
+    def reduce(self) -> dict[str, float]:
+        """All metrics over all ranks, in the order of registration, and a fresh start. One collective, one host copy.
+
+        Raises:
+            RuntimeError: ranks registered different metrics.
+        """
+        names = sorted(self._entries)  # packed by name, so ranks may register in any order
+        row = torch.zeros(1 + 2 * CAPACITY, dtype=torch.float64, device=self.dist.device)
+        row[0] = self._signature()
+        if names:
+            packed = [_on(row.device, part) for name in names for part in self._entries[name][1:]]
+            row[1 : 1 + len(packed)] = torch.stack(packed)
+        rows = gather_rows(row, self.dist).cpu().numpy()
+        if (rows[:, 0] != rows[0, 0]).any():
+            other = int(np.flatnonzero(rows[:, 0] != rows[0, 0])[0])
+            raise RuntimeError(
+                f"ranks 0 and {other} registered different metrics in this step; rank {self.dist.rank} has "
+                f"{', '.join(names)}. Register every metric on every rank, with no data where there is none"
+            )
+        table = rows[:, 1:].reshape(len(rows), CAPACITY, 2)
+        reduced = {name: _combine(self._entries[name][0], *table[:, i].T) for i, name in enumerate(names)}
+        values = {name: reduced[name] for name in self._entries}
+        self._entries = {}
+        return values
+
+    def _entry(self, kind: Kind, name: str) -> None:
+        start = {"max": -math.inf, "min": math.inf}.get(kind, 0.0)
+        zero = torch.zeros((), dtype=torch.float64)
+        registered = self._entries.setdefault(name, (kind, zero + start, zero))
+        if registered[0] != kind:
+            raise ValueError(f"metric {name!r} is a {registered[0]} and cannot be a {kind} too: give it another name")
+        if len(self._entries) > CAPACITY:
+            raise ValueError(f"more than {CAPACITY} metrics in a step: raise grpo_core.training.accumulator.CAPACITY")
+
+    def _add(self, name: str, value: Tensor, weight: Tensor | float) -> None:
+        kind, total, weights = self._entries[name]
+        self._entries[name] = (kind, total + value, weights + weight)
+
+    def _extreme(self, kind: Literal["max", "min"], name: str, values: Tensor | np.ndarray | float) -> None:
+        self._entry(kind, name)
+        values = _float64(values)
+        if values.numel():
+            _, extreme, count = self._entries[name]
+            both = torch.stack([_on(values.device, extreme), values.amax() if kind == "max" else values.amin()])
+            self._entries[name] = (kind, both.amax() if kind == "max" else both.amin(), count + values.numel())
+
+    def _signature(self) -> float:
+        """A number of 52 bits that names the registered metrics: exact in float64."""
+        text = json.dumps(sorted((name, entry[0]) for name, entry in self._entries.items()))
+        return float(int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little") >> 12)
+
+
+def _float64(values: Tensor | np.ndarray | float) -> Tensor:
+    return torch.as_tensor(values).detach().to(torch.float64)
+
+
+def _on(device: torch.device, scalar: Tensor) -> Tensor:
+    """A scalar on a device; one of the host is filled in there, because a copy from pageable memory would wait."""
+    if scalar.device == device:
+        return scalar
+    if scalar.device.type == "cpu":
+        return torch.full((), scalar.item(), dtype=scalar.dtype, device=device)
+    return scalar.to(device)
+
+
+def _combine(kind: Kind, values: np.ndarray, weights: np.ndarray) -> float:
+    """One metric from its rank values and weights `[world_size]`."""
+    if kind == "sum":
+        return float(values.sum())
+    if not weights.any():
+        return math.nan
+    if kind == "mean":
+        return float(values.sum() / weights.sum())
+    return float(values.max() if kind == "max" else values.min())
+
+
+def postfix(values: Mapping[str, float], names: Iterable[str]) -> dict[str, str]:
+    """The chosen metrics, short enough for tqdm's `set_postfix`; names that were not reported are left out."""
+    return {name.rsplit("/", 1)[-1]: f"{values[name]:.3g}" for name in names if name in values}

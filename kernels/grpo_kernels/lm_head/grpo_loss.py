@@ -1,0 +1,155 @@
+"""GRPO loss of an LM head: loss, per-token statistics and gradients in three GEMMs and one in-place pass.
+
+    logits = hidden · weightᵀ            fp32 accumulators, at most `chunk_bytes` of them at a time
+    dz     ← over the logits             statistics, the token's slope, the gradient: one launch (`softmax_rows`)
+    dhidden = dz · weight,  dweight = dzᵀ · hidden
+
+A token's slope needs nothing but its own log-prob (and entropy), which are known once its row has been read; so the
+gradient can be had in the forward, and no logits are kept or computed twice. A frozen head leaves two GEMMs. Ratios of
+whole sequences (GSPO) are known only after every row of the sequence: statistics first, then a second pass, which
+recomputes logits only where they did not fit into one chunk.
+
+Bytes beside the GEMMs, per token: V·(4 + 2) with half-precision operands (fp32 logits read, half gradient written; the
+second read comes from L2). Floors and figures: docs/kernels.md.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from grpo_kernels._backend import Backend, choose_backend
+from grpo_kernels._checks import GRAPH_BREAK, accumulator_dtype, check_head, check_softmax, check_targets
+from grpo_kernels.lm_head._gemm import Head, HeadGradients, HeadOptions, head_rows, replicated
+from grpo_kernels.lm_head._rows import RowStatistics, Transform
+from grpo_kernels.lm_head.from_logits import GRPOLoss, loss_pass, with_gradients
+from grpo_kernels.lm_head.token_loss import KLEstimator, LossConfig, LossInputs, LossType
+
+
+@torch.compiler.disable(reason=GRAPH_BREAK)
+def linear_grpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    advantages: Tensor,
+    *,
+    loss_weight: Tensor,
+    old_logprob: Tensor | None = None,
+    reference_logprob: Tensor | None = None,
+    loss_type: LossType = "clip",
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    cispo_cap: float = 5.0,
+    beta: float = 0.0,
+    kl_estimator: KLEstimator = "k3",
+    kl_times_ratio: bool = False,
+    entropy_coef: float = 0.0,
+    sequence_index: Tensor | None = None,
+    num_sequences: int | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    live_rows: int | None = None,
+    chunk_bytes: int | None = None,
+    backend: Backend | None = None,
+    validate: bool = False,
+) -> GRPOLoss:
+    """`Σ_t loss_weight_t · (surrogate_t + β·kl_t − entropy_coef·H_t)`, its gradients computed along with it.
+
+    Args:
+        hidden: `[T, H]`, the rows that predict `targets`.
+        weight: `[V, H]`. If it needs no gradient, none is computed.
+        targets: int64 or int32 `[T]`, each in `[0, V)` where `loss_weight` is not 0.
+        advantages: `[T]`, one per token (a sequence's advantage repeated).
+        loss_weight: `[T]`; what distinguishes grpo, dapo, dr_grpo and bnpo. 1/(M·L_i): mean over sequences of the mean
+            over tokens; 1/ΣL: mean over tokens; 1/(M·L_max): Dr. GRPO. 0 leaves a row out, before the first GEMM. A
+            loss scale belongs here too: with an upstream gradient of 1 the backward touches nothing.
+        old_logprob: `[T]` under the policy that sampled; None: the policy is on its own samples (ratio 1).
+        reference_logprob: `[T]` under the reference; needed if beta is not 0.
+        loss_type: 'clip' or 'cispo'; `token_loss` has the formulas.
+        clip_low, clip_high, dual_clip, cispo_cap, beta, kl_estimator, kl_times_ratio, entropy_coef: as in
+            `LossConfig`.
+        sequence_index, num_sequences: int64 `[T]` in `[0, num_sequences)`: ratios of whole sequences (GSPO), over rows
+            of weight ≠ 0.
+        temperature, softcap, bias, chunk_bytes, backend, validate: as in `linear_logprob`.
+        live_rows: how many weights are not 0, if the host knows. On a CPU they are counted. On a GPU counting them
+            would synchronise: without this number, rows of weight 0 skip the pass but not the GEMMs.
+
+    Returns:
+        `GRPOLoss`.
+
+    Raises:
+        ValueError, TypeError, IndexError: arguments that do not fit each other; the message says which and why.
+    """
+    weight, bias = replicated(weight), replicated(bias)
+    check_head(hidden, weight, bias)
+    check_softmax(temperature, softcap, chunk_bytes)
+    rows = hidden.shape[0]
+    inputs = LossInputs.checked(
+        rows,
+        hidden.device,
+        accumulator_dtype(hidden, weight),
+        LossConfig(
+            loss_type,
+            clip_low,
+            clip_high,
+            dual_clip,
+            cispo_cap,
+            beta,
+            kl_estimator,
+            kl_times_ratio,
+            entropy_coef,
+        ),
+        loss_weight,
+        advantages,
+        old_logprob,
+        reference_logprob,
+        sequence_index,
+        num_sequences,
+    )
+    live = _live_rows(inputs.weight, live_rows)
+    if live is not None:
+        hidden, targets, inputs = hidden[live], targets[live], inputs.rows(live)
+    targets = inputs.counting(targets)
+    check_targets(targets, hidden.shape[0], weight.shape[0], hidden.device, validate)
+    options = HeadOptions(
+        Transform(temperature, softcap), True, chunk_bytes, choose_backend(hidden.device, backend, inputs.weight.dtype)
+    )
+
+    def compute(needs):
+        head = Head(hidden, weight, options.backend)
+        stats = RowStatistics.empty(hidden.shape[0], hidden.device, head.accumulator, entropy=True, kl=False)
+        gradients = HeadGradients(head, hidden, bias, *needs)
+        result = loss_pass(
+            lambda saved: head_rows(head, hidden, bias, targets, stats, options, saved=saved),
+            stats,
+            inputs,
+            gradients.add if any(needs) else None,
+        )
+        return result, gradients.results()
+
+    with torch.autocast(hidden.device.type, enabled=False):
+        result = with_gradients(compute, hidden, weight, bias)
+    if live is None:
+        return result
+    return GRPOLoss(
+        result.loss, *(None if x is None else x.new_zeros(rows).index_copy_(0, live, x) for x in result[1:])
+    )
+
+
+def linear_grpo_loss_reference(
+    hidden: Tensor, weight: Tensor, targets: Tensor, advantages: Tensor, **options
+) -> GRPOLoss:
+    """`linear_grpo_loss` in plain torch: chunked and bounded in memory. The path taken on a CPU."""
+    return linear_grpo_loss(hidden, weight, targets, advantages, backend="torch", **options)
+
+
+def _live_rows(loss_weight: Tensor, count: int | None) -> Tensor | None:
+    """Indices of the rows that count, or None to keep all rows. Synchronises with no device."""
+    if loss_weight.device.type == "cpu":
+        live = loss_weight.nonzero()[:, 0]
+        if count not in (None, live.shape[0]):
+            raise ValueError(f"live_rows is {count}, but {live.shape[0]} loss weights are not 0")
+        return None if live.shape[0] == loss_weight.shape[0] else live
+    return None if count is None else torch.nonzero_static(loss_weight, size=count)[:, 0]

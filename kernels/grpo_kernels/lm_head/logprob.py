@@ -1,0 +1,180 @@
+"""Log-prob, entropy and exact KL of an LM head's softmax, without the `[T, V]` logits.
+
+    logits = hidden · weightᵀ + bias        fp32 accumulators, at most `chunk_bytes` of them at a time
+    logprob, entropy, kl                    `softmax_rows` says how, forward and backward
+
+Cost of T tokens, H hidden, V vocabulary, one GEMM being 2·T·H·V FLOP: the forward takes one GEMM. With a trainable
+head the backward takes two more (input and weight), three in all if one chunk holds all logits, and is kept until then;
+of several chunks it computes each again, four in all. With a frozen head (LoRA) the forward also takes the gradient of
+each row's log-prob with respect to its hidden state, `[T, H]`, which the backward only scales: two GEMMs in all,
+whatever the per-token gradient turns out to be. Where no gradient is wanted and the logits would exceed a chunk,
+`lm_head_stats` takes the GEMM and writes no logits at all.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from grpo_kernels._backend import Backend, choose_backend
+from grpo_kernels._checks import GRAPH_BREAK, accumulator_dtype, check_head, check_softmax, check_targets
+from grpo_kernels.lm_head._gemm import Head, HeadGradients, HeadOptions, default_chunk_bytes, head_rows, replicated
+from grpo_kernels.lm_head._rows import RowStatistics, Transform
+from grpo_kernels.lm_head._stats import can_describe, lm_head_stats
+
+
+class LinearLogprob(NamedTuple):
+    """`linear_logprob`'s result, each `[T]` and differentiable."""
+
+    logprob: Tensor
+    """log p(target), nats."""
+    entropy: Tensor | None
+    """Of the whole distribution, nats; None unless asked for."""
+    kl: Tensor | None
+    """KL(policy ‖ reference) over the whole vocabulary, nats; None without `reference_hidden`."""
+
+
+class _LinearLogprob(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, reference_hidden, targets, options):
+        stats = RowStatistics.empty(
+            hidden.shape[0],
+            hidden.device,
+            accumulator_dtype(hidden, weight),
+            entropy=options.entropy,
+            kl=reference_hidden is not None,
+        )
+        if _without_logits(ctx, hidden, weight, reference_hidden, options):
+            lm_head_stats(hidden, weight, targets, options.transform, stats, bias)
+            return stats.logprob, stats.entropy, stats.kl
+        head_frozen = not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2])
+        head = Head(hidden, weight, options.backend)
+        unit = None
+        if options.grad and ctx.needs_input_grad[0] and head_frozen and reference_hidden is None:
+            unit = torch.empty_like(hidden, dtype=head.accumulator)  # rounded once, after the upstream factor
+        ctx.options, ctx.kept = options, None
+        for rows, chunk in head_rows(head, hidden, bias, targets, stats, options, reference_hidden=reference_hidden):
+            if unit is None:
+                chunk.statistics_()
+                if options.grad and any(ctx.needs_input_grad) and rows == slice(0, hidden.shape[0]):
+                    chunk.stats = None  # they are results: the graph would hold itself
+                    ctx.kept = chunk
+            else:
+                head.grad_hidden(chunk.gradient_(None), out=unit[rows])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(hidden, weight, bias, reference_hidden, targets, unit, *stats.tensors())
+        return stats.logprob, stats.entropy, stats.kl
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_logprob, grad_entropy, grad_kl):
+        hidden, weight, bias, reference_hidden, targets, unit, *stats = ctx.saved_tensors
+        stats = RowStatistics(*stats)
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        if grad_entropy is None and grad_kl is None:
+            if grad_logprob is None:
+                return (None,) * 6
+            if unit is not None:
+                return ((unit * grad_logprob[:, None]).to(hidden.dtype), *(None,) * 5)
+        if grad_logprob is None:
+            grad_logprob = torch.zeros_like(stats.logprob)
+        # an upstream gradient may be an expanded scalar: kernels read one number a row
+        upstream = [None if g is None else g.contiguous() for g in (grad_logprob, grad_entropy, grad_kl)]
+        if grad_kl is None:
+            reference_hidden = None
+        head = Head(hidden, weight, ctx.options.backend)
+        gradients = HeadGradients(head, hidden, bias, need_hidden, need_weight, need_bias)
+        kept, ctx.kept = ctx.kept, None  # a gradient goes over its logits: a second backward computes them again
+        with torch.autocast(hidden.device.type, enabled=False):
+            if kept is not None:
+                kept.stats = stats
+                chunks = [(slice(0, hidden.shape[0]), kept)]
+            else:
+                chunks = head_rows(
+                    head,
+                    hidden,
+                    bias,
+                    targets,
+                    stats,
+                    ctx.options,
+                    saved=True,
+                    reference_hidden=reference_hidden,
+                )
+            for rows, chunk in chunks:
+                gradients.add(rows, chunk.gradient_(*(None if g is None else g[rows] for g in upstream)))
+        return *gradients.results(), None, None, None
+
+
+def _without_logits(ctx, hidden, weight, reference_hidden, options) -> bool:
+    """Whether to go without logits: no gradient is wanted, and they would not fit into one chunk."""
+    wanted = options.grad and any(ctx.needs_input_grad[:3])
+    if options.backend != "triton" or wanted or reference_hidden is not None or not can_describe(hidden, weight):
+        return False
+    logits_bytes = hidden.shape[0] * weight.shape[0] * 4
+    return logits_bytes > (options.chunk_bytes or default_chunk_bytes(hidden.device))
+
+
+@torch.compiler.disable(reason=GRAPH_BREAK)
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    entropy: bool = False,
+    reference_hidden: Tensor | None = None,
+    chunk_bytes: int | None = None,
+    backend: Backend | None = None,
+    validate: bool = False,
+) -> LinearLogprob:
+    """Log-probabilities of `targets` under `softmax(hidden · weightᵀ + bias)`, and on request entropy and KL.
+
+    Args:
+        hidden: `[T, H]`, float16, bfloat16, float32 or float64 (as are the other tensors; dtypes may differ).
+        weight: `[V, H]`, tied or not; a head without `requires_grad` costs half as much.
+        targets: int64 or int32 `[T]`, each in `[0, V)`.
+        bias: `[V]`.
+        temperature: divides the logits.
+        softcap: logits become `softcap · tanh(logits / softcap)` first (Gemma).
+        entropy: give the entropy too.
+        reference_hidden: `[T, H]`, hidden states of a reference model with the same head (LoRA switched off): give
+            KL(policy ‖ reference) too. The reference is a constant: no gradient flows into or through it.
+        chunk_bytes: most bytes of logits at a time; default 32 MiB on a CPU, 1/16 of a GPU's memory. With a trainable
+            head, logits that fit are kept until the backward. Where many results wait for theirs, set it low.
+        backend: 'triton', 'torch', or None for the device's own.
+        validate: check the range of `targets` on a GPU too, at the price of a synchronisation.
+
+    Returns:
+        `LinearLogprob`, float32 (float64 if an operand is), computed from float32 accumulators. T = 0 gives empty
+        results and gradients of zeros, for any V, 0 included.
+
+    Raises:
+        ValueError, TypeError, IndexError: arguments that do not fit each other; the message says which and why.
+    """
+    weight, bias = replicated(weight), replicated(bias)
+    check_head(hidden, weight, bias, reference_hidden)
+    check_targets(targets, hidden.shape[0], weight.shape[0], hidden.device, validate)
+    check_softmax(temperature, softcap, chunk_bytes)
+    options = HeadOptions(
+        transform=Transform(temperature, softcap),
+        entropy=entropy,
+        chunk_bytes=chunk_bytes,
+        backend=choose_backend(hidden.device, backend, accumulator_dtype(hidden, weight)),
+        grad=torch.is_grad_enabled(),
+    )
+    if reference_hidden is not None:
+        reference_hidden = reference_hidden.detach()
+    with torch.autocast(hidden.device.type, enabled=False):
+        return LinearLogprob(
+            *_LinearLogprob.apply(hidden, weight, bias, reference_hidden, targets.contiguous(), options)
+        )
+
+
+def linear_logprob_reference(hidden: Tensor, weight: Tensor, targets: Tensor, **options) -> LinearLogprob:
+    """`linear_logprob` in plain torch: chunked, bounded in memory, differentiable. The path taken on a CPU."""
+    return linear_logprob(hidden, weight, targets, backend="torch", **options)

@@ -1,0 +1,277 @@
+"""The GRPO loss of tokens as a function of their log-probs, and (for kernels) its derivative in closed form.
+
+With d = logp − logp_old, r = exp(d), A the advantage and e = logp − logp_ref:
+
+    clip    −min(min(r, c)·A, clip(r, 1 − ε_low, 1 + ε_high)·A)      PPO, clip-higher, dual clip c; GRPO's family
+    cispo   −sg(min(r, cap))·A·logp                                  MiniMax-M1 (arXiv 2506.13585)
+    k1, k2, k3    e,   e²/2,   exp(−e) + e − 1                       times β, and times r by option
+    entropy       −coefficient·H
+
+Without an old log-prob the policy is its own sampler: r = 1, and its gradient is that of logp. A sequence's ratio
+(GSPO, arXiv 2507.18071) is exp(mean d) over its tokens, shared by all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from grpo_kernels._checks import check_per_token
+
+LossType = Literal["clip", "cispo"]
+KLEstimator = Literal["k1", "k2", "k3"]
+LOSS_TYPES = ("clip", "cispo")
+KL_ESTIMATORS = ("k1", "k2", "k3")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Numbers and choices of a token loss.
+
+    Attributes:
+        loss_type: `clip` or `cispo`.
+        clip_low, clip_high: ε below and above.
+        dual_clip: upper bound of the ratio in the unclipped branch (it acts on negative advantages); None: unbounded.
+        cispo_cap: upper bound of cispo's ratio, absolute (TRL's `epsilon_high` for cispo).
+        beta: weight of the KL penalty.
+        kl_estimator: of KL(policy ‖ reference) from the sampled token.
+        kl_times_ratio: multiply the estimate by the ratio, which makes k3 unbiased in value and gradient off-policy
+            (DeepSeek-V3.2, arXiv 2512.02556; TRL's `use_bias_correction_kl`).
+        entropy_coef: weight of the entropy bonus.
+    """
+
+    loss_type: LossType = "clip"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = None
+    cispo_cap: float = 5.0
+    beta: float = 0.0
+    kl_estimator: KLEstimator = "k3"
+    kl_times_ratio: bool = False
+    entropy_coef: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.loss_type not in LOSS_TYPES:
+            raise ValueError(f"unknown loss_type {self.loss_type!r}: choose one of {LOSS_TYPES}")
+        if self.kl_estimator not in KL_ESTIMATORS:
+            raise ValueError(f"unknown kl_estimator {self.kl_estimator!r}: choose one of {KL_ESTIMATORS}")
+        if not (0.0 <= self.clip_low <= 1.0 and self.clip_high >= 0.0):
+            raise ValueError(f"need 0 ≤ clip_low ≤ 1 and clip_high ≥ 0, got {self.clip_low} and {self.clip_high}")
+        if self.dual_clip is not None and self.dual_clip <= 1.0 + self.clip_high:
+            raise ValueError(f"dual_clip must exceed 1 + clip_high = {1 + self.clip_high}, got {self.dual_clip}")
+
+
+class TokenLoss(NamedTuple):
+    """`token_loss`'s result, each `[T]`; all but `loss` and `kl` without gradient."""
+
+    loss: Tensor
+    ratio: Tensor
+    """π / π_old; a sequence's, if ratios are by sequence."""
+    kl: Tensor | None
+    """The estimate (before β and the ratio); None without a reference."""
+    clipped_low: Tensor
+    """bool: the ratio fell below 1 − ε_low at a negative advantage, so the gradient is 0."""
+    clipped_high: Tensor
+    """bool: the ratio rose above 1 + ε_high at a positive advantage, so the gradient is 0 (cispo: it was capped)."""
+
+
+def token_loss(
+    logprob: Tensor,
+    entropy: Tensor | None,
+    advantages: Tensor,
+    old_logprob: Tensor | None,
+    reference_logprob: Tensor | None,
+    config: LossConfig,
+    *,
+    sequence_index: Tensor | None = None,
+    num_sequences: int | None = None,
+) -> TokenLoss:
+    """Losses of T tokens, differentiable in `logprob` and `entropy`.
+
+    Args:
+        logprob, entropy, advantages, old_logprob, reference_logprob: `[T]`.
+        sequence_index: int64 `[T]` in `[0, num_sequences)`: take the ratio of each token's whole sequence.
+    """
+    log_ratio = logprob - (logprob if old_logprob is None else old_logprob).detach()
+    if sequence_index is not None:
+        count = torch.zeros(num_sequences, dtype=logprob.dtype, device=logprob.device)
+        total = count.index_add(0, sequence_index, log_ratio)
+        count = count.index_add(0, sequence_index, torch.ones_like(log_ratio))
+        log_ratio = (total / count.clamp(min=1.0))[sequence_index]
+    ratio = log_ratio.exp()
+    lowest = 1.0 - config.clip_low
+    highest = config.cispo_cap if config.loss_type == "cispo" else 1.0 + config.clip_high
+    clipped_high = (ratio > highest) & (advantages > 0)
+    if config.loss_type == "cispo":
+        clipped_low = torch.zeros_like(clipped_high)
+        loss = -ratio.detach().clamp(max=highest) * advantages * logprob
+    else:
+        clipped_low = (ratio < lowest) & (advantages < 0)
+        unclipped = ratio if config.dual_clip is None else ratio.clamp(max=config.dual_clip)
+        loss = -torch.minimum(unclipped * advantages, ratio.clamp(lowest, highest) * advantages)
+    kl = None
+    if reference_logprob is not None:
+        kl = kl_estimate(logprob, reference_logprob.detach(), config.kl_estimator)
+        if config.beta:
+            loss = loss + config.beta * (kl * ratio if config.kl_times_ratio else kl)
+    if config.entropy_coef:
+        loss = loss - config.entropy_coef * entropy
+    return TokenLoss(loss, ratio.detach(), kl, clipped_low, clipped_high)
+
+
+def kl_estimate(logprob: Tensor, reference_logprob: Tensor, estimator: KLEstimator) -> Tensor:
+    """k1, k2 or k3 of each token, `[T]`."""
+    difference = logprob - reference_logprob
+    if estimator == "k1":
+        return difference
+    if estimator == "k2":
+        return 0.5 * difference.square()
+    return torch.expm1(-difference) + difference
+
+
+class LossInputs(NamedTuple):
+    """What a loss takes besides the logits, each `[T]` or None."""
+
+    weight: Tensor
+    advantages: Tensor
+    old_logprob: Tensor | None
+    reference_logprob: Tensor | None
+    sequence_index: Tensor | None
+    num_sequences: int | None
+    config: LossConfig
+
+    @classmethod
+    def checked(
+        cls,
+        rows: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        config: LossConfig,
+        loss_weight: Tensor,
+        advantages: Tensor,
+        old_logprob: Tensor | None,
+        reference_logprob: Tensor | None,
+        sequence_index: Tensor | None,
+        num_sequences: int | None,
+    ) -> LossInputs:
+        """Constants of the right shape, in accumulator precision.
+
+        Raises:
+            ValueError: a shape or device that does not fit, or an argument without the one that it needs.
+        """
+        named = {
+            "loss_weight": loss_weight,
+            "advantages": advantages,
+            "old_logprob": old_logprob,
+            "reference_logprob": reference_logprob,
+            "sequence_index": sequence_index,
+        }
+        check_per_token(named, rows, device)
+        if config.beta and reference_logprob is None:
+            raise ValueError("beta is not 0: give reference_logprob, or set beta=0")
+        if (sequence_index is None) != (num_sequences is None):
+            raise ValueError("give sequence_index and num_sequences together")
+        constants = (
+            None if x is None else x.detach().to(dtype).contiguous()
+            for x in (loss_weight, advantages, old_logprob, reference_logprob)
+        )
+        if sequence_index is not None:  # rows that do not count are a sequence of their own
+            sequence_index = torch.where(loss_weight != 0, sequence_index.long(), num_sequences)
+            num_sequences += 1
+        return cls(*constants, sequence_index, num_sequences, config)
+
+    def rows(self, rows: slice | Tensor) -> LossInputs:
+        """Some of the rows."""
+        return LossInputs(*(None if x is None else x[rows] for x in self[:5]), *self[5:])
+
+    def counting(self, targets: Tensor) -> Tensor:
+        """Targets with any valid id where the weight is 0: padding ids need not be valid."""
+        if targets.shape != self.weight.shape or targets.is_floating_point():
+            return targets  # to be refused
+        return torch.where(self.weight != 0, targets, 0)
+
+    def loss(self, logprob: Tensor, entropy: Tensor | None) -> TokenLoss:
+        """`token_loss` of these inputs."""
+        return token_loss(
+            logprob,
+            entropy,
+            self.advantages,
+            self.old_logprob,
+            self.reference_logprob,
+            self.config,
+            sequence_index=self.sequence_index,
+            num_sequences=self.num_sequences,
+        )
+
+    def slopes(self, logprob: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
+        """∂ Σ weight · loss / ∂ (logprob, entropy), each `[T]`; None for entropy without a coefficient."""
+        with torch.enable_grad():
+            logprob, entropy = logprob.detach().requires_grad_(), entropy.detach().requires_grad_()
+            loss = self.loss(logprob, entropy).loss
+            return torch.autograd.grad(loss, (logprob, entropy), self.weight, allow_unused=True)
+
+
+@triton.jit
+def expm1(x):
+    """exp(x) − 1 without cancellation (Kahan)."""
+    u = tl.exp(x)
+    exact = (u - 1.0) * (x / tl.log(u))
+    return tl.where(u == 1.0, x, tl.where(u - 1.0 == -1.0, -1.0, exact))
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) without cancellation (Kahan), x ≥ 0."""
+    u = 1.0 + x
+    return tl.where(u == 1.0, x, tl.log(u) * (x / (u - 1.0)))
+
+
+@triton.jit
+def token_loss_slope(
+    logprob,
+    advantage,
+    old_logprob,
+    reference_logprob,
+    clip_low,
+    clip_high,
+    dual_clip,
+    cispo_cap,
+    beta,
+    CISPO: tl.constexpr,
+    OLD: tl.constexpr,
+    KL: tl.constexpr,  # 0: no penalty, else the estimator's number
+    KL_TIMES_RATIO: tl.constexpr,
+):
+    """∂ loss / ∂ logprob of one token, of which `token_loss` gives the loss."""
+    if OLD:
+        ratio = tl.exp(logprob - old_logprob)
+    else:
+        ratio = tl.exp(logprob - logprob)
+    if CISPO:
+        slope = -tl.minimum(ratio, cispo_cap) * advantage
+    else:
+        positive = advantage > 0
+        stopped = (positive & (ratio > 1.0 + clip_high)) | (
+            (advantage < 0) & ((ratio < 1.0 - clip_low) | (ratio > dual_clip))
+        )
+        slope = tl.where(stopped, 0.0, -ratio * advantage)
+    if KL > 0:
+        d = logprob - reference_logprob
+        if KL == 1:
+            kl = d
+            kl_slope = 1.0
+        elif KL == 2:
+            kl = 0.5 * d * d
+            kl_slope = d
+        else:
+            kl = expm1(-d) + d
+            kl_slope = -expm1(-d)
+        if KL_TIMES_RATIO:
+            kl_slope = (kl_slope + kl) * ratio
+        slope += beta * kl_slope
+    return slope

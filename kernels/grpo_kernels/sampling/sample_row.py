@@ -1,0 +1,425 @@
+"""Sample one token per row of given logits, and say how probable it was.
+
+With logits x, x̂ = x after the repetition penalty (x/r if positive, x·r if not, for tokens seen), T the temperature:
+
+    drawn from    softmax(x̂ / T) over the admissible tokens kept by top-k, then top-p, then min-p
+    token         argmax over them of x̂ / T + gumbel(row key, token index, column)      (no noise at T = 0)
+
+A token is kept by top-k if fewer than k scores are strictly larger; by top-p if the strictly larger ones hold less
+than a share p of what top-k kept; by min-p if its probability is at least that share of the largest one. Tokens of
+equal score are kept or dropped together. Thresholds are found without sorting, by a search over the ordered bits of the
+scores: each pass over the row cuts what is left of the 2³² candidates into nine.
+
+The row is read twice, and up to eleven times more for each of top-k and top-p (from L2, where a GPU's rows fit).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from grpo_kernels._backend import Backend, choose_backend
+from grpo_kernels.sampling.gumbel import gumbel_noise, gumbel_noise_reference
+from grpo_kernels.testing.interpreter import interpreted
+
+
+class SampledTokens(NamedTuple):
+    """What sampling gives for each of B rows; log-probs and entropy float32, in nats, and at T = 0 those of T = 1."""
+
+    token: Tensor
+    """int64 `[B]`"""
+    logprob: Tensor
+    """Under the distribution it was drawn from: penalised, tempered, truncated."""
+    tempered_logprob: Tensor
+    """Under softmax(x / T) over the whole vocabulary, which is what training recomputes."""
+    raw_logprob: Tensor
+    """Under softmax(x)."""
+    entropy: Tensor
+    """Of softmax(x / T) over the whole vocabulary."""
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """How tokens are drawn.
+
+    Attributes:
+        temperature: 0 takes the highest score.
+        top_k: 0 is off. top_p: 1 is off. min_p: 0 is off. repetition_penalty: 1 is off.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, good, expected in (
+            ("temperature", self.temperature >= 0, "≥ 0"),
+            ("top_k", self.top_k >= 0, "≥ 0"),
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
+            ("repetition_penalty", self.repetition_penalty > 0, "> 0"),
+        ):
+            if not good:
+                raise ValueError(f"{name} must be {expected}, got {getattr(self, name)}")
+
+    @property
+    def inverse_temperature(self) -> float:
+        return 1.0 / self.temperature if self.temperature else 1.0
+
+    @property
+    def whole(self) -> bool:
+        """Whether scores are the logits, and all admissible tokens are kept."""
+        return (self.top_k, self.top_p, self.min_p, self.repetition_penalty) == (0, 1.0, 0.0, 1.0)
+
+
+@triton.jit
+def ordered_bits(x):
+    """Signed integers (as int64) that sort like float32 numbers."""
+    bits = x.to(tl.int32, bitcast=True)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
+
+
+@triton.jit
+def _load_scores(logits, seen, forbidden, v, live, penalty, PENALTY: tl.constexpr, FORBIDDEN: tl.constexpr):
+    """Logits and scores of tokens v; −∞ is −1e30, as is the score of a token that may not be drawn."""
+    x = tl.load(logits + v, live, other=-1e30).to(tl.float32)
+    x = tl.where(x < -1e30, -1e30, x)  # NaN stays
+    y = x
+    if PENALTY:
+        y = tl.where(tl.load(seen + v, live, other=0) != 0, tl.where(x > 0, x / penalty, x * penalty), x)
+    if FORBIDDEN:
+        y = tl.where(tl.load(forbidden + v, live, other=1) != 0, -1e30, y)
+    return x, tl.where(live, y, -1e30) + 0.0  # −0 is 0
+
+
+@triton.jit
+def _threshold(
+    logits,
+    seen,
+    forbidden,
+    V,
+    penalty,
+    inverse_temperature,
+    peak,
+    low,
+    bound,
+    MASS: tl.constexpr,
+    PENALTY: tl.constexpr,
+    FORBIDDEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PIVOTS: tl.constexpr,
+):
+    """The smallest key above `low` whose strictly larger scores number, or weigh (MASS), less than `bound`."""
+    high = tl.max(ordered_bits(peak + tl.zeros((1,), tl.float32)), 0)
+    steps = tl.arange(0, PIVOTS).to(tl.int64) + 1
+    lanes = tl.arange(0, BLOCK)
+    while high - low > 1:
+        pivots = low + (high - low) * steps // (PIVOTS + 1)
+        larger = tl.zeros((PIVOTS,), tl.float32)  # counts up to 2²⁴ are exact
+        for v0 in range(0, V, BLOCK):
+            live = v0 + lanes < V
+            _, y = _load_scores(logits, seen, forbidden, v0 + lanes, live, penalty, PENALTY, FORBIDDEN)
+            above = (ordered_bits(y)[:, None] > pivots[None, :]) & live[:, None]
+            if MASS:
+                weight = tl.exp((y - peak) * inverse_temperature)
+            else:
+                weight = tl.full((BLOCK,), 1.0, tl.float32)
+            larger += tl.sum(tl.where(above, weight[:, None], 0.0), 0)
+        enough = larger < bound
+        tested = pivots > low
+        next_low = tl.maximum(low, tl.max(tl.where(enough | ~tested, low, pivots), 0))
+        high = tl.minimum(high, tl.min(tl.where(enough & tested, pivots, high), 0))
+        low = next_low
+    return high
+
+
+@triton.jit
+def sample_row_kernel(
+    logits,
+    logits_stride,
+    seen,
+    seen_stride,
+    forbidden,
+    forced,
+    keys,
+    positions,
+    # outputs, [B] each
+    token_ptr,
+    logprob_ptr,
+    tempered_ptr,
+    raw_ptr,
+    entropy_ptr,
+    # numbers
+    V,
+    inverse_temperature,
+    penalty,
+    top_k,
+    top_p,
+    log_min_p,
+    # what to do
+    GREEDY: tl.constexpr,
+    PENALTY: tl.constexpr,
+    FORBIDDEN: tl.constexpr,
+    FORCED: tl.constexpr,
+    TOP_K: tl.constexpr,
+    TOP_P: tl.constexpr,
+    MIN_P: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PIVOTS: tl.constexpr,
+):
+    """One row a program."""
+    b = tl.program_id(0).to(tl.int64)
+    logits += b * logits_stride
+    seen += b * seen_stride
+    lanes = tl.arange(0, BLOCK)
+
+    # statistics of the whole softmax, lane by lane, and the highest score
+    m = tl.full((BLOCK,), -1e30, tl.float32)
+    s = tl.zeros((BLOCK,), tl.float32)
+    q = tl.zeros((BLOCK,), tl.float32)
+    s1 = tl.zeros((BLOCK,), tl.float32)
+    best = tl.full((BLOCK,), -1e30, tl.float32)
+    for v0 in range(0, V, BLOCK):
+        live = v0 + lanes < V
+        x, y = _load_scores(logits, seen, forbidden, v0 + lanes, live, penalty, PENALTY, FORBIDDEN)
+        n = tl.maximum(m, x)
+        shift = (m - n) * inverse_temperature
+        shrink = tl.exp(shift)
+        z = (x - n) * inverse_temperature
+        e = tl.where(live, tl.exp(z), 0.0)
+        q = (q + s * shift) * shrink + e * z
+        s = s * shrink + e
+        s1 = s1 * tl.exp(m - n) + tl.where(live, tl.exp(x - n), 0.0)
+        m = n
+        best = tl.maximum(best, y)
+    highest = tl.max(m, 0)
+    shift = (m - highest) * inverse_temperature
+    shrink = tl.exp(shift)
+    q = tl.sum((q + s * shift) * shrink, 0)
+    s = tl.sum(s * shrink, 0)
+    s1 = tl.sum(s1 * tl.exp(m - highest), 0)
+    peak = tl.max(best, 0)
+    tl.store(entropy_ptr + b, tl.log(s) - q / s)
+
+    lowest = tl.full((), -2147483648, tl.int64)
+    if TOP_K:
+        lowest = _threshold(
+            logits, seen, forbidden, V, penalty, inverse_temperature, peak, lowest, top_k,
+            False, PENALTY, FORBIDDEN, BLOCK, PIVOTS,
+        )  # fmt: skip
+    if TOP_P:
+        kept = tl.zeros((BLOCK,), tl.float32)
+        for v0 in range(0, V, BLOCK):
+            live = v0 + lanes < V
+            _, y = _load_scores(logits, seen, forbidden, v0 + lanes, live, penalty, PENALTY, FORBIDDEN)
+            kept += tl.where(live & (ordered_bits(y) >= lowest), tl.exp((y - peak) * inverse_temperature), 0.0)
+        lowest = _threshold(
+            logits, seen, forbidden, V, penalty, inverse_temperature, peak, lowest - 1, top_p * tl.sum(kept, 0),
+            True, PENALTY, FORBIDDEN, BLOCK, PIVOTS,
+        )  # fmt: skip
+
+    key = tl.load(keys + b)
+    position = tl.load(positions + b).to(tl.int32)
+    given = -1
+    if FORCED:
+        given = tl.load(forced + b).to(tl.int32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    best = tl.full((BLOCK,), -float("inf"), tl.float32)
+    winner = tl.zeros((BLOCK,), tl.int32)
+    picked_x = tl.zeros((BLOCK,), tl.float32)
+    picked_y = tl.zeros((BLOCK,), tl.float32)
+    for v0 in range(0, V, BLOCK):
+        v = v0 + lanes
+        x, y = _load_scores(logits, seen, forbidden, v, v < V, penalty, PENALTY, FORBIDDEN)
+        z = (y - peak) * inverse_temperature
+        keep = (v < V) & (y > -1e29)
+        if TOP_K or TOP_P:
+            keep &= ordered_bits(y) >= lowest
+        if MIN_P:
+            keep &= z >= log_min_p
+        total += tl.where(keep, tl.exp(z), 0.0)
+        race = z
+        if not GREEDY:
+            race += gumbel_noise(key, position, v)
+        race = tl.where(keep, race, -float("inf"))
+        if FORCED:
+            race = tl.where(given < 0, race, tl.where(v == given, tl.where(keep, 1e30, 2e30), -float("inf")))
+        ahead = race > best
+        best = tl.where(ahead, race, best)
+        winner = tl.where(ahead, v, winner)
+        picked_x = tl.where(ahead, x, picked_x)
+        picked_y = tl.where(ahead, y, picked_y)
+    # of equal ones the first
+    most = tl.max(best, 0)
+    leads = best == most
+    token = tl.min(tl.where(leads, winner, V), 0)
+    mine = leads & (winner == token)
+    x = tl.sum(tl.where(mine, picked_x, 0.0), 0)
+    y = tl.sum(tl.where(mine, picked_y, 0.0), 0)
+    tl.store(token_ptr + b, token.to(tl.int64))
+    logprob = (y - peak) * inverse_temperature - tl.log(tl.sum(total, 0))
+    if FORCED:
+        logprob = tl.where(most > 1.5e30, -float("inf"), logprob)
+    tl.store(logprob_ptr + b, logprob)
+    tl.store(tempered_ptr + b, (x - highest) * inverse_temperature - tl.log(s))
+    tl.store(raw_ptr + b, x - highest - tl.log(s1))
+
+
+ROW = {"BLOCK": 1024, "PIVOTS": 8, "num_warps": 8}
+"""Launch of `sample_row_kernel`."""
+
+
+def sample_row(
+    logits: Tensor,
+    keys: Tensor,
+    positions: Tensor,
+    options: SampleOptions | None = None,
+    *,
+    seen: Tensor | None = None,
+    forbidden: Tensor | None = None,
+    forced: Tensor | None = None,
+    backend: Backend | None = None,
+) -> SampledTokens:
+    """Draw a token for each row.
+
+    Args:
+        logits: `[B, V]`, raw, any float dtype; the last stride 1.
+        keys: int64 `[B]`, each row's Philox key (same bits as an unsigned key).
+        positions: integer `[B]`, index of the token being drawn in its completion, from 0.
+        options: temperature and truncation; the whole softmax at temperature 1 unless given.
+        seen: bool `[B, V]`, tokens that the repetition penalty is for.
+        forbidden: bool `[V]`, tokens that are never drawn; at least one is admissible.
+        forced: integer `[B]`, the token that a row takes whatever the draw, or -1. Its log-probs are reported like a
+            drawn one's; `logprob` is −∞ if it could not have been drawn.
+        backend: `triton`, `torch`, or None: Triton on CUDA.
+
+    Returns:
+        `SampledTokens`. The token depends on its row's logits, key and position alone.
+
+    Raises:
+        ValueError: shapes do not fit each other, or a penalty without `seen`.
+    """
+    options = options or SampleOptions()
+    seen = seen if options.repetition_penalty != 1 else None
+    check_sampling(logits.shape[0], logits.shape[1], keys, positions, options, seen, forbidden, forced)
+    if choose_backend(logits.device, backend, logits.dtype) == "torch":
+        return sample_row_reference(logits, keys, positions, options, seen=seen, forbidden=forbidden, forced=forced)
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    batch, vocabulary = logits.shape
+    result = empty_result(batch, logits.device)
+    launch = dict(ROW, BLOCK=256, PIVOTS=32) if interpreted() else ROW
+    sample_row_kernel[(batch,)](
+        *(logits, logits.stride(0)),
+        *((logits, 0) if seen is None else (seen.view(torch.uint8), seen.stride(0))),
+        logits if forbidden is None else forbidden.view(torch.uint8),
+        *(keys if forced is None else forced, keys, positions),
+        *result,
+        vocabulary,
+        options.inverse_temperature,
+        options.repetition_penalty,
+        float(options.top_k),
+        options.top_p,
+        math.log(options.min_p) if options.min_p else 0.0,
+        GREEDY=options.temperature == 0,
+        PENALTY=seen is not None,
+        FORBIDDEN=forbidden is not None,
+        FORCED=forced is not None,
+        TOP_K=0 < options.top_k < vocabulary,
+        TOP_P=options.top_p < 1,
+        MIN_P=options.min_p > 0,
+        **launch,
+    )
+    return result
+
+
+def sample_row_reference(
+    logits: Tensor,
+    keys: Tensor,
+    positions: Tensor,
+    options: SampleOptions | None = None,
+    *,
+    seen: Tensor | None = None,
+    forbidden: Tensor | None = None,
+    forced: Tensor | None = None,
+) -> SampledTokens:
+    """`sample_row` in plain torch, by sorting, in float64: the same tokens, save where two scores race within 1e-5."""
+    options = options or SampleOptions()
+    x = logits.double()
+    tempered = torch.log_softmax(x * options.inverse_temperature, -1)
+    scores = x
+    if seen is not None and options.repetition_penalty != 1:
+        penalty = options.repetition_penalty
+        scores = torch.where(seen, torch.where(x > 0, x / penalty, x * penalty), x)
+    if forbidden is not None:
+        scores = scores.masked_fill(forbidden, -torch.inf)
+    scores = scores * options.inverse_temperature
+    if 0 < options.top_k < scores.shape[1]:
+        smallest = scores.topk(options.top_k, -1).values[:, -1:]
+        scores = scores.masked_fill(scores < smallest, -torch.inf)
+    peak = scores.amax(-1, keepdim=True)
+    if options.top_p < 1:
+        ordered, order = scores.sort(-1, descending=True)
+        mass = torch.softmax(ordered, -1)
+        first_equal = torch.searchsorted(-ordered, -ordered)
+        larger = (mass.cumsum(-1) - mass).gather(1, first_equal)
+        scores = scores.masked_fill(torch.zeros_like(scores).scatter_(1, order, larger) >= options.top_p, -torch.inf)
+    if options.min_p > 0:
+        scores = scores.masked_fill(scores - peak < math.log(options.min_p), -torch.inf)
+    race = scores
+    if options.temperature > 0:
+        columns = torch.arange(scores.shape[1], device=scores.device)
+        race = scores + gumbel_noise_reference(keys[:, None], positions[:, None].long(), columns)
+    token = race.argmax(-1)
+    if forced is not None:
+        token = torch.where(forced >= 0, forced.long(), token)
+    logprobs = (torch.log_softmax(scores, -1), tempered, torch.log_softmax(x, -1))
+    entropy = -torch.where(tempered.isneginf(), 0.0, tempered.exp() * tempered).sum(-1)
+    return SampledTokens(token, *(p.gather(1, token[:, None])[:, 0].float() for p in logprobs), entropy.float())
+
+
+def empty_result(batch: int, device: torch.device) -> SampledTokens:
+    """Room for B rows' results."""
+    return SampledTokens(
+        torch.empty(batch, dtype=torch.int64, device=device), *torch.empty(4, batch, device=device).unbind()
+    )
+
+
+def check_sampling(
+    batch: int,
+    vocabulary: int,
+    keys: Tensor,
+    positions: Tensor,
+    options: SampleOptions,
+    seen: Tensor | None,
+    forbidden: Tensor | None,
+    forced: Tensor | None,
+) -> None:
+    """Refuse arguments of sampling that do not fit each other.
+
+    Raises:
+        ValueError: as said.
+    """
+    if keys.shape != (batch,) or keys.dtype != torch.int64 or positions.shape != (batch,):
+        raise ValueError(
+            f"need int64 keys [{batch}] and positions [{batch}], got {keys.dtype} {list(keys.shape)} and "
+            f"{list(positions.shape)}"
+        )
+    if options.repetition_penalty != 1 and seen is None:
+        raise ValueError(f"repetition_penalty is {options.repetition_penalty}: pass seen [{batch}, {vocabulary}]")
+    if forced is not None and (forced.shape != (batch,) or forced.dtype not in (torch.int32, torch.int64)):
+        raise ValueError(f"forced must be int32 or int64 [{batch}], got {forced.dtype} {list(forced.shape)}")
+    for name, tensor, shape in (("seen", seen, (batch, vocabulary)), ("forbidden", forbidden, (vocabulary,))):
+        if tensor is not None and (tensor.shape != shape or tensor.dtype != torch.bool):
+            raise ValueError(f"{name} must be bool {list(shape)}, got {tensor.dtype} {list(tensor.shape)}")

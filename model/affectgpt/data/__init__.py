@@ -1,0 +1,1 @@
+"""Clips and labels on disk, media decoding, and the cache of encoder outputs."""

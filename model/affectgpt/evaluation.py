@@ -1,0 +1,105 @@
+"""How a model is judged: the emotion-wheel scores of its answers on a labelled set."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from affectgpt.data.datasets import Sample
+from affectgpt.emotion_wheel import CorpusScore, EmotionWheel, parse_labels
+from affectgpt.prompts import Mode, answer_text
+from grpo_core.storage.jsonl import jsonable
+
+
+@dataclass(frozen=True)
+class SampleScore:
+    """One sample's answer. `f1`, 0…1, is the mean over the wheels that its ground truth is on; NaN if on none."""
+
+    name: str
+    ground_truth: str
+    answer: str
+    labels: list[str]
+    f1: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Corpus scores, 0…1 (F is that of mean precision and mean recall, per wheel, then the mean over wheels)."""
+
+    name: str
+    mode: Mode
+    split: str
+    level: int
+    f1: float
+    precision: float
+    recall: float
+    per_wheel: dict[str, list[float]]
+    scored: list[int]
+    samples: list[SampleScore]
+
+    def table(self) -> str:
+        """The scores as lines of text, in percent."""
+        rows = [f"{self.name} on {len(self.samples)} samples, level {self.level}", "          F %      P %      R %"]
+        per_wheel = zip(*(self.per_wheel[key] for key in ("f1", "precision", "recall")), strict=True)
+        for number, (f1, precision, recall) in enumerate(per_wheel, 1):
+            scores = f"{100 * f1:8.2f} {100 * precision:8.2f} {100 * recall:8.2f}"
+            rows.append(f"wheel {number} {scores}   ({self.scored[number - 1]} scored)")
+        return "\n".join([*rows, f"mean    {100 * self.f1:8.2f} {100 * self.precision:8.2f} {100 * self.recall:8.2f}"])
+
+    def save(self, folder: Path) -> Path:
+        """Write `folder/<name>.json`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{self.name}.json"
+        path.write_text(json.dumps(jsonable(asdict(self)), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        return path
+
+
+def score_answers(
+    wheel: EmotionWheel,
+    samples: Sequence[Sample],
+    completions: Sequence[str],
+    *,
+    name: str,
+    split: str,
+    mode: Mode = "no_think",
+    level: Literal[1, 2] = 1,
+) -> Evaluation:
+    """Score a completion for each labelled sample.
+
+    The ground truth is read strictly, as the published metric reads it; the answer by the tolerant parser, which finds
+    the labels that the published pipeline asks a second LLM for.
+
+    Raises:
+        ValueError: there are no samples, or one has no labels.
+    """
+    if not samples:
+        raise ValueError(f"nothing to evaluate on: the {split} set is empty")
+    for sample in samples:
+        if sample.labels is None:
+            raise ValueError(f"sample {sample.name!r} of the {split} set has no labels: it cannot be scored")
+    truth = [sample.labels for sample in samples]
+    answers = [answer_text(text, mode) for text in completions]
+    corpus: CorpusScore = wheel.corpus(truth, answers, level, parse="tolerant")
+    each = wheel.score(truth, answers, level, parse="tolerant").mean("skip")
+    return Evaluation(
+        name=name,
+        mode=mode,
+        split=split,
+        level=level,
+        f1=corpus.f1,
+        precision=corpus.precision,
+        recall=corpus.recall,
+        per_wheel={
+            key: np.asarray(getattr(corpus, f"per_wheel_{key}")).tolist() for key in ("f1", "precision", "recall")
+        },
+        scored=np.asarray(corpus.scored).tolist(),
+        samples=[
+            SampleScore(sample.name, sample.labels, text, parse_labels(answer, "tolerant"), float(f1))
+            for sample, text, answer, f1 in zip(samples, completions, answers, each, strict=True)
+        ],
+    )

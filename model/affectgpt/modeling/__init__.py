@@ -1,0 +1,1 @@
+"""The emotion model: an LLM with adapters, fusion layers, and the frozen encoders."""

@@ -1,0 +1,405 @@
+"""`AffectGPT`: an LLM with LoRA adapters that reads media through fusion vectors spliced into its prompt."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from affectgpt.modeling.fusion import Fusion, FusionInput
+from affectgpt.prompts import PLACEHOLDERS, placeholder_features
+from grpo_core.types import Prompt
+
+CONFIG_FILE = "affectgpt.json"
+WEIGHTS_FILE = "affectgpt.safetensors"
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class AffectGPTConfig:
+    """What `affectgpt.json` holds. In memory the three folders are absolute paths.
+
+    Attributes:
+        llm: folder of the base LLM and its tokenizer; never written to.
+        visual_encoder: folder of a CLIP vision model with projection.
+        audio_encoder: folder of a HuBERT.
+        visual_dim, audio_dim, hidden_size: widths of the encoders' outputs and of the LLM.
+        lora_r, lora_alpha, lora_dropout, lora_targets: as in `peft.LoraConfig`.
+    """
+
+    llm: str
+    visual_encoder: str
+    audio_encoder: str
+    visual_dim: int
+    audio_dim: int
+    hidden_size: int
+    lora_r: int = 16
+    lora_alpha: int = 32
+    lora_dropout: float = 0.05
+    lora_targets: tuple[str, ...] = LORA_TARGETS
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike) -> AffectGPTConfig:
+        """Read `folder/affectgpt.json`; relative folders in it are relative to `folder`."""
+        path = Path(folder).resolve() / CONFIG_FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing: {folder} was not written by AffectGPT.save_pretrained")
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not valid JSON ({error}): save the model again") from error
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        required = {name for name, field in fields.items() if field.default is dataclasses.MISSING}
+        if unknown := sorted(values.keys() - fields.keys()):
+            raise ValueError(f"{path} has unknown keys {', '.join(unknown)}: known are {', '.join(fields)}")
+        if missing := sorted(required - values.keys()):
+            raise ValueError(f"{path} lacks {', '.join(missing)}")
+        for name in ("llm", "visual_encoder", "audio_encoder"):
+            values[name] = os.path.normpath(path.parent / values[name])
+        if "lora_targets" in values:
+            values["lora_targets"] = tuple(values["lora_targets"])
+        return cls(**values)
+
+    def save(self, folder: Path) -> None:
+        """Write `folder/affectgpt.json` atomically.
+
+        Folders inside `folder`'s parent are written relative to `folder`, so that the tree can be moved as one; others
+        are written as absolute paths.
+        """
+        values = dataclasses.asdict(self)
+        folder = folder.resolve()
+        for name in ("llm", "visual_encoder", "audio_encoder"):
+            if Path(values[name]).is_relative_to(folder.parent):
+                values[name] = os.path.relpath(values[name], folder)
+        _replace(folder / CONFIG_FILE, lambda path: path.write_text(json.dumps(values, indent=2) + "\n"))
+
+
+class AffectGPT(nn.Module):
+    """LLM, LoRA and fusion. Encoders live in `modeling.encoders`: their outputs arrive as a prompt's features.
+
+    The trained tensors, LoRA and fusion alike, are fp32 whatever the dtype of the base LLM; the base is frozen.
+
+    Args:
+        config: sizes, adapter settings and where the frozen parts are.
+        base: the causal LM, before any adapter.
+        tokenizer: the LLM's. The five placeholder tokens are added to it if it lacks them. The LLM's embeddings are not
+            resized: `embed` looks up no row for them.
+
+    Attributes:
+        llm: `peft.PeftModel` around `base`, adapter `default`.
+        fusion: the projections.
+        tokenizer: with placeholders.
+        config: as given.
+    """
+
+    def __init__(self, config: AffectGPTConfig, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__()
+        if base.config.hidden_size != config.hidden_size:
+            raise ValueError(
+                f"the LLM in {config.llm} has hidden size {base.config.hidden_size}, but this model was made for "
+                f"{config.hidden_size}: give the folder of the LLM it was trained with as llm="
+            )
+        self.config = config
+        lora = LoraConfig(
+            r=config.lora_r,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules=list(config.lora_targets),
+            task_type="CAUSAL_LM",
+        )
+        self.llm: PeftModel = get_peft_model(base, lora, adapter_name="default", autocast_adapter_dtype=True)
+        self.fusion = Fusion(config.visual_dim, config.audio_dim, config.hidden_size).float()
+        self.tokenizer = tokenizer
+        add_placeholders(tokenizer)
+        self._placeholder_of = {tokenizer.convert_tokens_to_ids(token): token for token in PLACEHOLDERS}
+
+    @classmethod
+    def create(
+        cls,
+        llm: str | os.PathLike,
+        visual_encoder: str | os.PathLike,
+        audio_encoder: str | os.PathLike,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | str = "auto",
+        attn_implementation: str = "sdpa",
+        **lora: object,
+    ) -> AffectGPT:
+        """A model with fresh LoRA and fusion weights over local folders; the global torch generator draws them.
+
+        Args:
+            llm, visual_encoder, audio_encoder: Hugging Face model folders (config and safetensors).
+            device: where everything lives.
+            dtype: of the base LLM; `auto` keeps the checkpoint's.
+            attn_implementation: of the base LLM.
+            lora: `lora_r`, `lora_alpha`, `lora_dropout`, `lora_targets`.
+
+        Raises:
+            FileNotFoundError, ValueError: a folder is missing, incomplete or of another kind.
+        """
+        config = AffectGPTConfig(
+            llm=os.path.abspath(llm),
+            visual_encoder=os.path.abspath(visual_encoder),
+            audio_encoder=os.path.abspath(audio_encoder),
+            visual_dim=_visual_dim(visual_encoder),
+            audio_dim=_config_value(audio_encoder, "hidden_size", "HuBERT"),
+            hidden_size=_config_value(llm, "hidden_size", "causal LM"),
+            **lora,
+        )
+        return cls._over_base(config, device, dtype, attn_implementation)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | str = "auto",
+        attn_implementation: str = "sdpa",
+        llm: str | os.PathLike | None = None,
+        visual_encoder: str | os.PathLike | None = None,
+        audio_encoder: str | os.PathLike | None = None,
+    ) -> AffectGPT:
+        """Load what `save_pretrained` wrote, in eval mode.
+
+        Args:
+            folder: holds `affectgpt.json` and `affectgpt.safetensors`.
+            device, dtype, attn_implementation: as in `create`.
+            llm, visual_encoder, audio_encoder: where the frozen parts are now, if they were moved.
+
+        Raises:
+            FileNotFoundError: a file or the base LLM is missing.
+            ValueError: a file is damaged, or its tensors are not those of this model.
+        """
+        config = AffectGPTConfig.load(folder)
+        moved = {"llm": llm, "visual_encoder": visual_encoder, "audio_encoder": audio_encoder}
+        config = dataclasses.replace(
+            config, **{name: os.path.abspath(path) for name, path in moved.items() if path is not None}
+        )
+        weights = Path(folder) / WEIGHTS_FILE
+        if not weights.is_file():
+            raise FileNotFoundError(f"{weights} is missing: save the model again, or copy the whole folder")
+        try:
+            state = load_file(weights)
+        except SafetensorError as error:
+            raise ValueError(f"{weights} is damaged ({error}): save or copy it again") from error
+        model = cls._over_base(config, device, dtype, attn_implementation)
+        model.load_trained(state, str(weights))
+        return model.eval()
+
+    @classmethod
+    def _over_base(
+        cls, config: AffectGPTConfig, device: torch.device | str, dtype: torch.dtype | str, attn_implementation: str
+    ) -> AffectGPT:
+        base = load_llm(config.llm, dtype, attn_implementation)
+        tokenizer = AutoTokenizer.from_pretrained(config.llm, local_files_only=True, trust_remote_code=False)
+        return cls(config, base, tokenizer).to(device)
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write `affectgpt.json` and `affectgpt.safetensors` (LoRA and fusion); the frozen parts stay where they are.
+
+        Each file appears whole or not at all, and every weight is in one file, so an interrupted save leaves the former
+        model intact. `model.llm.save_pretrained(folder)` writes the adapter alone, in PEFT's own format.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {name: p.detach().cpu().contiguous() for name, p in self.trainable_parameters().items()}
+        _replace(folder / WEIGHTS_FILE, lambda path: save_file(state, path, metadata={"format": "pt"}))
+        self.config.save(folder)
+
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """What this model adds to its frozen parts, by name in the module: LoRA of adapter `default`, and fusion."""
+        return {
+            name: parameter
+            for name, parameter in self.named_parameters()
+            if name.startswith("fusion.") or (".lora_" in name and ".default." in name)
+        }
+
+    def load_trained(self, state: Mapping[str, Tensor], source: str) -> None:
+        """Copy `state` into the trainable parameters.
+
+        Args:
+            state: exactly one tensor for each name of `trainable_parameters()`.
+            source: the file it was read from, for messages.
+
+        Raises:
+            ValueError: names or shapes differ; nothing was copied.
+        """
+        own = self.trainable_parameters()
+        if missing := [name for name in own if name not in state]:
+            raise ValueError(
+                f"{source} lacks {len(missing)} of the {len(own)} tensors this model needs, first {missing[0]}: "
+                "the LLM's layers and lora_targets must be those it was saved with"
+            )
+        if unexpected := [name for name in state if name not in own]:
+            raise ValueError(
+                f"{source} holds {len(unexpected)} tensors this model has no place for, first {unexpected[0]}: "
+                "the LLM's layers and lora_targets must be those it was saved with"
+            )
+        for name, parameter in own.items():
+            if state[name].shape != parameter.shape:
+                raise ValueError(
+                    f"{source}: {name} is {list(state[name].shape)}, but this model needs {list(parameter.shape)}: "
+                    f"the LLM, encoders and lora_r must be those it was saved with (sizes stand in {CONFIG_FILE})"
+                )
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(state[name])
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the base LLM, and so of the embeddings `embed` gives."""
+        return self.embed_tokens.weight.dtype
+
+    @property
+    def embed_tokens(self) -> nn.Embedding:
+        return self.llm.get_base_model().get_input_embeddings()
+
+    def embed(self, prompts: Sequence[Prompt]) -> list[Tensor]:
+        """Prompts as the LLM reads them: `[P_n, H]` each, in its dtype, differentiable into the fusion weights.
+
+        Rows of ordinary tokens are token embeddings; rows of placeholders are fusion vectors of the prompt's features.
+        One embedding look-up and one fusion call serve all prompts.
+
+        Raises:
+            ValueError: a placeholder comes twice or lacks its feature, a feature lacks its placeholder, or has a wrong
+                shape; the message names the prompt and the feature.
+        """
+        token_ids: list[int] = []
+        rows: list[int] = []
+        inputs: list[FusionInput] = []
+        for prompt in prompts:
+            found: dict[str, int] = {}
+            for row, token in enumerate(prompt.token_ids, start=len(token_ids)):
+                if (placeholder := self._placeholder_of.get(token)) is not None:
+                    if placeholder in found:
+                        raise ValueError(
+                            f"prompt {prompt.id!r} has {placeholder} more than once: one vector stands for each"
+                        )
+                    found[placeholder] = row
+            inputs += self._fusion_inputs(prompt, tuple(found))
+            rows += found.values()
+            token_ids += [0 if token in self._placeholder_of else token for token in prompt.token_ids]
+        embeds = self.embed_tokens(torch.tensor(token_ids, device=self.device))
+        if inputs:
+            vectors = self.fusion(inputs).to(embeds.dtype)
+            embeds = embeds.index_copy(0, torch.tensor(rows, device=self.device), vectors)
+        return list(embeds.split([len(prompt.token_ids) for prompt in prompts]))
+
+    def _fusion_inputs(self, prompt: Prompt, placeholders: Sequence[str]) -> list[FusionInput]:
+        """One input per placeholder, in order, from the prompt's features."""
+        inputs, used = [], set()
+        for placeholder in placeholders:
+            names = placeholder_features(placeholder, prompt.features)
+            used.update(names)
+            for name in names:
+                self._check_feature(prompt, placeholder, name)
+            features = {"audio" if name == "audio" else "visual": prompt.features[name] for name in names}
+            inputs.append(FusionInput(PLACEHOLDERS[placeholder], **features))
+        if unused := sorted(prompt.features.keys() - used):
+            raise ValueError(
+                f"prompt {prompt.id!r} has features {', '.join(unused)} but no placeholder token for them: "
+                "make it with build_prompt and this model's tokenizer"
+            )
+        return inputs
+
+    def _check_feature(self, prompt: Prompt, placeholder: str, name: str) -> None:
+        width = self.config.audio_dim if name == "audio" else self.config.visual_dim
+        if name not in prompt.features:
+            raise ValueError(
+                f"prompt {prompt.id!r} has {placeholder} but no {name!r} feature: extract it, or choose a "
+                "face_or_frame without it"
+            )
+        shape = tuple(prompt.features[name].shape)
+        if len(shape) != 2 or shape[0] == 0 or shape[1] != width:
+            raise ValueError(
+                f"prompt {prompt.id!r}: feature {name!r} has shape {list(shape)}, but the model reads [T, {width}]: "
+                "extract it with the encoders the model was made with"
+            )
+
+
+def add_placeholders(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give the tokenizer the five placeholder tokens, as special tokens in upstream's order, where it lacks them."""
+    known = tokenizer.get_vocab()
+    tokens = [AddedToken(t, special=True, normalized=False) for t in PLACEHOLDERS if t not in known]
+    if tokens:
+        tokenizer.add_tokens(tokens, special_tokens=True)
+
+
+def load_llm(folder: str | os.PathLike, dtype: torch.dtype | str, attn_implementation: str) -> PreTrainedModel:
+    """Load a causal LM from a local folder of safetensors, refusing incomplete or ill-fitting weights.
+
+    Raises:
+        FileNotFoundError: no such folder, or no config or weights in it.
+        ValueError: tensors are missing or of another shape than config.json says.
+    """
+    folder = _model_folder(folder, "base LLM")
+    if not any(folder.glob("*.safetensors")):
+        raise FileNotFoundError(f"{folder} has no .safetensors file: the base LLM's weights are missing")
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+        ignore_mismatched_sizes=True,  # to name the key below instead of pointing to a log
+        output_loading_info=True,
+    )
+    if info["missing_keys"]:
+        raise ValueError(f"the weights in {folder} lack {min(info['missing_keys'])}: copy the folder again")
+    if info["mismatched_keys"]:
+        key, found, needed = min(info["mismatched_keys"], key=lambda item: item[0])
+        raise ValueError(
+            f"the weights in {folder} do not fit its config.json: {key} is {list(found)}, config says {list(needed)}"
+        )
+    return model
+
+
+def _model_folder(folder: str | os.PathLike, what: str) -> Path:
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} is not the folder of a {what}: it has no config.json. If it was moved, give its place as an "
+            f"argument or in {CONFIG_FILE}"
+        )
+    return folder
+
+
+def _config_value(folder: str | os.PathLike, key: str, what: str) -> int:
+    config = AutoConfig.from_pretrained(_model_folder(folder, what), local_files_only=True, trust_remote_code=False)
+    if not hasattr(config, key):
+        raise ValueError(f"{folder}/config.json is of model type {config.model_type!r} and has no {key}: need a {what}")
+    return getattr(config, key)
+
+
+def _visual_dim(folder: str | os.PathLike) -> int:
+    """Width of CLIP's projected image features."""
+    return _config_value(folder, "projection_dim", "CLIP vision model")
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file beside `path`, then put it in its place in one step."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -12,14 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grpo_core.distributed.collectives import Distributed, gather_rows
+from grpo_core.distributed import Distributed, gather_rows
 
 Kind = Literal["mean", "sum", "max", "min"]
+Values = Tensor | np.ndarray | float
 # Metrics in a step. The packed row has this size whatever a rank registered, so ranks that disagree can still say so.
 CAPACITY = 256
 
 
-class StepMetrics:
+class MetricAccumulator:
     """Accumulates a step's metrics where their values are computed, and reduces them over all ranks at once.
 
     `mean`, `sum`, `max` and `min` never wait for the device; `reduce` makes one collective and one copy to the host.
@@ -36,16 +37,26 @@ class StepMetrics:
         self._entries: dict[str, tuple[Kind, Tensor, Tensor]] = {}  # name → kind, value, weight; float64 scalars
 
     def register(self, kind: Kind, *names: str) -> None:
-        """Announce metrics that this rank may have no data for."""
-        for name in names:
-            self._entry(kind, name)
+        """Announce metrics that this rank may have no data for.
 
-    def mean(self, name: str, values: Tensor | np.ndarray | float, weights: Tensor | np.ndarray | None = None) -> None:
+        Raises:
+            ValueError: a name of another kind already, or more than `CAPACITY` names.
+        """
+        start = {"max": -math.inf, "min": math.inf}.get(kind, 0.0)
+        for name in names:
+            zero = torch.zeros((), dtype=torch.float64)
+            registered, _, _ = self._entries.setdefault(name, (kind, zero + start, zero))
+            if registered != kind:
+                raise ValueError(f"metric {name!r} is a {registered} and cannot be a {kind} too: give it another name")
+        if len(self._entries) > CAPACITY:
+            raise ValueError(f"more than {CAPACITY} metrics in a step: raise grpo_core.training.accumulator.CAPACITY")
+
+    def mean(self, name: str, values: Values, weights: Tensor | np.ndarray | None = None) -> None:
         """Mean over everything added by any rank; `weights` (or a mask) have the values' shape.
 
         A value of weight 0 is left out even if it is NaN.
         """
-        self._entry("mean", name)
+        self.register("mean", name)
         values = _float64(values)
         if weights is None:
             self._add(name, values.sum(), values.numel())
@@ -53,17 +64,17 @@ class StepMetrics:
             weights = _float64(weights).to(values.device)
             self._add(name, torch.where(weights == 0, 0.0, values * weights).sum(), weights.sum())
 
-    def sum(self, name: str, values: Tensor | np.ndarray | float) -> None:
+    def sum(self, name: str, values: Values) -> None:
         """Sum over everything added by any rank."""
-        self._entry("sum", name)
+        self.register("sum", name)
         values = _float64(values)
         self._add(name, values.sum(), values.numel())
 
-    def max(self, name: str, values: Tensor | np.ndarray | float) -> None:
+    def max(self, name: str, values: Values) -> None:
         """Maximum over everything added by any rank; NaN if any value is."""
         self._extreme("max", name, values)
 
-    def min(self, name: str, values: Tensor | np.ndarray | float) -> None:
+    def min(self, name: str, values: Values) -> None:
         """Minimum over everything added by any rank; NaN if any value is."""
         self._extreme("min", name, values)
 
@@ -74,10 +85,13 @@ class StepMetrics:
             RuntimeError: ranks registered different metrics.
         """
         names = sorted(self._entries)  # packed by name, so ranks may register in any order
+        # 52 bits that identify names and kinds: exact in float64, so they travel in the same row as the values
+        text = json.dumps([(name, self._entries[name][0]) for name in names])
+        signature = float(int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little") >> 12)
         row = torch.zeros(1 + 2 * CAPACITY, dtype=torch.float64, device=self.dist.device)
-        row[0] = self._signature()
+        row[0] = signature
         if names:
-            packed = [_on(row.device, part) for name in names for part in self._entries[name][1:]]
+            packed = [_on(row.device, scalar) for name in names for scalar in self._entries[name][1:]]
             row[1 : 1 + len(packed)] = torch.stack(packed)
         rows = gather_rows(row, self.dist).cpu().numpy()
         if (rows[:, 0] != rows[0, 0]).any():
@@ -92,39 +106,25 @@ class StepMetrics:
         self._entries = {}
         return values
 
-    def _entry(self, kind: Kind, name: str) -> None:
-        start = {"max": -math.inf, "min": math.inf}.get(kind, 0.0)
-        zero = torch.zeros((), dtype=torch.float64)
-        registered = self._entries.setdefault(name, (kind, zero + start, zero))
-        if registered[0] != kind:
-            raise ValueError(f"metric {name!r} is a {registered[0]} and cannot be a {kind} too: give it another name")
-        if len(self._entries) > CAPACITY:
-            raise ValueError(f"more than {CAPACITY} metrics in a step: raise grpo_core.training.accumulator.CAPACITY")
-
     def _add(self, name: str, value: Tensor, weight: Tensor | float) -> None:
         kind, total, weights = self._entries[name]
         self._entries[name] = (kind, total + value, weights + weight)
 
-    def _extreme(self, kind: Literal["max", "min"], name: str, values: Tensor | np.ndarray | float) -> None:
-        self._entry(kind, name)
+    def _extreme(self, kind: Literal["max", "min"], name: str, values: Values) -> None:
+        self.register(kind, name)
         values = _float64(values)
         if values.numel():
             _, extreme, count = self._entries[name]
             both = torch.stack([_on(values.device, extreme), values.amax() if kind == "max" else values.amin()])
             self._entries[name] = (kind, both.amax() if kind == "max" else both.amin(), count + values.numel())
 
-    def _signature(self) -> float:
-        """A number of 52 bits that names the registered metrics: exact in float64."""
-        text = json.dumps(sorted((name, entry[0]) for name, entry in self._entries.items()))
-        return float(int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little") >> 12)
 
-
-def _float64(values: Tensor | np.ndarray | float) -> Tensor:
+def _float64(values: Values) -> Tensor:
     return torch.as_tensor(values).detach().to(torch.float64)
 
 
 def _on(device: torch.device, scalar: Tensor) -> Tensor:
-    """A scalar on a device; one of the host is filled in there, because a copy from pageable memory would wait."""
+    """Move a scalar to a device; one of the host is filled in there, because a copy from pageable memory would wait."""
     if scalar.device == device:
         return scalar
     if scalar.device.type == "cpu":

@@ -30,7 +30,7 @@ from affectgpt.prompts import (
 )
 from grpo_core.config.loader import save_config, to_dict
 from grpo_core.config.options import AlgorithmConfig, GRPOConfig, OptimConfig, RolloutConfig, SFTConfig
-from grpo_core.distributed.collectives import Distributed, barrier, gather_objects, shard
+from grpo_core.distributed import Distributed, barrier, gather_objects, shard
 from grpo_core.policy import Policy
 from grpo_core.rewards import Reward
 from grpo_core.rng import permutation

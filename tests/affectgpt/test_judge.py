@@ -42,7 +42,7 @@ from affectgpt.rewards import Comparison, RewardConfig, judge, make_rewards, per
 from affectgpt.rewards.judge import ModelJudge
 from affectgpt.synthetic import make_dataset
 from grpo_core.config.loader import ConfigError, load_config
-from grpo_core.distributed.collectives import Distributed
+from grpo_core.distributed import Distributed
 from grpo_core.types import Prompt
 
 TEXT = {

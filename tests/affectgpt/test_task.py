@@ -14,7 +14,7 @@ from affectgpt.evaluation import score_answers
 from affectgpt.pipeline import open_run, split_samples
 from affectgpt.rewards import AccuracyReward, FormatReward, RewardConfig, has_think_answer_format
 from grpo_core.config.options import RunConfig
-from grpo_core.distributed.collectives import Distributed
+from grpo_core.distributed import Distributed
 from grpo_core.types import Completion, Group, Prompt
 
 WHEEL = EmotionWheel.default()

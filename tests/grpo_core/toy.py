@@ -8,10 +8,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from grpo_core.config.options import AlgorithmConfig, GRPOConfig, OptimConfig, RolloutConfig, RunConfig
-from grpo_core.distributed.collectives import Distributed
+from grpo_core.distributed import Distributed, all_reduce_gradients
 from grpo_core.policy import Policy
 from grpo_core.rollout.sampler import GroupSampler
+from grpo_core.storage.metrics_writer import CompletionsWriter
+from grpo_core.training.batch import Experience
 from grpo_core.training.grpo import GRPOTrainer
+from grpo_core.training.loop import OptimizerStep
 from grpo_core.types import Prompt
 
 from .conftest import make_lm
@@ -54,6 +57,20 @@ def make_trainer(
     policy = Policy(model, reference=config.algorithm.reference if config.algorithm.beta else None)
     sampler = GroupSampler(policy, make_tokenizer(), seed=config.run.seed)
     return GRPOTrainer(policy, sampler, PROMPTS, [CountSevens()], config, dist=dist)
+
+
+def loss_and_gradient(trainer: GRPOTrainer, experience: Experience) -> tuple[float, torch.Tensor]:
+    """Loss and flat gradient of an epoch over the experience, over all ranks; the parameters stay as they are."""
+
+    def no_step(*_):
+        all_reduce_gradients(trainer.parameters.values(), trainer.dist)
+        return OptimizerStep(torch.zeros(()), 0.0)
+
+    trainer.optimizer_step = no_step
+    trainer.completions_file = CompletionsWriter(trainer.run.folder)
+    updates = trainer.learn(experience)
+    loss = trainer.report(experience, updates, 0.0)["loss"]
+    return loss, torch.cat([p.grad.flatten() for p in trainer.parameters.values()])
 
 
 def weights(trainer: GRPOTrainer) -> torch.Tensor:

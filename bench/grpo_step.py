@@ -86,7 +86,7 @@ def run_ours(args: argparse.Namespace, shared: bool) -> None:
             size = self.config.rollout.group_size
             copies = [Prompt(f"{p.id}/{i}", p.token_ids) for p in prompts for i in range(size)]
             alone = RolloutConfig(group_size=1, max_new_tokens=self.config.rollout.max_new_tokens)
-            with self.phase("sample"):
+            with self.clock.phase("sample"):
                 drawn = iter(self.sampler.sample(copies, alone, step=self.step_index))
             return [Group(p, [next(drawn).completions[0] for _ in range(size)]) for p in prompts]
 

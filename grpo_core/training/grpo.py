@@ -32,7 +32,8 @@ from grpo_core.distributed import Distributed, all_reduce_sum, gather_rows, send
 from grpo_core.policy import Policy, disable_dropout
 from grpo_core.rewards import Reward, Scores, check_reward_weights, score
 from grpo_core.rollout.sampler import GroupSampler
-from grpo_core.storage.metrics_writer import CompletionsWriter, MetricsWriter
+from grpo_core.storage.jsonl import JsonLines
+from grpo_core.storage.metrics_writer import MetricsWriter
 from grpo_core.training.batch import (
     Experience,
     MicroBatch,
@@ -45,8 +46,9 @@ from grpo_core.training.batch import (
 )
 from grpo_core.training.loop import TrainingLoop
 from grpo_core.training.objective import compute_loss
+from grpo_core.training.optim import optimizer_step
 from grpo_core.training.sanity import check_first_step
-from grpo_core.training.step_metrics import add_step_metrics, completion_rows, with_rates
+from grpo_core.training.step_metrics import completion_rows, log_completions, log_rewards, log_updates, with_rates
 from grpo_core.types import Group, Prompt
 
 REFERENCE_FILE = "reference.safetensors"
@@ -162,7 +164,7 @@ class GRPOTrainer(TrainingLoop):
             ValueError: the sampler gave another number of completions.
         """
         size = self.config.rollout.group_size
-        with self.phase("sample"):
+        with self.clock.phase("sample"):
             groups = self.sampler.sample(prompts, self.config.rollout, step=self.step_index)
         for group in groups:
             if len(group.completions) != size:
@@ -174,7 +176,7 @@ class GRPOTrainer(TrainingLoop):
 
     def score(self, groups: Sequence[Group]) -> Scores:
         """Ask every reward about every completion."""
-        with self.phase("reward"):
+        with self.clock.phase("reward"):
             return score(
                 groups,
                 self.rewards,
@@ -207,7 +209,7 @@ class GRPOTrainer(TrainingLoop):
         """
         batches = [batch for minibatch in minibatches for batch in minibatch]
         quantile = self.config.algorithm.top_entropy_quantile
-        with self.phase("old"):
+        with self.clock.phase("old"):
             results = [
                 self.policy.logprobs(
                     batch.layout, batch.prompts, temperature=self.config.rollout.temperature, entropy=True
@@ -227,7 +229,7 @@ class GRPOTrainer(TrainingLoop):
 
     def reference_values(self, minibatches: Sequence[Minibatch]) -> Mapping[MicroBatch, Tensor]:
         """Compute what the KL needs of the reference: log-probs `[R]`, or for the full KL hidden states `[R, H]`."""
-        with self.phase("reference"):
+        with self.clock.phase("reference"):
             if self.config.algorithm.kl_estimator == "full":
                 return {
                     batch: self.policy.reference_hidden_states(batch.layout, batch.prompts)
@@ -303,7 +305,7 @@ class GRPOTrainer(TrainingLoop):
         passes = []
         for batch in minibatch:
             reference = None if experience.reference is None else experience.reference[batch]
-            with self.phase("forward"):
+            with self.clock.phase("forward"):
                 current = self.policy.logprobs(
                     batch.layout,
                     batch.prompts,
@@ -322,13 +324,16 @@ class GRPOTrainer(TrainingLoop):
                     beta=beta,
                     entropy_coef=entropy_coef,
                 )
-            with self.phase("backward"):
+            with self.clock.phase("backward"):
                 made.loss.backward()
             passes.append(made._replace(loss=made.loss.detach()))  # lets the graph go
         self.policy.module.eval()
         schedule_length = self.config.run.max_steps * algorithm.num_iterations * algorithm.steps_per_generation
-        with self.phase("optimizer"):
-            return Update(passes, *self.optimizer_step(schedule_step, schedule_length))
+        with self.clock.phase("optimizer"):
+            grad_norm, lr = optimizer_step(
+                self.optimizer, self.parameters.values(), self.config.optim, self.dist, schedule_step, schedule_length
+            )
+        return Update(passes, grad_norm, lr)
 
     def report(self, experience: Experience, updates: Sequence[Update], started: float) -> dict[str, float]:
         """Write the step's completions, and reduce its metrics over all ranks: one collective, one host copy.
@@ -342,7 +347,10 @@ class GRPOTrainer(TrainingLoop):
         logged = {"rows": rows, "metrics": reward_metrics}
         sent = send_to_main(f"completions/{self.config.run.name}/{self.step_index}", logged, self.dist)
 
-        add_step_metrics(self.metrics, experience, updates, algorithm)
+        gdpo = algorithm.multi_objective_aggregation == "normalize_then_sum"
+        log_completions(self.metrics, experience.sampled)
+        log_rewards(self.metrics, experience, gdpo)
+        log_updates(self.metrics, experience, updates, algorithm)
         self.metrics.max("sampling/seconds/prefill", timings["prefill"])
         self.metrics.max("sampling/seconds/decode", timings["decode"])
         self.metrics.sum("sampling/prompt_tokens", timings["prompt_tokens"])
@@ -357,14 +365,15 @@ class GRPOTrainer(TrainingLoop):
             values["entropy_coef"] = self.coefficients.entropy
 
         if sent is not None:  # on the main process, which alone writes
-            self.completions_file.write(self.step_index + 1, [row for part in sent for row in part["rows"]])
+            step = self.step_index + 1
+            self.completions_file.append({"step": step, **row} for part in sent for row in part["rows"])
             for name in dict.fromkeys(name for part in sent for name in part["metrics"]):
                 numbers = [number for part in sent for number in part["metrics"].get(name, ())]
                 values.setdefault(name, float(np.mean(numbers)) if numbers else float("nan"))
         return values
 
     def open_writer(self, resume_step: int | None) -> MetricsWriter:
-        self.completions_file = CompletionsWriter(self.config.run.folder, resume_step)
+        self.completions_file = JsonLines(self.config.run.folder / "completions.jsonl", resume_step)
         return super().open_writer(resume_step)
 
     def extra_state(self) -> dict[str, Any]:

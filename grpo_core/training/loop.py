@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,7 +15,6 @@ from tqdm import tqdm
 from grpo_core.config.options import OptimConfig, RunConfig
 from grpo_core.distributed import (
     Distributed,
-    all_reduce_gradients,
     barrier,
     broadcast_parameters,
     require_same,
@@ -24,19 +22,10 @@ from grpo_core.distributed import (
 from grpo_core.policy import Policy
 from grpo_core.storage.checkpoint import CheckpointError, CheckpointManager, read_manifest
 from grpo_core.storage.metrics_writer import MetricsWriter
-from grpo_core.training.accumulator import MetricAccumulator, postfix
-from grpo_core.training.optim import learning_rate, make_optimizer, optimizer_step
-from grpo_core.training.timing import PhaseClock
+from grpo_core.training.accumulator import MetricAccumulator, PhaseClock, postfix
+from grpo_core.training.optim import make_optimizer
 
 TRAINED_FILE = "trained.safetensors"
-
-
-class OptimizerStep(NamedTuple):
-    """What an optimiser step tells of itself."""
-
-    grad_norm: Tensor
-    """Global norm of the gradient before clipping, on its device."""
-    learning_rate: float
 
 
 class TrainingLoop:
@@ -128,17 +117,6 @@ class TrainingLoop:
     def extra_tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
         """Tensors that a resumed run needs beside the trained parameters, by file and name; filled in place."""
         return {}
-
-    def optimizer_step(self, schedule_step: int, schedule_length: int) -> OptimizerStep:
-        """Sum gradients over ranks, clip, and step with the scheduled learning rate."""
-        all_reduce_gradients(self.parameters.values(), self.dist)
-        lr = learning_rate(schedule_step, schedule_length, self.optim)
-        norm = optimizer_step(self.optimizer, self.parameters.values(), lr, self.optim.max_grad_norm)
-        return OptimizerStep(norm, lr)
-
-    def phase(self, name: str) -> AbstractContextManager[None]:
-        """Add the seconds spent inside to a phase."""
-        return self.clock.phase(name)
 
     @property
     def out_of_patience(self) -> bool:

@@ -17,6 +17,7 @@ from grpo_core.policy import Policy
 from grpo_core.rng import row_key
 from grpo_core.training.batch import check_enough_items, split_by_tokens, step_items
 from grpo_core.training.loop import TrainingLoop
+from grpo_core.training.optim import optimizer_step
 from grpo_core.types import Prompt
 
 
@@ -73,17 +74,19 @@ class SFTTrainer(TrainingLoop):
                 [[example.target_ids] for example in micro_batch],
                 self.policy.device,
             )
-            with self.phase("forward"):
+            with self.clock.phase("forward"):
                 loss = -self.policy.logprobs(layout, prompts).logprob.sum() / total_tokens
-            with self.phase("backward"):
+            with self.clock.phase("backward"):
                 loss.backward()
             self.metrics.sum("loss", loss)
         self.policy.module.eval()
-        with self.phase("optimizer"):
-            made = self.optimizer_step(self.step_index, self.run.max_steps)
+        with self.clock.phase("optimizer"):
+            grad_norm, lr = optimizer_step(
+                self.optimizer, self.parameters.values(), self.optim, self.dist, self.step_index, self.run.max_steps
+            )
         self.step_index += 1
-        self.metrics.mean("grad_norm", made.grad_norm)
-        self.metrics.mean("learning_rate", made.learning_rate)
+        self.metrics.mean("grad_norm", grad_norm)
+        self.metrics.mean("learning_rate", lr)
         self.metrics.max("step_time", time.perf_counter() - started)
         for name, seconds in self.clock.read().items():
             self.metrics.max(f"time/{name}", seconds)

@@ -1,4 +1,7 @@
-"""What a GRPO step logs, computed from the values that its stages returned; names are TRL's where it has one."""
+"""What a GRPO step logs, computed from the values that its stages returned; names are TRL's where it has one.
+
+Nothing here waits for the device: values stay there until `MetricAccumulator.reduce`.
+"""
 
 from __future__ import annotations
 
@@ -16,19 +19,8 @@ from grpo_core.training.batch import Experience, Update
 from grpo_core.types import Group
 
 
-def add_step_metrics(
-    metrics: MetricAccumulator, experience: Experience, updates: Sequence[Update], algorithm: AlgorithmConfig
-) -> None:
-    """Add what a step logs on this rank. Waits for nothing: device values stay on the device.
-
-    A rank without groups registers the same metrics with no data, since all ranks reduce the same names at once.
-    """
-    _add_completions(metrics, experience.sampled)
-    _add_rewards(metrics, experience, gdpo=algorithm.multi_objective_aggregation == "normalize_then_sum")
-    _add_updates(metrics, experience, updates, algorithm)
-
-
-def _add_completions(metrics: MetricAccumulator, groups: Sequence[Group]) -> None:
+def log_completions(metrics: MetricAccumulator, groups: Sequence[Group]) -> None:
+    """Log how long the completions are, and how they ended."""
     completions = [completion for group in groups for completion in group.completions]
     lengths = np.array([len(c.token_ids) for c in completions], dtype=np.float64)
     stopped = np.array([c.finish_reason == "stop" for c in completions], dtype=bool)
@@ -40,7 +32,12 @@ def _add_completions(metrics: MetricAccumulator, groups: Sequence[Group]) -> Non
     metrics.sum("num_tokens", lengths.sum() + sum(len(group.prompt.token_ids) for group in groups))
 
 
-def _add_rewards(metrics: MetricAccumulator, experience: Experience, gdpo: bool) -> None:
+def log_rewards(metrics: MetricAccumulator, experience: Experience, gdpo: bool) -> None:
+    """Log each reward, their sum, and how many groups teach something.
+
+    Args:
+        gdpo: each reward makes advantages of its own (`normalize_then_sum`), so each may teach something.
+    """
     scores = experience.sampled_scores
     for name, values in zip(scores.names, scores.by_reward, strict=True):
         metrics.mean(f"rewards/{name}/mean", values[~np.isnan(values)])
@@ -58,9 +55,13 @@ def _group_std(rewards: np.ndarray) -> np.ndarray:
     return np.array([row.std(ddof=1) for row in judged if len(row) > 1])
 
 
-def _add_updates(
+def log_updates(
     metrics: MetricAccumulator, experience: Experience, updates: Sequence[Update], algorithm: AlgorithmConfig
 ) -> None:
+    """Log what the passes over the minibatches gave.
+
+    A rank without groups registers the same metrics with no data, since all ranks reduce the same names at once.
+    """
     metrics.register("sum", "loss", "num_trained_tokens")
     metrics.register("mean", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean")
     metrics.register("mean", "sampling/sampling_logp_difference/mean", "sampling/importance_sampling_ratio/mean")

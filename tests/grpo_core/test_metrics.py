@@ -9,7 +9,7 @@ import torch
 
 from grpo_core.distributed import Distributed
 from grpo_core.storage.jsonl import JsonLines
-from grpo_core.storage.metrics_writer import CompletionsWriter, MetricsWriter
+from grpo_core.storage.metrics_writer import MetricsWriter
 from grpo_core.training import accumulator as metrics
 from grpo_core.training.accumulator import MetricAccumulator
 
@@ -153,11 +153,11 @@ def test_a_new_run_starts_an_empty_file(tmp_path):
 
 def test_completions_open_in_pandas(tmp_path):
     pd = pytest.importorskip("pandas")
-    writer = CompletionsWriter(tmp_path / "run")
+    writer = JsonLines(tmp_path / "completions.jsonl")
     texts = ["happy, \u2028glad\n", '{"angry"}', "😀"]
-    writer.write(4, [{"prompt_id": "clip", "text": text, "reward": 0.1} for text in texts])
+    writer.append({"step": 4, "prompt_id": "clip", "text": text, "reward": 0.1} for text in texts)
     writer.close()
-    frame = pd.read_json(tmp_path / "run" / "completions.jsonl", lines=True)
+    frame = pd.read_json(tmp_path / "completions.jsonl", lines=True)
     assert frame.text.tolist() == texts
     assert frame.step.tolist() == [4, 4, 4]
 

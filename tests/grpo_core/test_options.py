@@ -10,8 +10,7 @@ from peft import LoraConfig, get_peft_model
 
 from grpo_core.algorithm.advantages import group_advantages
 from grpo_core.policy import Policy
-from grpo_core.storage.metrics_writer import CompletionsWriter
-from grpo_core.training import accumulator, batch
+from grpo_core.training import accumulator, batch, grpo
 from grpo_core.training.batch import OldPass
 from grpo_core.training.objective import compute_loss
 from grpo_core.training.sanity import FirstStepError, check_features
@@ -39,11 +38,11 @@ def moved(trainer):
     return trainer
 
 
-def test_every_part_of_a_rollout_is_an_optimiser_step_against_the_policy_that_sampled(tmp_path):
+def test_every_minibatch_of_a_rollout_is_an_optimiser_step_against_the_policy_that_sampled(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, steps=2, steps_per_generation=2, num_iterations=3, warmup_steps=100)
     steps = []
-    step = trainer.optimizer_step
-    trainer.optimizer_step = lambda *arguments: steps.append(arguments) or step(*arguments)
+    step = grpo.optimizer_step
+    monkeypatch.setattr(grpo, "optimizer_step", lambda *arguments: steps.append(arguments[-2:]) or step(*arguments))
     trainer.train()
     assert steps == [(made, 12) for made in range(12)]
     for row in lines(tmp_path / "toy" / "metrics.jsonl"):
@@ -116,7 +115,7 @@ def test_dynamic_sampling_prefers_groups_with_different_rewards_and_keeps_their_
         table = np.array([np.arange(4.0) if n in differing else np.ones(4) for n in range(11)])
         trainer.rewards = [reward_of(lambda _: table)]
         experience = trainer.collect()
-        trainer.completions_file = CompletionsWriter(tmp_path)
+        trainer.open_writer(None)
         values = trainer.report(experience, trainer.learn(experience), 0.0)
         return [group.id for group in experience.groups], values
 

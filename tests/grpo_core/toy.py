@@ -1,6 +1,7 @@
 """A task small enough to train in seconds: write the token `7` as often as possible."""
 
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -11,10 +12,8 @@ from grpo_core.config.options import AlgorithmConfig, GRPOConfig, OptimConfig, R
 from grpo_core.distributed import Distributed, all_reduce_gradients
 from grpo_core.policy import Policy
 from grpo_core.rollout.sampler import GroupSampler
-from grpo_core.storage.metrics_writer import CompletionsWriter
 from grpo_core.training.batch import Experience
 from grpo_core.training.grpo import GRPOTrainer
-from grpo_core.training.loop import OptimizerStep
 from grpo_core.types import Prompt
 
 from .conftest import make_lm
@@ -62,13 +61,13 @@ def make_trainer(
 def loss_and_gradient(trainer: GRPOTrainer, experience: Experience) -> tuple[float, torch.Tensor]:
     """Loss and flat gradient of an epoch over the experience, over all ranks; the parameters stay as they are."""
 
-    def no_step(*_):
-        all_reduce_gradients(trainer.parameters.values(), trainer.dist)
-        return OptimizerStep(torch.zeros(()), 0.0)
+    def no_step(optimizer, parameters, config, dist, step, max_steps):
+        all_reduce_gradients(parameters, dist)
+        return torch.zeros(()), 0.0
 
-    trainer.optimizer_step = no_step
-    trainer.completions_file = CompletionsWriter(trainer.run.folder)
-    updates = trainer.learn(experience)
+    trainer.open_writer(None)
+    with patch("grpo_core.training.grpo.optimizer_step", no_step):
+        updates = trainer.learn(experience)
     loss = trainer.report(experience, updates, 0.0)["loss"]
     return loss, torch.cat([p.grad.flatten() for p in trainer.parameters.values()])
 

@@ -34,20 +34,8 @@ def compute_loss(
         beta, entropy_coef: of this step.
     """
     index, count = batch.layout.completion_index, batch.layout.num_completions
-    clip_low, clip_high = algorithm.clip_range
     surrogate = policy_loss(
-        algorithm.loss_type,
-        current.logprob,
-        old.logprob,
-        advantages,
-        index,
-        count,
-        ratio_level=algorithm.ratio_level,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        delta=algorithm.delta,
-        cispo_cap=algorithm.cispo_cap,
-        sapo_temperatures=(algorithm.sapo_temperature_pos, algorithm.sapo_temperature_neg),
+        algorithm.loss, current.logprob, old.logprob, advantages, index, count, ratio_level=algorithm.ratio_level
     )
 
     # Masks and corrections are factors of the policy loss alone: the KL must hold a token that they drop, too.

@@ -142,7 +142,7 @@ def test_packed_with_shared_prompts_and_separate_padded_sequences(tmp_path, usua
     ratio = (logprob - experience.old[batch].logprob).exp()
     verdicts = zip(members, experience.advantages.ravel(), strict=True)
     advantage = torch.cat([torch.full((len(completion.token_ids),), float(a)) for (_, completion), a in verdicts])
-    low, high = trainer.config.algorithm.clip_range
+    low, high = trainer.config.algorithm.loss.clip_range
     surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
     assert (surrogate < ratio * advantage).any()  # some tokens are clipped
     log_ratio = experience.reference[batch] - logprob

@@ -65,7 +65,8 @@ def loss_and_gradient(trainer: GRPOTrainer, experience: Experience) -> tuple[flo
         all_reduce_gradients(parameters, dist)
         return torch.zeros(()), 0.0
 
-    trainer.open_writer(None)
+    if trainer.dist.main_process:
+        trainer.open_writer(None)
     with patch("grpo_core.training.grpo.optimizer_step", no_step):
         updates = trainer.learn(experience)
     loss = trainer.report(experience, updates, 0.0)["loss"]

@@ -65,7 +65,7 @@ def choose_backend(device: torch.device, backend: Backend | None, dtype: torch.d
     if backend == "triton" and not able:
         raise ValueError(
             f"backend='triton' takes float16 to float32 on CUDA, got {dtype} on {device}; "
-            "on a CPU set TRITON_INTERPRET=1 for the interpreter"
+            "on a CPU call it inside grpo_kernels.testing.interpreter.interpret(), or with TRITON_INTERPRET=1"
         )
     return backend
 

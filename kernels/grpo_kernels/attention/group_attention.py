@@ -63,7 +63,7 @@ class _GroupAttention(torch.autograd.Function):
             # o_own + share·(o_over − o_own) in float32, rounded once
             out[rows] = torch.lerp(out[rows].to(share.dtype), over.to(share.dtype), share).to(out.dtype)
             lse[:, rows] = torch.logaddexp(own_lse, over_lse)
-        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.save_for_backward(q, k, v, out, lse)  # of all parts: `varlen` says why that gives each part its gradient
         ctx.spans, ctx.scale = spans, scale
         return out
 
@@ -74,6 +74,7 @@ class _GroupAttention(torch.autograd.Function):
         if len(spans.over_prompt):
             over_dq, over_dk, over_dv = varlen_backward(grad, q, k, v, out, lse, spans.over_prompt, False, ctx.scale)
             query_rows, key_rows, *_ = spans.over_prompt.on(grad.device)
+            # rows of a span occur once each, so that indexed addition loses none
             dq[query_rows] += over_dq
             dk[key_rows] += over_dk
             dv[key_rows] += over_dv

@@ -117,7 +117,7 @@ class Segments:
             covered.append(rows.masked_fill(~valid, torch.iinfo(torch.int64).max))
             on_device = rows.to(device)
             padded.append(Batch(len(similar), on_device, longest, on_device, longest, valid.to(device)))
-        # query rows in order, each with its place among the concatenated ones; padding sorts behind them all
+        # argsort inverts "which row lies where": each query row's place in the concatenation; padding sorts to the end
         order = torch.cat(covered).argsort(stable=True)[: sum(self.query_lengths)]
         return (*(_view(*run) for run in views), *padded), order.to(device)
 

@@ -78,7 +78,7 @@ def varlen_backward(
         return _backward_by_batch(grad, q, k, v, out, lse, segments, causal, scale)
     query_rows, key_rows, cu_q, cu_k = segments.on(q.device)
     grad, q, out = (x[query_rows] for x in (grad, q, out))
-    k, v, lse = k[key_rows], v[key_rows], lse[:, query_rows].contiguous()
+    k, v, lse = k[key_rows], v[key_rows], lse[:, query_rows].contiguous()  # the operators read lse as [Hq, R] packed
     package = _flash_package()
     if package:
         gradients = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
@@ -160,12 +160,12 @@ def _backward_by_batch(
 ) -> tuple[Tensor, Tensor, Tensor]:
     backward = _cpu_backward if q.device.type == "cpu" else _matmul_backward
     batches, order = segments.batches(q.device, causal)
-    lse = lse.transpose(0, 1)[..., None]  # [T, Hq, 1]
+    lse = lse.transpose(0, 1)[..., None]  # [T, Hq, 1], to be cut as queries are
     gradients = []
     for batch in batches:
         queries, keys = _cutters(batch)
         upstream = queries(grad)
-        if batch.valid is not None:  # a repeated row has no gradient of its own
+        if batch.valid is not None:  # a repeated row has no gradient of its own; cut by indices, `upstream` is a copy
             upstream *= batch.valid.view(batch.count, 1, -1, 1)
         of_batch = backward(upstream, queries(q), keys(k), keys(v), queries(out), queries(lse)[..., 0], causal, scale)
         gradients.append([x.transpose(1, 2).flatten(0, 1) for x in of_batch])

@@ -126,7 +126,7 @@ class TritonRows:
         logits: `[r, V]`, last stride 1.
         targets: `[r]`.
         transform: raw logits to the softmax's.
-        stats: room for the statistics, or the statistics themselves if `saved`.
+        stats: where the statistics go; the statistics themselves if `saved`.
         saved: `stats` are known, from an earlier pass over the same logits.
         drift: `[r, V]`, raw logits minus the reference's, for KL. Plain torch works on it in place.
         out: `[r, V]`, where the gradient goes: over the logits by default. It may be a view of their memory in half
@@ -475,7 +475,7 @@ def head_rows(
     Args:
         hidden: `[T, H]`.
         bias: `[V]` or None.
-        stats: room for the statistics of all T rows, or the statistics themselves if `saved`.
+        stats: where the statistics of all T rows go; the statistics themselves if `saved`.
         reference_hidden: `[T, H]`, for KL.
 
     All chunks share one buffer: a chunk is done with before the next one is asked for.

@@ -84,7 +84,7 @@ def softmax_rows_kernel(
 
     if LOSS:
         weight = tl.load(loss_weight_ptr + t)
-        if weight == 0.0:  # a row that does not count: defined values, no gradient, no work
+        if weight == 0.0:  # a row that does not count: defined values, no gradient, and its logits are not read
             tl.store(logprob_ptr + t, 0.0)
             tl.store(row_max_ptr + t, 0.0)
             tl.store(log_sum_ptr + t, 0.0)
@@ -114,6 +114,7 @@ def softmax_rows_kernel(
         row_max, others, moment, peak_token = _online(
             z_row, y, V, lanes, inverse_temperature, softcap, SOFTCAP, ENTROPY, KL, BLOCK
         )
+        # the target joins: its logit may be the largest, so the others' sums move to the new maximum
         highest = tl.maximum(row_max, z_y)
         shrink = tl.exp(row_max - highest)
         moment = (moment + others * (row_max - highest)) * shrink
@@ -121,6 +122,7 @@ def softmax_rows_kernel(
         row_max = highest
         e_y = tl.exp(z_y - row_max)
         log_sum = tl.log(others + e_y)
+        # −log(1 + exp(gap)) in a form that overflows for no gap, exact where the target has nearly all of p
         gap = tl.log(others) + row_max - z_y
         logprob = -(tl.maximum(gap, 0.0) + log1p(tl.exp(-tl.abs(gap))))
         entropy = log_sum - (moment + e_y * (z_y - row_max)) / (others + e_y)
@@ -180,7 +182,7 @@ def softmax_rows_kernel(
             g_entropy = tl.load(grad_entropy_ptr + t)
         if UPSTREAM_KL:
             g_kl = tl.load(grad_kl_ptr + t)
-        one_minus_p = -expm1(logprob)
+        one_minus_p = -expm1(logprob)  # 1 − exp(logprob) would be 0 for a confident token
         row = (row_max, log_sum, entropy, peak, mean, one_minus_p)
         upstream = (g_logprob, g_entropy, g_kl)
         if SCALED:
@@ -339,7 +341,7 @@ def _online(
         v = v0 + lanes
         z = _load(row + v, v < V, inverse_temperature, softcap, SOFTCAP)
         counts = (v < V) & (v != y)
-        n = tl.maximum(m, z)
+        n = tl.maximum(m, z)  # each lane has its own maximum: lanes meet once, after the loop
         if PEAK:
             peak = tl.where(z > m, v, peak)
         shrink = tl.exp(m - n)

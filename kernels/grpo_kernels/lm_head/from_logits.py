@@ -76,7 +76,7 @@ def loss_pass(
 
     Args:
         chunks: gives the rows anew; called with whether `stats` is known already.
-        stats: room for the statistics of all rows.
+        stats: where the statistics of all rows go.
         add_gradient: takes in each chunk's gradient, before the next chunk overwrites it; None: no gradient is wanted.
     """
     assert stats.entropy is not None  # callers make room for it, be it for metrics alone
@@ -96,7 +96,7 @@ def loss_pass(
         for rows, chunk in [last] if last is not None and last[0].start == 0 else chunks(True):
             add_gradient(rows, chunk.gradient_(*(None if x is None else x[rows] for x in slopes)))
 
-    live = inputs.weight != 0  # kernels skip other rows: what stands there may be anything, NaN too
+    live = inputs.weight != 0  # rows of weight 0 may hold anything, NaN too, and NaN · 0 is NaN
     tokens = inputs.loss(stats.logprob, stats.entropy)
     by_token = torch.where(live, tokens.loss, 0.0)
     return GRPOLoss(
@@ -112,7 +112,7 @@ def loss_pass(
 
 
 Compute = Callable[[Sequence[bool]], tuple[GRPOLoss, Sequence[Tensor | None]]]
-"""From which inputs need a gradient to the result and its gradients in the inputs (None for those that need none)."""
+"""Takes which inputs need a gradient; gives the result, and its gradient in each input (None where none is needed)."""
 
 
 class _WithGradients(torch.autograd.Function):
@@ -120,7 +120,7 @@ class _WithGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, compute: Compute, *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        result, ctx.gradients = compute(ctx.needs_input_grad[1:])
+        result, ctx.gradients = compute(ctx.needs_input_grad[1:])  # [0] is `compute` itself
         ctx.mark_non_differentiable(*(x for x in result[1:] if x is not None))
         return tuple(result)
 

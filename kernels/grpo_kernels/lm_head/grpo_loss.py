@@ -6,11 +6,11 @@
 
 A token's slope needs nothing but its own log-prob (and entropy), which are known once its row has been read; so the
 gradient can be had in the forward, and no logits are kept or computed twice. A frozen head leaves two GEMMs. Ratios of
-whole completions (GSPO) are known only after their last row: statistics first, then a second pass, which
-recomputes logits only where they did not fit into one chunk.
+whole completions (GSPO) are known only after their last row: statistics first, then a second pass, which recomputes
+logits only where they did not fit into one chunk.
 
-Bytes beside the GEMMs, per token: V·(4 + 2) with half-precision operands (fp32 logits read, half gradient written; the
-second read comes from L2). Floors and figures: docs/kernels.md.
+Bytes beside the GEMMs, per token: V·(4 + 4 + 2) with half-precision operands. fp32 logits are read twice (the rows in
+flight on a large GPU exceed its L2), and the half-precision gradient is written. Figures: docs/kernels.md.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def linear_grpo_loss(
     def compute(needs: Sequence[bool]) -> tuple[GRPOLoss, Sequence[Tensor | None]]:
         head = Head(hidden, weight, options.backend)
         stats = RowStatistics.empty(hidden.shape[0], hidden.device, head.accumulator, entropy=True, kl=False)
-        gradients = HeadGradients(head, hidden, bias, *needs)
+        gradients = HeadGradients(head, hidden, bias, *needs)  # needs: of hidden, weight and bias, as `inputs` below
         result = loss_pass(
             lambda saved: head_rows(head, hidden, bias, targets, stats, options, saved=saved),
             stats,
@@ -134,7 +134,7 @@ def linear_grpo_loss(
         )
         return result, gradients.results()
 
-    with torch.autocast(hidden.device.type, enabled=False):
+    with torch.autocast(hidden.device.type, enabled=False):  # it would round operands and accumulators alike
         result = with_gradients(compute, hidden, weight, bias)
     if live is None:
         return result

@@ -214,7 +214,8 @@ class LossInputs(NamedTuple):
         """Constants of the right shape, in accumulator precision.
 
         Raises:
-            ValueError: a shape or device that does not fit, or an argument without the one that it needs.
+            ValueError: a wrong shape or device, beta without reference_logprob, or one of completion_index and
+                num_completions without the other.
         """
         named = {
             "loss_weight": loss_weight,

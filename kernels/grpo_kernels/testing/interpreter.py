@@ -33,6 +33,7 @@ def interpret() -> Iterator[None]:
         getattr(grpo_kernels, name)
     repair_bfloat16()
     modules = [module for name, module in sys.modules.items() if name.partition(".")[0] in ("grpo_kernels", "triton")]
+    # modules import kernels and helpers from each other by name, so each one's copy is swapped, and put back after
     before = [(holder, dict(vars(holder))) for holder in (*modules, *PATCHED)]
     for holder, members in before:  # Triton's library (tl.sum, tl.zeros, …) is jitted code too
         for name, value in members.items():

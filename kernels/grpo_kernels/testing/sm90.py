@@ -51,6 +51,7 @@ def compile_sm90(
         launch: num_warps, num_stages.
     """
     names, aligned = kernel.arg_names, set(aligned)
+    # what Triton's launcher finds out from real arguments: pointers of torch's allocator are 16-byte aligned
     types = {name: "constexpr" if name in constants else signature[name] for name in names}
     hints = {
         (names.index(name),): [["tt.divisibility", 16]]
@@ -61,7 +62,7 @@ def compile_sm90(
     compiled = triton.compile(
         ASTSource(kernel, types, constexprs=values, attrs=hints), target=GPUTarget("cuda", 90, 32), options=launch
     )
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:  # cuobjdump reads files alone
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
         usage, sass = (

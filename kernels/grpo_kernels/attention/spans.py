@@ -25,6 +25,7 @@ class GroupSpans:
     completion_lengths: tuple[tuple[int, ...], ...]
 
     def __init__(self, prompt_lengths: Sequence[int], completion_lengths: Sequence[Sequence[int]]):
+        # the class is frozen, so that what is cached below stays true; tuples of int make it hashable
         object.__setattr__(self, "prompt_lengths", tuple(int(n) for n in prompt_lengths))
         object.__setattr__(
             self, "completion_lengths", tuple(tuple(int(n) for n in group) for group in completion_lengths)
@@ -70,7 +71,7 @@ class GroupSpans:
         """Every prompt and every non-empty completion over itself, in packed order: query rows are all of T."""
         starts, lengths = [], []
         for row, prompt, group in zip(self.prompt_starts, self.prompt_lengths, self.completion_lengths, strict=True):
-            for length in (prompt, *filter(None, group)):
+            for length in (prompt, *filter(None, group)):  # an empty completion has no rows, and no segment
                 starts.append(row)
                 lengths.append(length)
                 row += length

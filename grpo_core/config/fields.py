@@ -183,7 +183,8 @@ def check_fields(config: Any, key: str = "") -> None:
     Raises:
         ValueError: naming the key, the value and what is accepted.
     """
-    hints, prefix = field_types(type(config)), f"{key}." if key else ""
+    cls: Any = type(config)
+    hints, prefix = field_types(cls), f"{key}." if key else ""
     for f in fields(config):
         if not f.init:
             continue

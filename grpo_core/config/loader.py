@@ -187,7 +187,8 @@ class _Sources:
         for key, option in self.options.items():
             if not option.plugins:
                 continue
-            found = [(file, _to_raw(value)) for file, node in nodes if (value := _at(node, key)) is not None]
+            values = [(file, value) for file, node in nodes if (value := _at(node, key)) is not None]
+            found = [(f"{file}:{value.start_mark.line + 1}", _to_raw(value)) for file, value in values]
             named = [pair for pair in pairs if self._complete(pair.name) == key]
             found += [(COMMAND_LINE, _parse_inline(option.type, _value(pair))) for pair in named]
             files: list[str] = []

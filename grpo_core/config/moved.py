@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import MISSING
 from typing import Any
 
@@ -31,7 +32,7 @@ def translate_saved_config(saved: Mapping[str, Any], cls: type) -> dict[str, Any
     """
     from grpo_core.config.loader import to_dict
 
-    result = _copied(saved)
+    result = deepcopy(dict(saved))
     moved = {new: _pop(result, old) for old, new in MOVED_KEYS.items() if _get(result, old) is not MISSING}
     names = {
         key: name
@@ -46,10 +47,6 @@ def translate_saved_config(saved: Mapping[str, Any], cls: type) -> dict[str, Any
             if value is not MISSING:
                 _put(result, key, value)
     return result
-
-
-def _copied(tree: Any) -> Any:
-    return {key: _copied(value) for key, value in tree.items()} if isinstance(tree, Mapping) else tree
 
 
 def _get(tree: Any, key: str) -> Any:

@@ -97,12 +97,13 @@ class AdaptiveEntropy:
     @property
     def applied(self) -> float:
         """The coefficient of the next step."""
+        # nothing before the first step: its entropy is not known yet
         return self.coefficient if self.entropy is not None and self.entropy <= self.target else 0.0
 
     def update(self, entropy: float) -> float:
         """Adapt to a step's mean entropy and return the next step's coefficient; ignore one that is not finite."""
         if math.isfinite(entropy):
-            self.entropy = entropy
+            self.entropy = entropy  # `applied` compares it, so that the bonus stops at once, whatever the coefficient
             change = self.delta if entropy <= self.target else -self.delta
             self.coefficient = min(max(self.coefficient + change, self.minimum), self.maximum)
         return self.applied
@@ -144,7 +145,7 @@ class Coefficients:
     def beta(self, step: int) -> float:
         """β of a step, counted from 0."""
         algorithm = self.algorithm
-        if self._adaptive_kl is not None:
+        if self._adaptive_kl is not None:  # AlgorithmConfig refuses a target and a schedule together
             return self._adaptive_kl.beta
         if algorithm.beta_end is None:
             return algorithm.beta

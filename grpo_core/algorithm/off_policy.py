@@ -81,5 +81,6 @@ def off_policy_mask(
     above `threshold` (DeepSeek-V3.2, arXiv 2512.02556, eq. 9; TRL's `off_policy_mask_threshold`).
     """
     drift = (sampler_logprob - logprob).detach().nan_to_num(nan=0.0)
+    # a mean: a sum would drop long completions for being long
     near = completion_mean(drift, completion_index, num_completions) <= threshold
     return (advantages >= 0) | near[completion_index]

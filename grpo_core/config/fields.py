@@ -197,7 +197,7 @@ def check_fields(config: Any, key: str = "") -> None:
             continue
         else:
             checked = check_value(prefix + name, kind, value, f.metadata.get("choices"))
-        if checked is not value:
+        if checked is not value:  # past a frozen dataclass's own setattr; its maker has not seen the instance yet
             object.__setattr__(config, name, checked)  # options of a registry entry are frozen
 
 

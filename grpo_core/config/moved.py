@@ -30,7 +30,7 @@ def translate_saved_config(saved: Mapping[str, Any], cls: type) -> dict[str, Any
         saved: nested dicts as `yaml.safe_load` reads them from a run's `config.yaml`; not changed.
         cls: the config's dataclass.
     """
-    from grpo_core.config.loader import to_dict
+    from grpo_core.config.loader import to_dict  # the loader imports MOVED_KEYS from here
 
     result = deepcopy(dict(saved))
     moved = {new: _pop(result, old) for old, new in MOVED_KEYS.items() if _get(result, old) is not MISSING}
@@ -39,6 +39,7 @@ def translate_saved_config(saved: Mapping[str, Any], cls: type) -> dict[str, Any
         for key, option in options(cls).items()
         if option.selects and isinstance(name := _get(result, key), str) and name in option.choices
     }
+    # keys that today's classes do not have are left in: a comparison has to see them
     for key, option in options(cls, names).items():
         if _get(result, key) is MISSING:
             value = moved.get(key, MISSING)

@@ -179,8 +179,8 @@ class AlgorithmConfig(ConfigSection, key="algorithm"):
             )
         if not 0 <= self.sampler_low < self.sampler_high:
             raise ValueError(
-                f"algorithm.sampler_low is {self.sampler_low} and sampler_high {self.sampler_high}: set the lower bound "
-                "to 0 or above, and below the upper one"
+                f"algorithm.sampler_low is {self.sampler_low} and sampler_high {self.sampler_high}: set the lower one "
+                "to 0 or above, and below the other"
             )
 
     def _check_entropy(self) -> None:

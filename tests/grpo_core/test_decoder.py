@@ -12,14 +12,15 @@ from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from grpo_core.config.options import RolloutConfig
 from grpo_core.policy import Policy
 from grpo_core.rollout import attention
-from grpo_core.rollout.attention import RowPlan, decode_attention, extent
-from grpo_core.rollout.backends import torch as flat
+from grpo_core.rollout import cache as cache_module
+from grpo_core.rollout.attention import SequencePlan, decode_attention, extent
+from grpo_core.rollout.backends.torch import TorchDecoder
 from grpo_core.rollout.cache import fill_holes
 from grpo_core.rollout.sampler import GroupSampler
-from grpo_core.rollout.sampling import TokenChooser
-from grpo_core.rollout.scheduler import Rollout
+from grpo_core.rollout.sampling import SamplingParams, sample_tokens
+from grpo_core.rollout.scheduler import Scheduler
 from grpo_core.rollout.stopping import StopConditions
-from grpo_core.rollout.weights import FlatWeights, FusedLinear
+from grpo_core.rollout.weights import FusedLinear, FusedModel
 
 from .conftest import LORA_TARGETS, make_lm
 from .sampling_models import VOCABULARY, CharTokenizer, make_prompts
@@ -28,7 +29,11 @@ CPU = torch.device("cpu")
 
 
 def choose(logits, uniforms=None, seen=None, forbidden=(), limit=None, **rollout):
-    return TokenChooser(RolloutConfig(**rollout), forbidden, limit or logits.shape[1], CPU)(logits, uniforms, seen)
+    params = SamplingParams(
+        RolloutConfig(**rollout), tuple(forbidden), limit or logits.shape[1], np.zeros(0, dtype=bool)
+    )
+    never_sampled = torch.from_numpy(params.never_sampled(logits.shape[1]))
+    return sample_tokens(logits, uniforms, params.rollout, never_sampled, seen)
 
 
 @given(st.integers(0, 5000))
@@ -65,7 +70,7 @@ def test_decode_attention_equals_dense_attention_of_each_row(path, rows, prefix,
     own = torch.randint(1, 17, (batch,))
     mask = torch.zeros(batch, 1, 1, 16, dtype=torch.float64)
     mask.masked_fill_(torch.arange(16) >= own[:, None, None, None], -torch.inf)
-    plan = RowPlan.build(np.array(rows), prefix, torch.float64, CPU)
+    plan = SequencePlan.build(np.array(rows), prefix, torch.float64, CPU)
     with pytest.MonkeyPatch.context() as patch:
         if path == "reference":
             patch.setattr(attention, "_attend", attention._attend_reference)
@@ -96,7 +101,7 @@ def effective(module, width):
     ],
     ids=["lora", "rslora", "dora", "lora_bias", "modules_to_save", "head"],
 )
-def test_flat_weights_are_what_the_adapted_layers_apply(options):
+def test_fused_weights_are_what_the_adapted_layers_apply(options):
     lm = make_lm("qwen2", num_hidden_layers=1)
     if "lora_bias" in options:  # an adapter's bias needs a layer that has one
         options = options | {"target_modules": ["q_proj", "v_proj"]}
@@ -106,7 +111,7 @@ def test_flat_weights_are_what_the_adapted_layers_apply(options):
         for parameter in peft.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
-        weights, packed = FlatWeights(peft.get_base_model()), FlatWeights(peft.get_base_model(), packed=True)
+        weights, packed = FusedModel(peft.get_base_model()), FusedModel(peft.get_base_model(), packed=True)
         for disabled in (False, True):
             peft.train()
             with peft.disable_adapter() if disabled else torch.no_grad():
@@ -128,7 +133,7 @@ def test_flat_weights_are_what_the_adapted_layers_apply(options):
                     bias = torch.cat([b for _, b in expected])
                     found = torch.zeros_like(bias) if fused.bias is None else fused.bias
                     torch.testing.assert_close(found, bias, rtol=0, atol=2e-6)
-                for plain, other in zip(weights._parts(), packed._parts(), strict=True):
+                for plain, other in zip(weights._copies, packed._copies, strict=True):
                     if isinstance(plain, FusedLinear):
                         x, residual = torch.randn(5, plain.weight.shape[0]), torch.randn(5, plain.weight.shape[1])
                         torch.testing.assert_close(other(x), plain(x), rtol=0, atol=2e-5)
@@ -151,10 +156,10 @@ def test_packed_weights_follow_the_model_and_frozen_ones_are_packed_once():
     assert not out[:, 48:].any()
 
 
-def test_flat_weights_stay_at_their_addresses_and_leave_frozen_layers_alone():
+def test_fused_weights_stay_at_their_addresses_and_leave_frozen_layers_alone():
     lm = make_lm("llama")
     lm.requires_grad_(False)
-    weights = FlatWeights(lm)
+    weights = FusedModel(lm)
     weights.refresh()
     matrix = weights.layers[1].down.weight
     address = matrix.data_ptr()
@@ -233,7 +238,7 @@ def test_repetition_penalty_forbidden_tokens_and_limit_change_the_draw_and_not_t
         ({"limit": 4}, 0),
         ({"limit": 4, "seen": seen, "repetition_penalty": 2.0}, 3),
         ({"limit": 4, "forbidden": [0, 3]}, 1),
-        ({"limit": 4, "forbidden": [0, 3, 4]}, 1),
+        ({"limit": 4, "forbidden": [0, 3, 4, 99, -1]}, 1),
     ):
         tokens, logprobs = choose(logits, temperature=0.0, **options)
         assert tokens.tolist() == [expected]
@@ -260,7 +265,7 @@ def test_stop_conditions_see_end_tokens_and_strings_over_token_borders():
 def test_every_end_token_of_the_generation_config_ends():
     lm = make_lm()
     lm.generation_config.eos_token_id = [7, 9]
-    end = StopConditions(lm, CharTokenizer(), ()).end
+    end = StopConditions(lm, CharTokenizer(), ()).end_tokens
     assert np.flatnonzero(end).tolist() == [1, 7, 9]  # 1 is the tokenizer's
 
 
@@ -276,13 +281,13 @@ def test_reading_tokens_back_every_few_steps_changes_nothing(monkeypatch):
     lm = make_lm("qwen3")
     lm.generation_config.eos_token_id = [1, *range(60, 70)]
     expected = sample(lm, repetition_penalty=1.3)
-    init = Rollout.__init__
+    init = Scheduler.__init__
 
     def eight_steps(self, *args, **kwargs):
         init(self, *args, **kwargs)
         self.steps_per_read = 8
 
-    monkeypatch.setattr(Rollout, "__init__", eight_steps)
+    monkeypatch.setattr(Scheduler, "__init__", eight_steps)
     assert sample(lm, repetition_penalty=1.3) == expected
     assert sample(lm, repetition_penalty=1.3, memory_budget=200_000) == expected
 
@@ -290,7 +295,7 @@ def test_reading_tokens_back_every_few_steps_changes_nothing(monkeypatch):
 def test_prompts_prefilled_in_pieces_give_the_same_completions(monkeypatch):
     lm = make_lm("llama")
     expected = sample(lm)
-    monkeypatch.setattr(flat, "PREFILL_TOKENS", 20)
+    monkeypatch.setattr(cache_module, "PREFILL_TOKENS", 20)
     assert sample(lm) == expected
 
 
@@ -311,7 +316,7 @@ def test_scaled_rotations_equal_generate(rope):
     lm = make_lm("llama", rope_parameters=parameters, max_position_embeddings=128)
     prompts = make_prompts((6, 20))
     sampler = GroupSampler(Policy(lm), CharTokenizer())
-    assert isinstance(sampler.decoder, flat.FlatDecoder) == (rope != "dynamic")
+    assert isinstance(sampler.decoder, TorchDecoder) == (rope != "dynamic")
     groups = sampler.sample(prompts, RolloutConfig(group_size=1, max_new_tokens=20, temperature=0.0))
     for group in groups:
         ids = torch.tensor([group.prompt.token_ids])

@@ -96,6 +96,7 @@ class Policy:
         # here and not at import, which should have no effect on others; to register again changes nothing
         AttentionInterface.register(ATTENTION, _attention)
         AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+        # once for all: calls without spans (generate, an encoder's) go to SDPA as before
         self.causal_lm.set_attn_implementation(ATTENTION)
         self.module: nn.Module = model if module is None else module
         self._embed = embed
@@ -189,6 +190,7 @@ class Policy:
             reference_hidden: `[R, H]` of `reference_hidden_states`: also compute the KL to the reference.
         """
         hidden = self.hidden_states(layout, prompts)
+        # hidden states and the head's weight, not logits: [R, V] is never stored, forward or backward
         head = self.causal_lm.get_output_embeddings()
         return LogProbs(
             *linear_logprob(
@@ -233,6 +235,7 @@ class Policy:
     def sync_reference(self, alpha: float = 1.0) -> None:
         """Move the frozen reference to `alpha · policy + (1 − alpha) · reference` (TR-DPO, arXiv 2404.09656)."""
         for name, parameter in self.named_parameters().items():
+            # in place: a checkpoint may hold these tensors; `.to` moves the parameter where the copy is offloaded
             self._frozen[name].lerp_(parameter.detach().to(self._frozen[name].device), alpha)
 
     def reference_tensors(self) -> dict[str, Tensor]:

@@ -49,6 +49,7 @@ class GroupCache:
     ):
         self.group_size = group_size
         layers, kv_heads, head_dim, dtype = shape
+        # heads before tokens, as attention reads them; keys beside values, so that one copy appends both
         prefix = (layers, slots, 2, kv_heads, extent(prompt_tokens), head_dim)
         suffix = (layers, sequences, 2, kv_heads, extent(new_tokens), head_dim)
         # zeros, not empty: masked columns get weight 0, and 0 times a stray NaN would still be NaN
@@ -85,6 +86,7 @@ class GroupCache:
         group_of_sequence = self.group_of_sequence[sequences]
         groups = fill_holes(np.isin(np.arange(self.num_groups), group_of_sequence))
         move(self.prefix, groups, dim=1)
+        # groups move as sequences do: the last ones fill the holes
         new_slot = np.full(self.num_groups, -1)
         new_slot[groups] = np.arange(len(groups))
         self.group_of_sequence = new_slot[group_of_sequence]
@@ -164,6 +166,7 @@ class MaskedCache(GroupCache):
         A full sequence stays at its last column and overwrites it: only sequences that have ended, and wait to be
         dropped, get there.
         """
+        # clamped on the device and on the host alike, without asking which sequences have ended: that would be a wait
         last = self.suffix.shape[4] - 1
         self.completion_lengths[: self.num_sequences].add_(1).clamp_(max=last)
         self.longest = np.minimum(self.longest + 1, last)

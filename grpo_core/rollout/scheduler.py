@@ -66,6 +66,7 @@ class Scheduler:
         self.group_size, self.max_new_tokens = params.rollout.group_size, params.rollout.max_new_tokens
         self.steps_per_read: int | None = None
         total = len(embeds) * self.group_size
+        # by completion, not by the decoder's sequence: sequences are renumbered whenever some are dropped
         self.tokens = np.zeros((total, self.max_new_tokens), dtype=np.int64)
         self.logprobs = np.zeros((total, self.max_new_tokens), dtype=np.float32)
         self.lengths = np.zeros(total, dtype=np.int64)
@@ -113,6 +114,8 @@ class Scheduler:
         waiting = np.argsort([-len(embed) for embed in self.embeds], kind="stable")
         waiting = waiting[~self._finished_groups()[waiting]]
         while len(waiting) or len(self.running):
+            # a slot is free once none of its group's sequences is in the decoder; refill before decoding on, since a
+            # step over a full batch takes hardly longer than one over a half-empty batch
             free = slots - len(np.unique(self.running // self.group_size)) if len(waiting) else 0
             if free:
                 with timed(self.timings, "prefill"):
@@ -135,6 +138,8 @@ class Scheduler:
 
     def _decode(self) -> None:
         """Sample some tokens for every running sequence. Several at a time, as each read would stall a GPU."""
+        # no further than the longest unfinished sequence can go: the cache has no columns after max_new_tokens (ended
+        # sequences may be asked for more, they overwrite their last column)
         requested = self._requested[self.running[~self._ended[self.running]]]
         steps = min(self.steps_per_read or self.backend.steps_per_read, self.max_new_tokens - int(requested.max()))
         if steps == 0:  # a sequence has all its tokens, but the last of them are still pending
@@ -153,11 +158,12 @@ class Scheduler:
                 # a sequence may have ended in an earlier step of this read: what it sampled after its end is dropped
                 alive = ~self._ended[running]
                 completions, tokens, logprobs = running[alive], step_tokens[alive], step_logprobs[alive]
+                # checked here, where numbers are on the host anyway: on the device it would be another wait
                 if not np.isfinite(logprobs).all():
                     raise FloatingPointError("the policy's logits are not finite: its weights have diverged")
                 self.tokens[completions, self.lengths[completions]] = tokens
                 self.logprobs[completions, self.lengths[completions]] = logprobs
-                self.lengths[completions] += 1
+                self.lengths[completions] += 1  # before the check, which reads each completion up to its length
                 self.stopped[completions] = self.stop.check(tokens, self.tokens, completions, self.lengths)
                 at_limit = self.lengths[completions] == self.max_new_tokens
                 self._ended[completions] = self.stopped[completions] | at_limit

@@ -40,6 +40,8 @@ class FusedLinear:
         self.modules = list(modules)
         layers = [_base_layer(module) for module in self.modules]
         self.widths = [layer.out_features for layer in layers]
+        # one matrix, one GEMM: for the few rows of a decode step a GEMM costs its launch and the read of its weights.
+        # [out, in] in memory, as nn.Linear has it, so that copies are contiguous
         self._shape = (sum(self.widths), layers[0].in_features)
         self._dtype, self._device = layers[0].weight.dtype, layers[0].weight.device
         self.weight = None if packed else torch.empty(self._shape, dtype=self._dtype, device=self._device).t()
@@ -79,6 +81,7 @@ class FusedLinear:
             return linear.binary(x, residual, self._packed, self.bias, "add")
         if residual is None:
             return x @ self.weight if self.bias is None else torch.addmm(self.bias, x, self.weight)
+        # addmm adds one of the two within the GEMM; few models have both (a bias in o or down)
         out = torch.addmm(residual, x, self.weight)
         return out if self.bias is None else out.add_(self.bias)
 
@@ -149,6 +152,7 @@ class FusedModel:
         self.layers = [
             FusedLayer(
                 input_norm=FusedNorm(attrgetter(family.input_norm)(layer)),
+                # in this order: queries and keys are rotated as one block, keys and values cached as one
                 qkv=linear(layer, family.q, family.k, family.v),
                 q_norm=norm(layer, family.q_norm),
                 k_norm=norm(layer, family.k_norm),
@@ -202,7 +206,8 @@ class FusedModel:
 
     def rotary_tables(self, positions: int) -> tuple[Tensor, Tensor]:
         """Compute cosines and sines `[positions, D / 2]` of the model's own rotary module for positions from 0 on."""
-        # the first argument gives the module dtype and device alone
+        # through the model's module: scaled rotations need no code here, and values are rounded to the weights' dtype
+        # as in the model's forward. Its first argument only tells dtype and device
         cos, sin = self._rotary(self.norm.weight, torch.arange(positions, device=self.device)[None])
         # transformers repeats the angles for both halves of a head; one half is enough
         half = self.head_dim // 2
@@ -211,6 +216,7 @@ class FusedModel:
 
 def _gathered(parameter: Tensor) -> Tensor:
     """Gather a sharded parameter on every rank of those that share it; any other is returned as it is."""
+    # a collective: ranks must refresh the same parameters in the same order
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
@@ -243,7 +249,7 @@ def _write_merged(module: nn.Module, weight: Tensor, bias: Tensor | None) -> Non
     """Write the affine map that `module` computes into `weight` `[in, out]` and `bias` `[out]`."""
     if _is_plain(module):
         linear = cast(nn.Linear, module)
-        weight.copy_(_gathered(linear.weight).t())
+        weight.copy_(_gathered(linear.weight).t())  # a view: writes into its columns of the fused matrix
         if bias is not None and linear.bias is not None:
             bias.copy_(_gathered(linear.bias))
         return

@@ -183,6 +183,7 @@ class TritonDecoder(FusedModel):
 
     def reserve(self, slots: int, group_size: int, prompt_tokens: int, new_tokens: int) -> None:
         """Clear the caches of the last rollout if this one fits them, else allocate new ones."""
+        # caches that stay where they are keep the graphs valid, so a rollout that fits captures nothing
         if self.cache is None or not self.cache.fits(slots, group_size, prompt_tokens, new_tokens):
             self.release()  # first: old and new caches together might not fit the device
             self.cache = TritonCache(self.cache_shape, slots, group_size, prompt_tokens, new_tokens, self.device)

@@ -275,7 +275,7 @@ class TritonDecoder(FusedModel):
         self.cache.keep(sequences)
 
     def _new_records(self, steps: int) -> Tensor:
-        """Allocate host memory for the records of some steps, pinned on a GPU: other copies would stall the stream."""
+        """Allocate host memory for the records of some steps, pinned on a GPU: the host would wait for other copies."""
         assert self.cache is not None
         record = self.cache.record
         return torch.empty(steps, *record.shape, dtype=record.dtype, pin_memory=record.is_cuda)

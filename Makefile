@@ -42,14 +42,9 @@ test-peers: .venv-bench/.installed
 		--editable '.[affectgpt,dev,bench]'
 	touch $@
 
-gpu: export PYTHONPATH := .:kernels:model
+# stages, most valuable first, each with its own time limit; logs and figures go to gpu_round/ (ARGS="--out DIR")
 gpu:
-	$(GPU_PYTHON) -m pytest -m gpu -p no:xdist $(ARGS)
-	$(GPU_PYTHON) bench/kernels.py --sizes 0.5B 7B --tokens 1024 4096
-	$(GPU_PYTHON) bench/train_step.py --preset 7B --lora --prompt-tokens 1024 --completion-tokens 256 --copies-per-pass 4
-	$(GPU_PYTHON) bench/rollout.py --preset 0.5B 7B --prompts 4 16 --completion-tokens 128 --rounds 2 \
-		--contenders ours generate
-	$(GPU_PYTHON) bench/grpo_step.py --preset 0.5B --prompt-tokens 512 --completion-tokens 128 --group-size 8
+	PYTHONPATH=.:kernels:model $(GPU_PYTHON) bench/gpu_round.py $(ARGS)
 
 clean:
 	rm -rf .venv .venv-bench *.egg-info .pytest_cache .ruff_cache .hypothesis build dist runs

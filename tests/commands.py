@@ -208,7 +208,12 @@ def leave_programs_when_parsed() -> None:
                 words = words[2:]
             else:
                 kept.append(words.pop(0))
-        load_config(cls, kept, **options)
+        try:
+            load_config(cls, kept, **options)
+        except loader.ConfigError as error:
+            # MODEL, DATA, JUDGE stand for folders of the reader's: a complaint about one is about its value alone
+            if not any(re.search(rf"\b{text}\b", str(error)) for text in re.findall(r"\b[A-Z]{3,}\b", " ".join(kept))):
+                raise
         raise Parsed
 
     argparse.ArgumentParser.parse_args = args  # type: ignore[method-assign]

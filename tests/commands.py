@@ -132,8 +132,11 @@ def make_problem(arguments: list[str]) -> str | None:
         if given and not recipe:
             return f"the Makefile's target {target!r} takes no ARGS"
         if given:
-            command = re.sub(r"^\S*/?\$?\(?\w+\)?(/python)?", "python", recipe[0].replace("$(ARGS)", given[0]))
-            if wrong := problem(re.sub(r"\$\((\w+)\)", r"\1", command).split()):
+            words = recipe[0].replace("$(ARGS)", given[0]).split()
+            while "=" in words[0]:  # variables of the environment
+                words = words[1:]
+            # the first word is a Python, by way of make's variables
+            if wrong := problem(["python", *words[1:]]):
                 return wrong
     return None
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -34,6 +35,7 @@ FIRST = ("sampl", "decode_gpu", "lm_head", "head", "logprob", "attention", "deco
 # The row pass narrows fp32 logits to a half-precision gradient in place; races there are what the interpreter cannot
 # show.
 RACECHECK_TESTS = "333 and logprob"
+MARKED = re.compile(r"^\s*(@pytest\.mark\.gpu|pytestmark = .*mark\.gpu)", re.MULTILINE)
 
 
 class Stage(NamedTuple):
@@ -48,7 +50,7 @@ def gpu_test_files() -> tuple[list[Path], list[Path]]:
     """Find the test files with GPU tests, relative to the repository: those named `_gpu`, by value, and all others."""
     files = [path.relative_to(ROOT) for path in sorted((ROOT / "tests").rglob("test_*.py"))]
     named = [path for path in files if path.stem.endswith("_gpu")]
-    others = [path for path in files if path not in named and "@pytest.mark.gpu" in (ROOT / path).read_text("utf-8")]
+    others = [path for path in files if path not in named and MARKED.search((ROOT / path).read_text("utf-8"))]
 
     def value(path: Path) -> int:
         text = path.as_posix()
@@ -140,9 +142,10 @@ def measure_ceilings(out: Path) -> None:
 def measure_sampling(out: Path) -> None:
     """Time `sample_head` beside the matrix product it contains, and compare its log-probs with float64."""
     import torch
+    from torch import Tensor
     from triton.testing import do_bench
 
-    from grpo_kernels import sample_head
+    from grpo_kernels import SampledTokens, sample_head
 
     results = []
     for size, h, v in (("0.5B", 896, 151_936), ("7B", 3584, 152_064)):
@@ -152,10 +155,12 @@ def measure_sampling(out: Path) -> None:
             keys = torch.randint(2**60, (rows,), device="cuda")
             offsets = torch.zeros(rows, dtype=torch.int64, device="cuda")
 
-            def sample(hidden=hidden, weight=weight, keys=keys, offsets=offsets):
+            def sample(
+                hidden: Tensor = hidden, weight: Tensor = weight, keys: Tensor = keys, offsets: Tensor = offsets
+            ) -> SampledTokens:
                 return sample_head(hidden, weight, keys, offsets)
 
-            def product(hidden=hidden, weight=weight):
+            def product(hidden: Tensor = hidden, weight: Tensor = weight) -> Tensor:
                 return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
 
             row: dict[str, str | float] = {

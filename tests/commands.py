@@ -221,7 +221,7 @@ def leave_programs_when_parsed() -> None:
 
     argparse.ArgumentParser.parse_args = args  # type: ignore[method-assign]
     argparse.ArgumentParser.parse_known_args = known_args  # type: ignore[method-assign]
-    loader.load_config = config  # type: ignore[assignment]
+    loader.load_config = config
 
 
 def main() -> None:

@@ -146,3 +146,24 @@ def test_the_docs_environment_has_what_the_extra_names():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     line = re.search(r"\.venv-docs/bin/\$\(PIP_INSTALL\) (.+)", makefile)[1]
     assert shlex.split(line) == extra
+
+
+def test_mypy_checks_functions_but_no_kernels(tmp_path):
+    """By the stub in .ci/typings: a `@triton.jit` body is skipped, its launch allowed, all else is checked."""
+    (tmp_path / "snippet.py").write_text(
+        "import triton\n"
+        "import triton.language as tl\n"
+        "@triton.jit\n"
+        "def kernel(x, N: tl.constexpr):\n"
+        "    tl.store(x, N.no_such_thing + 1 + 'a')\n"
+        "def launch(x: int) -> None:\n"
+        "    kernel[(1,)](x, N=2)\n"
+        "def forgotten(x):\n"
+        "    return x\n"
+    )
+    command = [sys.executable, "-m", "mypy", "--config-file", "pyproject.toml", "--cache-dir", tmp_path / "cache"]
+    found = subprocess.run([*command, tmp_path / "snippet.py"], capture_output=True, text=True, cwd=ROOT).stdout
+    errors = [line for line in found.splitlines() if "error:" in line]
+    assert len(errors) == 1
+    assert "snippet.py:8" in errors[0]
+    assert "no-untyped-def" in errors[0]

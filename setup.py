@@ -14,7 +14,21 @@ setup(
     name="grpo-core",
     version=VERSION,
     description="A low-level GRPO engine with fused Triton kernels, and AffectGPT-R1, the recipe it is made for",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     license="Apache-2.0",
+    keywords=["GRPO", "reinforcement learning", "RLHF", "multimodal", "LLM", "Triton", "emotion recognition"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11",
     package_dir={name: name if folder == "." else f"{folder}/{name}" for name, folder in FOLDERS.items()},
     packages=[
@@ -43,6 +57,19 @@ setup(
         "judge": ["torchvision"],
         # the peers that losses and kernels are compared with
         "bench": ["trl==1.16.0", "liger-kernel==0.8.5"],
-        "dev": ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "ruff>=0.12", "scipy>=1.13", "pandas>=2.2"],
+        # the documentation's pages; the Makefile installs these alone: pages are made without importing us
+        "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0", "ruff>=0.12"],
+        "dev": [
+            "hypothesis>=6",
+            "mypy>=2.4",
+            "pandas>=2.2",
+            "pytest>=8",
+            "pytest-xdist>=3",
+            "ruff>=0.12",
+            "scipy>=1.13",
+            "setuptools>=77",
+            "types-PyYAML",
+            "types-tqdm",
+        ],
     },
 )

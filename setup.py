@@ -19,6 +19,7 @@ setup(
         "affectgpt.configs": ["*.yaml"],
         "affectgpt.emotion_wheel": ["data/*"],
     },
+    entry_points={"console_scripts": ["affectgpt = affectgpt.cli:main"]},
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",

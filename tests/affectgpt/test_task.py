@@ -71,7 +71,7 @@ def test_format_is_one_think_block_and_one_answer_block(text, valid):
 
 
 def test_unknown_and_impossible_rewards_are_refused_with_the_config():
-    with pytest.raises(ValueError, match="unknown reward 'speed': choose among .*accuracy"):
+    with pytest.raises(ValueError, match=r"unknown reward 'speed': choose among .*accuracy"):
         R1Config(reward=RewardConfig(names=("speed",)))
     with pytest.raises(ValueError, match="judges think and answer tags"):
         R1Config(reward=RewardConfig(names=("accuracy", "format")))

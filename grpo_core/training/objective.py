@@ -84,19 +84,8 @@ class Objective:
     def policy_loss(self, batch: MicroBatch, logprob: Tensor) -> Tensor:
         """`[R]`, the loss type's surrogate times what masks and corrections leave of it."""
         a = self.algorithm
-        clip_low, clip_high = a.clip_range
         surrogate = policy_loss(
-            a.loss_type,
-            logprob,
-            batch.old_logprob,
-            batch.advantages,
-            *batch.completions,
-            ratio_level=a.ratio_level,
-            clip_low=clip_low,
-            clip_high=clip_high,
-            delta=a.delta,
-            cispo_cap=a.cispo_cap,
-            sapo_temperatures=(a.sapo_temperature_pos, a.sapo_temperature_neg),
+            a.loss, logprob, batch.old_logprob, batch.advantages, *batch.completions, ratio_level=a.ratio_level
         )
         # a sequence's ratio is one number, however long the sequence: it counts once
         share = None if a.ratio_level == "token" else _one_per_completion(*batch.completions)

@@ -1,5 +1,6 @@
 """Fused operations for GRPO: LM-head log-prob, group attention, decoding, sampling. Needs torch and triton alone."""
 
+from grpo_kernels._backend import choose_backend
 from grpo_kernels.attention.group_attention import group_attention
 from grpo_kernels.attention.group_decode_attention import (
     GroupRows,
@@ -14,6 +15,7 @@ from grpo_kernels.lm_head.from_logits import GRPOLoss, grpo_loss, grpo_loss_refe
 from grpo_kernels.lm_head.grpo_loss import linear_grpo_loss, linear_grpo_loss_reference
 from grpo_kernels.lm_head.logprob import LinearLogprob, linear_logprob, linear_logprob_reference
 from grpo_kernels.lm_head.selective_logprob import SelectiveLogprob, selective_logprob, selective_logprob_reference
+from grpo_kernels.lm_head.token_loss import cispo_surrogate, clipped_surrogate, kl_estimate
 from grpo_kernels.sampling.record_tokens import RowState, record_tokens, record_tokens_reference
 from grpo_kernels.sampling.sample_head import sample_head, sample_head_reference
 from grpo_kernels.sampling.sample_row import SampledTokens, SampleOptions, sample_row, sample_row_reference
@@ -31,11 +33,15 @@ __all__ = [
     "SampleOptions",
     "SampledTokens",
     "SelectiveLogprob",
+    "choose_backend",
+    "cispo_surrogate",
+    "clipped_surrogate",
     "group_attention",
     "group_decode_attention",
     "group_decode_attention_reference",
     "grpo_loss",
     "grpo_loss_reference",
+    "kl_estimate",
     "linear_grpo_loss",
     "linear_grpo_loss_reference",
     "linear_logprob",

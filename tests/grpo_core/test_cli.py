@@ -11,8 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from grpo_core.config.loader import load_config, save_config, to_dict
-from grpo_core.config.values import ConfigError
+from grpo_core.config import ConfigError, load_config, save_config, to_dict
 
 
 @dataclass

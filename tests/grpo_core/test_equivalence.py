@@ -148,7 +148,7 @@ def test_packed_with_shared_prompts_and_separate_padded_sequences(tmp_path, usua
     logprob, entropy = padded(trainer.policy.causal_lm, members, temperature=0.8)
     ratio = (logprob - batch.old_logprob).exp()
     advantage = torch.cat([torch.full((len(m.completions[0].token_ids),), float(m.advantages[0])) for m in members])
-    low, high = trainer.algorithm.clip_range
+    low, high = trainer.algorithm.loss.clip_range
     surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
     assert (surrogate < ratio * advantage).any()  # some tokens are clipped
     log_ratio = batch.reference_logprob - logprob

@@ -248,7 +248,9 @@ def test_a_gradient_that_is_not_finite_stops_the_run_in_its_first_step(tmp_path)
 
 
 def test_passes_that_differ_over_the_same_tokens_stop_the_run_in_its_first_step(tmp_path):
-    trainer = make_trainer(tmp_path, top_entropy_quantile=0.9, epsilon=0.01, prompts_per_step=8, group_size=16)
+    trainer = make_trainer(
+        tmp_path, top_entropy_quantile=0.9, loss={"epsilon": 0.01}, prompts_per_step=8, group_size=16
+    )
     logprobs = trainer.policy.logprobs
 
     def noisy(*arguments, **options):

@@ -52,8 +52,8 @@ OPTIONS = [
     {"unbiased_kl": True},
     {"mask_truncated_completions": True},
     {"sampler_correction": "sequence_mask"},
-    {"delta": 2.0},
-    {"importance_sampling_level": "sequence", "epsilon": 3e-4},
+    {"loss": {"delta": 2.0}},
+    {"importance_sampling_level": "sequence", "loss": {"epsilon": 3e-4}},
     {"multi_objective_aggregation": "normalize_then_sum"},
     {"kl_in": "reward", "kl_estimator": "k1"},
     {"kl_estimator": "full"},
@@ -151,10 +151,10 @@ def test_masking_truncated_completions_takes_their_gradient_away(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"delta": 1.1}, "delta is 1.1"),
-        ({"delta": 2.0, "loss_type": "sapo"}, "does not clip"),
+        ({"loss": {"delta": 1.1}}, "delta is 1.1"),
+        ({"loss": {"delta": 2.0}, "loss_type": "sapo"}, "no option of loss_type sapo"),
         ({"unbiased_kl": True, "kl_estimator": "k1"}, "kl_estimator to k3"),
-        ({"epsilon": 1.5}, "epsilon is 1.5"),
+        ({"loss": {"epsilon": 1.5}}, "epsilon is 1.5"),
     ],
 )
 def test_impossible_combinations_are_refused_with_the_key(tmp_path, options, message):
@@ -164,7 +164,7 @@ def test_impossible_combinations_are_refused_with_the_key(tmp_path, options, mes
 
 def test_a_clip_range_for_tokens_is_warned_of_where_ratios_are_of_sequences(tmp_path):
     with pytest.warns(UserWarning, match="3e-4 and 4e-4"):
-        make_trainer(tmp_path, loss_type="gspo", epsilon=0.2)
+        make_trainer(tmp_path, loss_type="gspo", loss={"epsilon": 0.2})
 
 
 def test_a_reward_weight_that_names_no_reward_is_refused(tmp_path):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from grpo_kernels.lm_head._large_entries import LargeEntries
 from grpo_kernels.lm_head._rows import RowGradient, RowStatistics, Transform
-from grpo_kernels.lm_head.token_loss import LossConfig, LossInputs, expm1, log1p, token_loss_slope
+from grpo_kernels.lm_head.token_loss import LossConfig, LossInputs
 from grpo_kernels.testing.interpreter import interpreted
 
 
@@ -381,6 +381,67 @@ def _kl(z_row, d_row, row, V, lanes, inverse_temperature, softcap, SOFTCAP: tl.c
         terms += tl.where(live, term, 0.0)
     # a sum of exponentials is good until it overflows; from 1 nat on a difference of normalisers is as good
     return mean, tl.where(rough < 1.0, log1p(tl.sum(terms, 0)), rough)
+
+
+@triton.jit
+def expm1(x):
+    """exp(x) − 1 without cancellation (Kahan)."""
+    u = tl.exp(x)
+    exact = (u - 1.0) * (x / tl.log(u))
+    return tl.where(u == 1.0, x, tl.where(u - 1.0 == -1.0, -1.0, exact))
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) without cancellation (Kahan), x ≥ 0."""
+    u = 1.0 + x
+    return tl.where(u == 1.0, x, tl.log(u) * (x / (u - 1.0)))
+
+
+@triton.jit
+def token_loss_slope(
+    logprob,
+    advantage,
+    old_logprob,
+    reference_logprob,
+    clip_low,
+    clip_high,
+    dual_clip,
+    cispo_cap,
+    beta,
+    CISPO: tl.constexpr,
+    OLD: tl.constexpr,
+    KL: tl.constexpr,  # 0: no penalty, else the estimator's number
+    KL_TIMES_RATIO: tl.constexpr,
+):
+    """∂ loss / ∂ logprob of one token, of which `token_loss` gives the loss."""
+    if OLD:
+        ratio = tl.exp(logprob - old_logprob)
+    else:
+        ratio = tl.exp(logprob - logprob)
+    if CISPO:
+        slope = -tl.minimum(ratio, cispo_cap) * advantage
+    else:
+        positive = advantage > 0
+        stopped = (positive & (ratio > 1.0 + clip_high)) | (
+            (advantage < 0) & ((ratio < 1.0 - clip_low) | (ratio > dual_clip))
+        )
+        slope = tl.where(stopped, 0.0, -ratio * advantage)
+    if KL > 0:
+        d = logprob - reference_logprob
+        if KL == 1:
+            kl = d
+            kl_slope = 1.0
+        elif KL == 2:
+            kl = 0.5 * d * d
+            kl_slope = d
+        else:
+            kl = expm1(-d) + d
+            kl_slope = -expm1(-d)
+        if KL_TIMES_RATIO:
+            kl_slope = (kl_slope + kl) * ratio
+        slope += beta * kl_slope
+    return slope
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from grpo_kernels.lm_head._rows import RowStatistics, Transform
-from grpo_kernels.lm_head._rows_triton import transform_logits
-from grpo_kernels.lm_head.token_loss import log1p
+from grpo_kernels.lm_head._rows_triton import log1p, transform_logits
 from grpo_kernels.testing.interpreter import interpreted
 
 

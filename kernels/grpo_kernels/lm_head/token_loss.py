@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from grpo_kernels._checks import check_per_token
@@ -66,6 +64,68 @@ class LossConfig:
             raise ValueError(f"dual_clip must exceed 1 + clip_high = {1 + self.clip_high}, got {self.dual_clip}")
 
 
+def clipped_surrogate(
+    ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float, dual_clip: float | None = None
+) -> Tensor:
+    """PPO's clipped surrogate of each token, `−min(min(r, c)·A, clip(r, 1 − ε_low, 1 + ε_high)·A)`.
+
+    Sources: PPO (arXiv 1707.06347, eq. 7); two ranges are clip-higher (DAPO, arXiv 2503.14476, eq. 10); the bound c on
+    the unclipped branch is two-sided clipping (INTELLECT-2, arXiv 2505.07291). Above 1 + ε_high it acts on A < 0 alone
+    and is dual clip (arXiv 1912.09729).
+
+    Args:
+        ratio: `[R]` π / π_old, differentiable.
+        advantages: `[R]`.
+        clip_low, clip_high: ε_low and ε_high.
+        dual_clip: c; None leaves the unclipped branch unbounded.
+
+    Returns:
+        `[R]` losses, with the gradient of `ratio`.
+    """
+    unclipped = ratio if dual_clip is None else ratio.clamp(max=dual_clip)
+    clipped = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
+    return -torch.minimum(unclipped * advantages, clipped * advantages)
+
+
+def cispo_surrogate(logprob: Tensor, ratio: Tensor, advantages: Tensor, cispo_cap: float) -> Tensor:
+    """CISPO's surrogate of each token, `−sg(min(r, cap))·A·logp` (MiniMax-M1, arXiv 2506.13585).
+
+    Args:
+        logprob: `[R]` log-probs under the policy, differentiable.
+        ratio: `[R]` π / π_old; a weight here, so no gradient flows into it.
+        advantages: `[R]`.
+        cispo_cap: upper bound of the weight, absolute, as TRL's `epsilon_high` is for cispo (some engines add 1).
+
+    Returns:
+        `[R]` losses, with the gradient of `logprob`.
+    """
+    return -ratio.detach().clamp(max=cispo_cap) * advantages * logprob
+
+
+def kl_estimate(logprob: Tensor, reference_logprob: Tensor, kl_estimator: KLEstimator) -> Tensor:
+    """Schulman's estimate of KL(policy ‖ reference) from each sampled token.
+
+    With `d = logp − logp_ref`: k1 = d, k2 = d²/2, k3 = exp(−d) − 1 + d (joschu.net/blog/kl-approx.html). k1 and k3 are
+    unbiased on the policy's own samples, and k3 is never negative.
+
+    Args:
+        logprob: `[R]`, differentiable.
+        reference_logprob: `[R]`; no gradient flows into it.
+        kl_estimator: 'k1', 'k2' or 'k3'.
+
+    Raises:
+        ValueError: an unknown estimator.
+    """
+    difference = logprob - reference_logprob.detach()
+    if kl_estimator == "k1":
+        return difference
+    if kl_estimator == "k2":
+        return 0.5 * difference.square()
+    if kl_estimator == "k3":
+        return torch.expm1(-difference) + difference  # exp(−d) − 1 would cancel for policies close to the reference
+    raise ValueError(f"unknown KL estimator {kl_estimator!r}: choose k1, k2 or k3")
+
+
 class TokenLoss(NamedTuple):
     """`token_loss`'s result, each `[T]`; all but `loss` and `kl` without gradient."""
 
@@ -109,29 +169,18 @@ def token_loss(
     clipped_high = (ratio > highest) & (advantages > 0)
     if config.loss_type == "cispo":
         clipped_low = torch.zeros_like(clipped_high)
-        loss = -ratio.detach().clamp(max=highest) * advantages * logprob
+        loss = cispo_surrogate(logprob, ratio, advantages, config.cispo_cap)
     else:
         clipped_low = (ratio < lowest) & (advantages < 0)
-        unclipped = ratio if config.dual_clip is None else ratio.clamp(max=config.dual_clip)
-        loss = -torch.minimum(unclipped * advantages, ratio.clamp(lowest, highest) * advantages)
+        loss = clipped_surrogate(ratio, advantages, config.clip_low, config.clip_high, config.dual_clip)
     kl = None
     if reference_logprob is not None:
-        kl = kl_estimate(logprob, reference_logprob.detach(), config.kl_estimator)
+        kl = kl_estimate(logprob, reference_logprob, config.kl_estimator)
         if config.beta:
             loss = loss + config.beta * (kl * ratio if config.kl_times_ratio else kl)
     if config.entropy_coef:
         loss = loss - config.entropy_coef * entropy
     return TokenLoss(loss, ratio.detach(), kl, clipped_low, clipped_high)
-
-
-def kl_estimate(logprob: Tensor, reference_logprob: Tensor, estimator: KLEstimator) -> Tensor:
-    """k1, k2 or k3 of each token, `[T]`."""
-    difference = logprob - reference_logprob
-    if estimator == "k1":
-        return difference
-    if estimator == "k2":
-        return 0.5 * difference.square()
-    return torch.expm1(-difference) + difference
 
 
 class LossInputs(NamedTuple):
@@ -214,64 +263,3 @@ class LossInputs(NamedTuple):
             logprob, entropy = logprob.detach().requires_grad_(), entropy.detach().requires_grad_()
             loss = self.loss(logprob, entropy).loss
             return torch.autograd.grad(loss, (logprob, entropy), self.weight, allow_unused=True)
-
-
-@triton.jit
-def expm1(x):
-    """exp(x) − 1 without cancellation (Kahan)."""
-    u = tl.exp(x)
-    exact = (u - 1.0) * (x / tl.log(u))
-    return tl.where(u == 1.0, x, tl.where(u - 1.0 == -1.0, -1.0, exact))
-
-
-@triton.jit
-def log1p(x):
-    """log(1 + x) without cancellation (Kahan), x ≥ 0."""
-    u = 1.0 + x
-    return tl.where(u == 1.0, x, tl.log(u) * (x / (u - 1.0)))
-
-
-@triton.jit
-def token_loss_slope(
-    logprob,
-    advantage,
-    old_logprob,
-    reference_logprob,
-    clip_low,
-    clip_high,
-    dual_clip,
-    cispo_cap,
-    beta,
-    CISPO: tl.constexpr,
-    OLD: tl.constexpr,
-    KL: tl.constexpr,  # 0: no penalty, else the estimator's number
-    KL_TIMES_RATIO: tl.constexpr,
-):
-    """∂ loss / ∂ logprob of one token, of which `token_loss` gives the loss."""
-    if OLD:
-        ratio = tl.exp(logprob - old_logprob)
-    else:
-        ratio = tl.exp(logprob - logprob)
-    if CISPO:
-        slope = -tl.minimum(ratio, cispo_cap) * advantage
-    else:
-        positive = advantage > 0
-        stopped = (positive & (ratio > 1.0 + clip_high)) | (
-            (advantage < 0) & ((ratio < 1.0 - clip_low) | (ratio > dual_clip))
-        )
-        slope = tl.where(stopped, 0.0, -ratio * advantage)
-    if KL > 0:
-        d = logprob - reference_logprob
-        if KL == 1:
-            kl = d
-            kl_slope = 1.0
-        elif KL == 2:
-            kl = 0.5 * d * d
-            kl_slope = d
-        else:
-            kl = expm1(-d) + d
-            kl_slope = -expm1(-d)
-        if KL_TIMES_RATIO:
-            kl_slope = (kl_slope + kl) * ratio
-        slope += beta * kl_slope
-    return slope

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import difflib
-import hashlib
 import importlib
-import importlib.util
 import inspect
-import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
@@ -19,6 +16,7 @@ from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 
+from grpo_core.config.plugins import load_plugin
 from grpo_core.types import Completion, Group, Prompt
 
 
@@ -136,7 +134,8 @@ def load_reward(spec: str) -> Reward:
     source, _, name = spec.rpartition(":")
     if not source or not name:
         raise ValueError(f"reward {spec!r} is not an import path: write file.py:name or package.module:name")
-    module = _import_file(spec, Path(source)) if source.endswith(".py") else _import_module(spec, source)
+    # a file becomes a module as plug-ins do: once a process, however many rewards are taken from it
+    module = load_plugin(Path(source), f"reward {spec}") if source.endswith(".py") else _import_module(spec, source)
     if not hasattr(module, name):
         near = difflib.get_close_matches(name, vars(module), 1)
         hint = f"did you mean {near[0]!r}?" if near else "check the name behind the colon"
@@ -359,27 +358,6 @@ def _import_module(spec: str, name: str) -> ModuleType:
             f"reward {spec}: {name} cannot be imported ({error}): install it or put its folder on PYTHONPATH, or write "
             "file.py:name"
         ) from error
-
-
-def _import_file(spec: str, path: Path) -> ModuleType:
-    """Run a file as a module; the same file is run once."""
-    if not path.is_file():
-        raise ValueError(f"reward {spec}: there is no file {path}; paths are relative to the working directory")
-    # a name made from the whole path: files of one name in two folders are two modules, and none hides a package
-    name = f"reward_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
-    if name in sys.modules:
-        return sys.modules[name]
-    found = importlib.util.spec_from_file_location(name, path)
-    assert found is not None  # for the type checker: a path that ends in .py has a loader
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    sys.modules[name] = module  # before it runs: dataclasses look their module up
-    try:
-        found.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[name]
-        raise ValueError(f"reward {spec}: {path} does not run ({type(error).__name__}: {error})") from error
-    return module
 
 
 _event_loop: asyncio.AbstractEventLoop | None = None

@@ -21,6 +21,7 @@ def help_text(
     default_config: Path | None = None,
     names: Mapping[str, str] | None = None,
     values: Mapping[str, Any] | None = None,
+    program: str = "",
 ) -> str:
     """The help of a config class.
 
@@ -29,10 +30,11 @@ def help_text(
         default_config: the file that is read where no `--config` is given.
         names: registry entries that config files choose, by key of their selector.
         values: by key, what config files set: shown as the default, which it is for the command line.
+        program: what the usage line calls the program; the script's name unless given.
     """
     head = f"{description.strip()}\n\n" if description else ""
     usage = (
-        f"usage: {Path(sys.argv[0]).name} [--config FILE.yaml ...] [--section.key VALUE ...]\n\n"
+        f"usage: {program or Path(sys.argv[0]).name} [--config FILE.yaml ...] [--section.key VALUE ...]\n\n"
         "Later config files override earlier ones, and the command line overrides files.\n"
     )
     instead = f"Without --config, {default_config} is read.\n" if default_config else ""

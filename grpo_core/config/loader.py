@@ -47,6 +47,7 @@ def load_config(
     description: str = "",
     default_config: Path | None = None,
     config_folder: Path | None = None,
+    program: str = "",
 ) -> Config:
     """Build a config from its defaults, then `--config FILE.yaml` in the order given, then `--section.key value`.
 
@@ -62,6 +63,7 @@ def load_config(
         description: opens the help.
         default_config: the file that is read where no `--config` is given.
         config_folder: where `--config NAME` finds `NAME.yaml`, unless there is a file NAME.
+        program: what the help calls the program; the script's name unless given.
 
     Raises:
         ConfigError: an unknown key, a value of the wrong type, or a combination that the dataclass refuses.
@@ -81,7 +83,7 @@ def load_config(
             sources.read_file(file, node)
         if wants_help:  # the command line is left out: help has to answer beside mistakes too
             values = {key: sources.value(sources.options[key]) for key in sources.settings}
-            print(help_text(cls, description, default_config, sources.names, values))
+            print(help_text(cls, description, default_config, sources.names, values, program))
             raise SystemExit(0)
         sources.read_command_line([pair for pair in pairs if pair.name != "config"])
         return sources.build(cls)

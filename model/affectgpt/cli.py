@@ -67,12 +67,12 @@ def train(arguments: Sequence[str]) -> None:
     from affectgpt.config import R1Config
     from affectgpt.configs import CONFIGS
 
-    config = _read(R1Config, arguments, TRAIN, default_config=CONFIGS / "demo.yaml")
+    config = _read(R1Config, "train", arguments, TRAIN, default_config=CONFIGS / "demo.yaml")
 
     from affectgpt.pipeline import Stages, open_run
     from affectgpt.synthetic import shuffle_media
     from grpo_core import distributed
-    from grpo_core.config.loader import ConfigError
+    from grpo_core.config.fields import ConfigError
 
     try:  # before the run's folder and before hours of training: an import path or a judge's folder may be wrong
         rewards = config.rewards(config.metric.wheel())
@@ -133,7 +133,7 @@ def sft(arguments: Sequence[str]) -> None:
     """Train on a label table and score the result where there is a test table."""
     from affectgpt.config import SupervisedConfig
 
-    config = _read(SupervisedConfig, arguments, SFT)
+    config = _read(SupervisedConfig, "sft", arguments, SFT)
 
     from affectgpt.pipeline import Stages, open_run
     from grpo_core import distributed
@@ -155,7 +155,7 @@ def evaluate(arguments: Sequence[str]) -> None:
     """Score a model on a label table."""
     from affectgpt.config import TaskConfig
 
-    config = _read(TaskConfig, arguments, EVALUATE)
+    config = _read(TaskConfig, "evaluate", arguments, EVALUATE)
 
     from affectgpt.pipeline import Stages, load_samples
     from grpo_core import distributed
@@ -174,7 +174,7 @@ def predict(arguments: Sequence[str]) -> None:
     """Write the emotions that a model names for clips."""
     from affectgpt.config import PredictConfig
 
-    config = _read(PredictConfig, arguments, PREDICT)
+    config = _read(PredictConfig, "predict", arguments, PREDICT)
 
     import csv
 
@@ -277,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return COMMANDS[name].run(arguments[1:]) or 0
     except (ValueError, FileNotFoundError, NotImplementedError) as error:
-        from grpo_core.config.loader import ConfigError
+        from grpo_core.config.fields import ConfigError
 
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
@@ -305,7 +305,13 @@ def _version() -> str:
     return f"affectgpt {__version__}"
 
 
-def _read(cls: type[Config], arguments: Sequence[str], description: str, default_config: Path | None = None) -> Config:
+def _read(
+    cls: type[Config],
+    command: str,
+    arguments: Sequence[str],
+    description: str,
+    default_config: Path | None = None,
+) -> Config:
     """Read a command's config; configs that come with the package are found by name.
 
     Raises:
@@ -314,7 +320,14 @@ def _read(cls: type[Config], arguments: Sequence[str], description: str, default
     from affectgpt.configs import CONFIGS
     from grpo_core.config.loader import load_config
 
-    return load_config(cls, arguments, description=description, default_config=default_config, config_folder=CONFIGS)
+    return load_config(
+        cls,
+        arguments,
+        description=description,
+        default_config=default_config,
+        config_folder=CONFIGS,
+        program=f"affectgpt {command}",
+    )
 
 
 def _start() -> Distributed:

@@ -9,22 +9,31 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from affectgpt.data.datasets import LAYOUTS, Layout
 from affectgpt.emotion_wheel import EmotionWheel
-from affectgpt.prompts import AnswerForm, Mode, Template
+from affectgpt.prompts import FACE_OR_FRAME, AnswerForm, Mode, Template
 from affectgpt.rewards import RewardConfig, check_rewards, make_rewards
+from grpo_core.config.fields import ConfigSection, chosen_by, option
+from grpo_core.config.moved import MOVED_KEYS
 from grpo_core.config.options import GRPOConfig, OptimConfig, RolloutConfig, RunConfig, SFTConfig
 
 if TYPE_CHECKING:
     from grpo_core.rewards import Reward
 
 
+MOVED_KEYS.update(
+    {"data.subtitle_language": "data.layout.subtitle_language", "data.synthetic_clips": "data.layout.clips"}
+)
+
+
 @dataclass
-class DataConfig:
+class DataConfig(ConfigSection, key="data"):
     """Where the clips and their labels are."""
 
-    format: Literal["mer2025", "mer2026", "ovmerd_plus", "folder", "jsonl", "synthetic"] = "mer2025"
-    """Layout on disk, see docs/data.md; synthetic is the embedded default: clips, and tiny models unless some are
-    named, that the program makes from run.seed (MER2025's layout)."""
+    format: str = option("mer2025", choices=LAYOUTS)
+    """Layout on disk, see docs/data.md; synthetic is the embedded default, which the program makes itself."""
+    layout: Layout = chosen_by("format")
+    """Options of the layout."""
     root: Path | None = None
     """Folder of the dataset (for jsonl: the file). For synthetic, where to make it, or to find it made."""
     labels: str = "track2_train_ovmerd.csv"
@@ -33,38 +42,35 @@ class DataConfig:
     """Label table of held-out samples, scored before and after training; unset, none are."""
     reasons: str | None = None
     """Table of descriptions, relative to root, that think mode learns from."""
-    subtitle_language: Literal["english", "chinese"] = "english"
-    """Which column of the MER subtitle table is read."""
     validation_fraction: float = 0.0
     """Share of the samples that is held back from training and scored while it runs."""
     cache_dir: Path = Path("runs/features")
     """Encoder outputs are kept here, keyed by the files' content, and used by every run."""
-    synthetic_clips: tuple[int, int] = (400, 450)
-    """Training and held-out clips that format synthetic makes."""
     face_channel_order: Literal["rgb", "bgr"] = "rgb"
     """Channel order of the face files; look at the skin if in doubt."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(f"data.validation_fraction is {self.validation_fraction}: set it in [0, 1)")
 
 
 @dataclass
-class PromptConfig:
+class PromptConfig(ConfigSection, key="prompt"):
     """What the model is shown and asked."""
 
     template: Template = "upstream"
     """AffectGPT's own `###Human: … ###Assistant: `, or the tokenizer's chat template."""
     mode: Mode = "no_think"
     """Answer at once, or after a think block."""
-    face_or_frame: str = "multiface_audio_face_text"
+    face_or_frame: str = option("multiface_audio_face_text", choices=tuple(FACE_OR_FRAME))
     """Which modalities the prompt shows; the names are upstream's, see docs/data.md."""
     answer_form: AnswerForm = "list"
     """Form of no-think answers: a bare list of words, or upstream's sentence."""
 
 
 @dataclass
-class ModelConfig:
+class ModelConfig(ConfigSection, key="model"):
     """The model that training starts from: a saved AffectGPT, or fresh adapters over three Hugging Face folders."""
 
     path: Path | None = None
@@ -88,7 +94,7 @@ class ModelConfig:
 
 
 @dataclass
-class MetricConfig:
+class MetricConfig(ConfigSection, key="metric"):
     """The emotion wheel, and how evaluations use it."""
 
     emotion_wheel: Path | None = None
@@ -106,7 +112,7 @@ class MetricConfig:
 
 
 @dataclass
-class TaskConfig:
+class TaskConfig(ConfigSection):
     """What every command needs: a model, clips, how they are shown and judged, and where to write."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -133,7 +139,7 @@ class PredictConfig(TaskConfig):
 
 
 @dataclass
-class ColdStartConfig:
+class ColdStartConfig(ConfigSection, key="cold_start"):
     """Supervised training of fresh adapters, before GRPO."""
 
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(weight_decay=0.05))

@@ -13,7 +13,7 @@ import yaml
 
 from affectgpt import synthetic
 from affectgpt.config import DataConfig, ModelConfig, TaskConfig
-from affectgpt.data.datasets import LOADERS, Sample
+from affectgpt.data.datasets import Sample, SyntheticLayout
 from affectgpt.data.features import extract_features
 from affectgpt.emotion_wheel import EmotionWheel, parse_labels
 from affectgpt.evaluation import Evaluation, score_answers
@@ -28,6 +28,7 @@ from affectgpt.prompts import (
     stop_strings,
 )
 from grpo_core.config.loader import save_config, to_dict
+from grpo_core.config.moved import translate_saved_config
 from grpo_core.config.options import AlgorithmConfig, GRPOConfig, OptimConfig, RolloutConfig, SFTConfig
 from grpo_core.distributed.collectives import Distributed, barrier, gather_objects, shard
 from grpo_core.policy import Policy
@@ -51,16 +52,7 @@ def load_samples(data: DataConfig, labels: str | None = None, labelled: bool = T
     """
     if data.root is None:
         raise ValueError("data.root is not set: give the folder of the dataset")
-    if data.format == "jsonl":
-        return LOADERS["jsonl"](data.root)
-    options: dict[str, Any] = {"labels": labels or data.labels}
-    if data.format in ("mer2025", "mer2026", "synthetic"):
-        options["subtitle_language"] = data.subtitle_language
-    if data.format == "folder":
-        options["labels"] = options["labels"] if labelled else None
-    else:
-        options |= {"reasons": data.reasons, "labelled": labelled}
-    return LOADERS["mer2025" if data.format == "synthetic" else data.format](data.root, **options)
+    return data.layout.load(data.root, labels=labels or data.labels, reasons=data.reasons, labelled=labelled)
 
 
 def split_samples(samples: Sequence[Sample], fraction: float, seed: int) -> tuple[list[Sample], list[Sample]]:
@@ -299,16 +291,17 @@ class Stages:
 def prepare_synthetic(config: TaskConfig, dist: Distributed) -> TaskConfig:
     """Make what `data.format: synthetic` stands for, and name it in the config; other formats pass unchanged.
 
-    That is clips under `data.root` and, where the config names no model, a tiny LLM and two tiny encoders. Unset, the
-    root is a folder beside the runs, one for each seed. What an earlier run made is found and kept.
+    That means clips under `data.root` and, where the config names no model, a tiny LLM and two tiny encoders. Unset,
+    the root is a folder beside the runs, one for each seed. What an earlier run made is found and kept.
     """
-    if config.data.format != "synthetic":
+    layout = config.data.layout
+    if not isinstance(layout, SyntheticLayout):
         return config
     home = config.run.output_dir / "synthetic" / f"seed-{config.run.seed}"
     root = config.data.root or home / "clips"
     wants_models = config.model.path is None and config.model.llm is None
     if dist.main_process:
-        train, test = config.data.synthetic_clips
+        train, test = layout.clips
         synthetic.make_dataset(root, seed=config.run.seed, train=train, test=test)
         if wants_models:
             synthetic.make_tiny_models(home / "models", seed=config.run.seed)
@@ -337,6 +330,7 @@ def open_run(config: TaskConfig, dist: Distributed) -> None:
         continues = config.run.resume and written.is_file() and not (folder / "summary.json").is_file()
         if continues:
             saved = yaml.safe_load(written.read_text(encoding="utf-8"))
+            saved = translate_saved_config(saved, type(config))  # an earlier version may have written it
             continues = _identity(saved) == _identity(to_dict(config))
         if folder.exists() and any(folder.iterdir()) and not continues:
             previous = folder.with_name(folder.name + ".previous")

@@ -83,7 +83,7 @@ def test_the_table_has_our_scores_beside_the_papers(
     small = {
         "data.root": make_dataset(tmp_path / "clips", seed=0, train=16, test=4, workers=1),
         "data.cache_dir": tmp_path / "features",
-        "data.synthetic_clips": "[16, 4]",
+        "data.layout.clips": "[16, 4]",
         "data.validation_fraction": 0.25,
         "model.llm": tiny_llm_folder,
         "model.visual_encoder": tiny_clip_folder,

@@ -15,7 +15,7 @@ from affectgpt.synthetic import make_dataset
 
 ROOT = Path(__file__).parents[2]
 SMALL = {
-    "data.synthetic_clips": "[24, 6]",
+    "data.layout.clips": "[24, 6]",
     "data.validation_fraction": "0.25",
     "cold_start.max_steps": "4",
     "cold_start.eval_steps": "2",
@@ -162,7 +162,9 @@ def test_one_unreadable_clip_is_reported_and_skipped(finished, clips, tmp_path):
     shutil.copytree(clips, broken)
     (broken / "video" / "sample_00000003.mp4").write_bytes(b"no video")
     (broken / "openface_face" / "sample_00000003" / "sample_00000003.npy").write_bytes(b"no faces")
-    options = options | {"data.root": str(broken), "data.format": "mer2025", "run.output_dir": str(tmp_path)}
+    options = options | {"data.root": str(broken), "run.output_dir": str(tmp_path)}
+    del options["data.layout.clips"]  # an option of synthetic clips, which a damaged folder cannot pass for
+    options["data.format"] = "mer2025"
     result = run("affectgpt_r1.py", options | {"controls": "false", "run.max_steps": "1", "cold_start.max_steps": "2"})
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stderr.count("sample_00000003.npy") == 1
@@ -182,7 +184,10 @@ def test_one_unreadable_clip_is_reported_and_skipped(finished, clips, tmp_path):
 )
 def test_bad_input_stops_before_work_with_the_key_or_file_and_no_traceback(finished, tmp_path, change, message):
     _, options = finished
-    result = run("affectgpt_r1.py", options | {"run.output_dir": str(tmp_path)} | change)
+    options = options | {"run.output_dir": str(tmp_path)} | change
+    if "data.format" in change:
+        del options["data.layout.clips"]
+    result = run("affectgpt_r1.py", options)
     assert result.returncode != 0
     assert message in result.stderr
     assert "Traceback" not in result.stderr

@@ -11,7 +11,7 @@ from affectgpt.rewards.config import RewardConfig, check_rewards, make_rewards
 from affectgpt.rewards.format import FormatReward, has_think_answer_format, split_think_answer
 from affectgpt.rewards.length import LengthPenalty
 from affectgpt.rewards.perception import Comparison, Judge, PerceptionReward, bradley_terry
-from affectgpt.rewards.registry import REWARDS, RewardContext, RewardEntry, register_reward
+from affectgpt.rewards.registry import REWARDS, RewardContext, register_reward
 from affectgpt.rewards.shaping import RepetitionPenalty, SoftOverlongPunishment
 from affectgpt.rewards.words import EmotionWords, wordnet_lemmas
 
@@ -30,7 +30,6 @@ __all__ = [
     "RepetitionPenalty",
     "RewardConfig",
     "RewardContext",
-    "RewardEntry",
     "SentimentReward",
     "SoftOverlongPunishment",
     "bradley_terry",

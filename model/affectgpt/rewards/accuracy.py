@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
@@ -37,7 +37,7 @@ class AccuracyReward:
         penalty: multiplies by a factor for more labels than the ground truth has.
     """
 
-    name: str
+    name: ClassVar[str]
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class DualReward:
         words: finds the emotion words; on `wheel`'s tables unless given.
     """
 
-    name: str
+    name: ClassVar[str]
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
@@ -39,7 +39,7 @@ class AlignmentReward:
         ValueError: an unknown name.
     """
 
-    name: str
+    name: ClassVar[str]
 
     def __init__(
         self,

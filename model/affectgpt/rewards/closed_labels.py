@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
@@ -36,7 +36,7 @@ class HitRateReward:
         unscored: a wheel that the true label is not on counts as 0 (`zero`) or is left out of the mean (`skip`).
     """
 
-    name: str
+    name: ClassVar[str]
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class SentimentReward:
         ValueError: the wheel has a sector whose sentiment is not known here.
     """
 
-    name: str
+    name: ClassVar[str]
 
     def __init__(self, wheel: EmotionWheel, mode: Mode = "no_think"):
         self.wheel, self.mode = wheel, mode

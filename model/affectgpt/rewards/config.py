@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from affectgpt.rewards.length import LengthPenalty, check_penalty
 from affectgpt.rewards.perception import Judge, check_judge_folder
 from affectgpt.rewards.registry import REWARDS, RewardContext
+from grpo_core.config.fields import ConfigSection
 
 if TYPE_CHECKING:
     from affectgpt.emotion_wheel import EmotionWheel
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class RewardConfig:
+class RewardConfig(ConfigSection, key="reward"):
     """Which rewards a run has, and how they judge; algorithm.reward_weights weighs them."""
 
     names: tuple[str, ...] = ("accuracy",)
@@ -58,9 +59,10 @@ class RewardConfig:
     """Of the judge's weights; auto is its checkpoint's."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_penalty(self.length_penalty, self.single_label)
         if not 0 < self.alignment_threshold <= 1:
-            raise ValueError(f"alignment_threshold is {self.alignment_threshold}: set it above 0 and at most 1")
+            raise ValueError(f"reward.alignment_threshold is {self.alignment_threshold}: set it above 0 and at most 1")
         for name in ("judge_frames", "judge_batch", "repetition_ngram"):
             if getattr(self, name) < 1:
                 raise ValueError(f"reward.{name} is {getattr(self, name)}: set it to 1 or more")
@@ -141,7 +143,7 @@ def make_rewards(
     check_rewards(names, mode, config, max_length=max_length, has_judge=judge is not None)
     context = RewardContext(wheel, mode, max_length, config, judge)
     rewards: list[Reward] = [
-        load_reward(name) if is_import_path(name) else REWARDS[name].make(config, context) for name in names
+        load_reward(name) if is_import_path(name) else REWARDS[name].from_config(config, context) for name in names
     ]
     by_label: dict[str, str] = {}
     for name, reward in zip(names, rewards, strict=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import numpy as np
 
@@ -79,7 +79,7 @@ class FormatReward:
         rule: how strictly it is read, see `split_think_answer`.
     """
 
-    name: str
+    name: ClassVar[str]
 
     def __init__(self, rule: FormatRule = "full"):
         check_rule(rule)

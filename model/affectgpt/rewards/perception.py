@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -66,7 +66,7 @@ class PerceptionReward:
         ValueError: there is no judge.
     """
 
-    name: str
+    name: ClassVar[str]
 
     def __init__(self, judge: Judge | None, mode: Mode = "think", rule: FormatRule = "full"):
         if judge is None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
 from affectgpt.rewards.words import EmotionWords, wordnet_lemmas
+from grpo_core.registry import Registry
 
 if TYPE_CHECKING:
     from affectgpt.emotion_wheel import EmotionWheel
@@ -44,49 +45,39 @@ class RewardContext:
 
 
 class BuiltInReward(Protocol):
-    """What a registered class has: a name, and a constructor from a run's options."""
-
-    name: str
-
-    @classmethod
-    def from_config(cls, config: RewardConfig, context: RewardContext) -> Any: ...
-
-
-@dataclass(frozen=True)
-class RewardEntry:
-    """A reward that `reward.names` can name.
+    """What a registered class has. `register_reward` sets `name` and `needs`.
 
     Attributes:
-        make: builds it from a run's options.
+        name: what `reward.names` calls it, and its label in metrics and logs.
         needs: `think`, a think block to judge; `judge`, a model that compares answers; None, nothing.
-        summary: the first line of its class's docstring.
     """
 
-    name: str
-    make: Callable[[RewardConfig, RewardContext], Any]
-    needs: Needs | None
-    summary: str
+    name: ClassVar[str]
+    needs: ClassVar[Needs | None]
+
+    @classmethod
+    def from_config(cls, config: RewardConfig, context: RewardContext) -> Any:
+        """Make the reward of a run."""
 
 
-REWARDS: dict[str, RewardEntry] = {}
-"""Every built-in reward. The only list of them: messages and `--help` are made from it."""
+REWARDS: Registry[Any] = Registry("reward")
+"""Every built-in reward, a class as `BuiltInReward` describes it. Messages and checks are made from this list."""
 
-RewardClass = TypeVar("RewardClass", bound=type[BuiltInReward])
+RewardClass = TypeVar("RewardClass", bound=type)
 
 
 def register_reward(name: str, *, needs: Needs | None = None) -> Callable[[RewardClass], RewardClass]:
-    """Class decorator: make a reward known by `name`, which also labels it in metrics and logs.
+    """Register the class below as the reward that `reward.names` calls `name`.
 
     Raises:
-        ValueError: another class has the name.
+        ValueError: the name is taken, or the class has no `from_config`.
     """
 
     def register(cls: RewardClass) -> RewardClass:
-        if name in REWARDS:
-            raise ValueError(f"a reward named {name!r} is registered already: choose another name")
-        cls.name = name
-        summary = (cls.__doc__ or "").strip().partition("\n")[0]
-        REWARDS[name] = RewardEntry(name, cls.from_config, needs, summary)
+        if not callable(getattr(cls, "from_config", None)):
+            raise ValueError(f"reward {name!r}: give {cls.__name__} a classmethod from_config(config, context)")
+        REWARDS.add(name, cls)
+        cls.name, cls.needs = name, needs  # type: ignore[attr-defined]
         return cls
 
     return register

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -27,7 +27,7 @@ class SoftOverlongPunishment:
         ValueError: cache is not within 1…max_length.
     """
 
-    name: str
+    name: ClassVar[str]
 
     def __init__(self, max_length: int, cache: int):
         if not 1 <= cache <= max_length:
@@ -58,7 +58,7 @@ class RepetitionPenalty:
         ValueError: n is below 1.
     """
 
-    name: str
+    name: ClassVar[str]
 
     def __init__(self, ngram_size: int = 3):
         if ngram_size < 1:

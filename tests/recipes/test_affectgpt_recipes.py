@@ -137,23 +137,27 @@ def test_a_killed_run_goes_on_to_the_same_weights(finished, tmp_path):
     assert one == two
 
 
-def test_two_ranks_in_think_mode_with_the_format_reward(finished, tmp_path):
+def test_two_ranks_in_think_mode_with_the_format_reward_and_one_of_the_users(finished, tmp_path):
     _, options = finished
+    (tmp_path / "mine.py").write_text("def length(completion, labels): return len(completion) / len(labels)\n")
     options = options | {
         "run.output_dir": str(tmp_path),
         "prompt.mode": "think",
-        "reward.names": "[accuracy, format]",
+        "reward.names": f"[accuracy, format, {tmp_path}/mine.py:length]",
         "controls": "false",
-        "algorithm.reward_weights": "{format: 0.2}",
+        "algorithm.reward_weights": "{format: 0.2, length: 0.5}",
     }
     result = run("affectgpt_r1.py", options, ranks=2)
     assert result.returncode == 0, result.stderr[-3000:]
     (first, *_) = lines(tmp_path / "demo" / "metrics.jsonl")
     assert first["reward"] == pytest.approx(
-        first["rewards/accuracy/mean"] + 0.2 * first["rewards/format/mean"], abs=1e-9
+        first["rewards/accuracy/mean"] + 0.2 * first["rewards/format/mean"] + 0.5 * first["rewards/length/mean"],
+        abs=1e-9,
     )
     completions = lines(tmp_path / "demo" / "completions.jsonl")
     assert len({row["prompt_id"] for row in completions if row["step"] == 1}) == 6
+    for row in completions:
+        assert row["rewards"]["length"] == pytest.approx(len(row["text"]) / len(row["ground_truth"]))
 
 
 def test_one_unreadable_clip_is_reported_and_skipped(finished, clips, tmp_path):

@@ -1,12 +1,18 @@
 """Packaging of GRPO Core: one distribution, three import packages in the folders the project is organised by."""
 
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
+VERSION = re.search(
+    r'^__version__ = "(.+?)"', Path("kernels/grpo_kernels/__init__.py").read_text("utf-8"), re.MULTILINE
+)[1]
 FOLDERS = {"grpo_core": ".", "grpo_kernels": "kernels", "affectgpt": "model"}
 
 setup(
     name="grpo-core",
-    version="0.1.0",
+    version=VERSION,
     description="A low-level GRPO engine with fused Triton kernels, and AffectGPT-R1, the recipe it is made for",
     license="Apache-2.0",
     python_requires=">=3.11",

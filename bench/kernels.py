@@ -333,8 +333,7 @@ def gpu_contender(function: Callable[[Batch], Tensor], batch: Batch, calls: int)
 
 def row_pass(calls: int) -> dict[str, float]:
     """The element-wise pass alone (fp32 logits in, bf16 gradient out, in place) beside a copy of as many bytes."""
-    from grpo_kernels.lm_head._rows import RowStatistics, Transform
-    from grpo_kernels.lm_head._rows_triton import TritonRows
+    from grpo_kernels.lm_head._rows import RowStatistics, Transform, TritonRows
     from grpo_kernels.lm_head.token_loss import LossConfig, LossInputs
 
     count, vocabulary = 4096, 152_064
@@ -342,7 +341,15 @@ def row_pass(calls: int) -> dict[str, float]:
     out = logits.view(torch.bfloat16)[:, :vocabulary]
     targets = torch.randint(vocabulary, (count,), device="cuda")
     ones = torch.ones(count, device="cuda")
-    inputs = LossInputs(ones, ones, None, None, None, None, LossConfig())
+    inputs = LossInputs(
+        weight=ones,
+        advantages=ones,
+        old_logprob=None,
+        reference_logprob=None,
+        completion_index=None,
+        num_completions=None,
+        config=LossConfig(),
+    )
     stats = RowStatistics.empty(count, logits.device, torch.float32, entropy=True, kl=False)
     ms = gpu_ms(lambda: TritonRows(logits, targets, Transform(), stats, out=out).loss_gradient_(inputs), calls)
     source = torch.empty(2**31, dtype=torch.uint8, device="cuda")

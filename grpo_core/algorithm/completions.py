@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torch import Tensor  # not at run time: config options, which answer at once, are near this module
+    from torch import Tensor  # not at run time: options import this module, and --help must not wait for torch
 
 
 def completion_sum(values: Tensor, completion_index: Tensor, num_completions: int) -> Tensor:
-    """float64 `[M]`, differentiable; 0 for a completion without tokens.
+    """Sum each completion's tokens, float64 `[M]`, differentiable; 0 for a completion without tokens.
 
     Args:
         values: `[R]`.
@@ -21,6 +21,6 @@ def completion_sum(values: Tensor, completion_index: Tensor, num_completions: in
 
 
 def completion_mean(values: Tensor, completion_index: Tensor, num_completions: int) -> Tensor:
-    """float64 `[M]`, differentiable; 0 for a completion without tokens. Arguments as `completion_sum`."""
+    """Average each completion's tokens, float64 `[M]`, differentiable; arguments and empty ones as `completion_sum`."""
     count = completion_sum(values.new_ones(values.shape), completion_index, num_completions)
     return completion_sum(values, completion_index, num_completions) / count.clamp(min=1.0)

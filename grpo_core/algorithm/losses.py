@@ -74,7 +74,8 @@ def register_loss(
         source: the paper that defines it.
 
     Raises:
-        ValueError: the name is taken, the ratio level or average is unknown, or nothing computes the surrogate.
+        ValueError: the name or the class is taken, the ratio level or average is unknown, or nothing computes the
+            surrogate.
     """
     for option, value, known in (("ratio", ratio, RATIO_LEVELS), ("average", average, AVERAGES)):
         if value not in known:
@@ -82,14 +83,15 @@ def register_loss(
 
     def decorate(loss: Loss) -> Loss:
         # looked up in the class bodies: every class is callable by itself, to make an instance
-        surrogate = loss if not isinstance(loss, type) else _attribute(loss, "__call__")
+        surrogate = _attribute(loss, "__call__") if isinstance(loss, type) else loss
         arguments = inspect.signature(surrogate).parameters if surrogate is not None else ()
         if not {"logprob", "ratio", "advantages"} <= set(arguments):
-            raise ValueError(
-                f"loss type {name!r} has no surrogate: define "
-                + ("__call__(self, logprob, ratio, advantages)" if isinstance(loss, type) else "its three arguments")
-                + ", which returns the token losses"
-            )
+            wanted = "__call__(self, logprob, ratio, advantages)"
+            if not isinstance(loss, type):
+                wanted = "its three arguments logprob, ratio and advantages"
+            raise ValueError(f"loss type {name!r} has no surrogate: define {wanted}, which returns the token losses")
+        if "ratio_level" in vars(loss):  # the second name would change the ratio level and average of the first
+            raise ValueError(f"loss type {name!r}: {loss.__name__} is registered already, register a subclass of it")
         entry: Any = loss
         if not isinstance(loss, type):
             body = {"__call__": staticmethod(loss), "__doc__": loss.__doc__, "__module__": loss.__module__}

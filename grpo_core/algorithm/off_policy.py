@@ -29,7 +29,7 @@ def sampler_correction(
     low: float = 0.0,
     high: float = 3.0,
 ) -> Tensor:
-    """Importance weight `[R]` from the sampler's policy to the trainer's, a factor of the policy loss.
+    """Compute the importance weight `[R]` from the sampler's policy to the trainer's, a factor of the policy loss.
 
     With `d_t = logp_old_t − logp_sampler_t`, w is exp(d_t) (token), exp(Σ d) over the completion (sequence), which
     grows with length, or exp(mean d) (geometric). truncate clamps w into [low, high]; mask makes it 0 outside.
@@ -58,6 +58,7 @@ def sampler_correction(
     # a weight, not a term of the loss: detached, whether or not the old log-probs are the first pass's own
     log_weight = (old_logprob - sampler_logprob).detach().nan_to_num(nan=0.0)
     if level != "token":
+        # in log space: a product of 2,000 ratios would leave float32's range on the way, a sum only at the end
         reduce = completion_sum if level == "sequence" else completion_mean
         log_weight = reduce(log_weight, completion_index, num_completions)[completion_index]
     weight = log_weight.exp().to(old_logprob.dtype)
@@ -74,11 +75,12 @@ def off_policy_mask(
     num_completions: int,
     threshold: float,
 ) -> Tensor:
-    """bool `[R]`, a factor of the policy loss: False for all of a completion that is bad and has become unlikely.
+    """Mask bad completions that have become unlikely, bool `[R]`, a factor of the policy loss.
 
     A completion is dropped where its advantage is negative and the mean of `logp_sampler − logp` over its tokens is
     above `threshold` (DeepSeek-V3.2, arXiv 2512.02556, eq. 9; TRL's `off_policy_mask_threshold`).
     """
     drift = (sampler_logprob - logprob).detach().nan_to_num(nan=0.0)
+    # a mean: a sum would drop long completions for being long
     near = completion_mean(drift, completion_index, num_completions) <= threshold
     return (advantages >= 0) | near[completion_index]

@@ -183,7 +183,8 @@ def check_fields(config: Any, key: str = "") -> None:
     Raises:
         ValueError: naming the key, the value and what is accepted.
     """
-    hints, prefix = field_types(type(config)), f"{key}." if key else ""
+    cls: Any = type(config)
+    hints, prefix = field_types(cls), f"{key}." if key else ""
     for f in fields(config):
         if not f.init:
             continue
@@ -196,7 +197,7 @@ def check_fields(config: Any, key: str = "") -> None:
             continue
         else:
             checked = check_value(prefix + name, kind, value, f.metadata.get("choices"))
-        if checked is not value:
+        if checked is not value:  # past a frozen dataclass's own setattr; its maker has not seen the instance yet
             object.__setattr__(config, name, checked)  # options of a registry entry are frozen
 
 

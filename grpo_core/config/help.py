@@ -62,7 +62,7 @@ class _Help:
             if member.key in chosen:
                 lines += self.choices(chosen[member.key], member)
             elif is_section(member.type):
-                lines += ["", _heading(member.key, (member.type.__doc__ or "").partition("\n")[0], member.type)]
+                lines += _heading(member.key, (member.type.__doc__ or "").partition("\n")[0], member.type)
                 lines += self.section(member.type, member.default, f"{member.key}.")
         return lines
 
@@ -76,13 +76,10 @@ class _Help:
             # what config files set are options of the entry that they choose, not of others
             reader = self if name == named else _Help(self.names, {})
             default = section.default if name == named else MISSING
-            own = tuple(reader.section(entry, default, f"{section.key}."))
-            lines += ["", _heading(f"{section.key} for {selector.name} {name}", selector.choices.doc(name), entry)]
-            if own and own in printed:
-                lines.append(f"  the options of {printed[own]}")
-            else:
-                lines += own
-            printed.setdefault(own, name)
+            block = tuple(reader.section(entry, default, f"{section.key}."))
+            lines += _heading(f"{section.key} for {selector.name} {name}", selector.choices.doc(name), entry)
+            lines += [f"  the options of {printed[block]}"] if block and block in printed else block
+            printed.setdefault(block, name)
         return lines
 
 
@@ -92,7 +89,7 @@ def field_docs(cls: type) -> dict[str, str]:
     for base in reversed(cls.__mro__):
         if not is_dataclass(base):
             continue
-        try:
+        try:  # from the source, as Python keeps no string that follows a field
             (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
         except (OSError, TypeError):
             continue
@@ -107,9 +104,10 @@ def field_docs(cls: type) -> dict[str, str]:
     return docs
 
 
-def _heading(title: str, summary: str, cls: type) -> str:
-    # dataclass writes a docstring where there is none
-    return title if not summary or summary.startswith(f"{cls.__name__}(") else f"{title}: {summary}"
+def _heading(title: str, summary: str, cls: type) -> list[str]:
+    if summary and not summary.startswith(f"{cls.__name__}("):  # dataclass writes that where there is no docstring
+        title = f"{title}: {summary}"
+    return ["", *textwrap.wrap(title, 116, subsequent_indent="    ")]
 
 
 def _shown(value: Any) -> str:

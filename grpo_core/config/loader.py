@@ -75,12 +75,12 @@ def load_config(
         files = [_value(pair) for pair in pairs if pair.name == "config"]
         if not files and default_config is not None:
             files = [str(default_config)]
-        nodes = [(file, _read_yaml(_find_config(file, config_folder))) for file in files]
+        nodes = [_read_yaml(_find_config(file, config_folder)) for file in files]
         sources = _Sources(cls)
         # before any option is read: an entry that a plug-in registers may be named in a file or on the command line
         sources.import_plugins(nodes, pairs)
-        for file, node in nodes:
-            sources.read_file(file, node)
+        for node in nodes:
+            sources.read_file(node)
         if wants_help:  # the command line is left out: help has to answer beside mistakes too
             values = {key: sources.value(sources.options[key]) for key in sources.settings}
             print(help_text(cls, description, default_config, sources.names, values, program))
@@ -184,57 +184,48 @@ class _Sources:
         self.options = options(cls)
         self.settings: dict[str, _Setting] = {}
 
-    def import_plugins(self, nodes: list[tuple[str, yaml.MappingNode | None]], pairs: list[_Pair]) -> None:
+    def import_plugins(self, nodes: list[yaml.MappingNode], pairs: list[_Pair]) -> None:
         """Import the plug-in files that the sources name; unlike other lists, later sources add to earlier ones."""
         for key, option in self.options.items():
             if not option.plugins:
                 continue
-            found = [(file, _to_raw(value)) for file, node in nodes if (value := _at(node, key)) is not None]
+            found = [_Setting(_to_raw(value), _place(value)) for value in _values_at(nodes, key)]
             named = [pair for pair in pairs if self._complete(pair.name) == key]
-            found += [(COMMAND_LINE, _parse_inline(option.type, _value(pair))) for pair in named]
-            files: list[str] = []
-            for source, raw in found:
-                for path in self._read(key, _Setting([] if raw is None else raw, source)):
-                    load_plugin(path, f"{key} ({source})")
-                    # absolute, so that a saved config finds them from another folder
-                    files += [str(path.absolute())] if str(path.absolute()) not in files else []
+            found += [_Setting(_parse_inline(option.type, _value(pair)), COMMAND_LINE) for pair in named]
+            files: dict[str, None] = {}  # in order, each once
+            for setting in found:
+                for path in self._read(key, setting):
+                    load_plugin(path, f"{key} ({setting.source})")
+                    files[str(path.absolute())] = None  # so that a saved config finds it from another folder
             if files:
-                self.settings[key] = _Setting(list(files), found[-1][0])
+                self.settings[key] = _Setting(list(files), found[-1].source)
 
-    def read_file(self, file: str, node: yaml.MappingNode | None) -> None:
+    def read_file(self, node: yaml.MappingNode) -> None:
         """Take in what a YAML file sets."""
-        if node is None:
-            return
         for key, option in list(self.options.items()):
-            if option.selects and (value := _at(node, key)) is not None:
-                self._choose(key, _to_raw(value), f"{file}:{value.start_mark.line + 1}")
-        self._read_section(node, file, "")
+            for value in _values_at([node], key) if option.selects else ():
+                self._choose(key, _Setting(_to_raw(value), _place(value)))
+        self._read_section(node, "")
 
-    def _read_section(self, node: yaml.MappingNode, file: str, prefix: str) -> None:
-        source = f"{file}:{node.start_mark.line + 1}"
-        try:
-            for name, value in _items(node):
-                key, source = prefix + name, f"{file}:{value.start_mark.line + 1}"
-                if key in self.options:
-                    if not self.options[key].plugins:  # those are set by `import_plugins`
-                        self.settings[key] = _Setting(_to_raw(value), source)
-                elif not self._is_section(key):
-                    raise self._unknown(key, source)
-                elif isinstance(value, yaml.MappingNode):
-                    self._read_section(value, file, f"{key}.")
-                elif _to_raw(value) is not None:  # a section may be empty
-                    raise ConfigError(f"{key} ({source}) is a section: give its keys below it")
-        except ConfigError:
-            raise
-        except ValueError as error:
-            raise ConfigError(f"{source}: {error}") from error
+    def _read_section(self, node: yaml.MappingNode, prefix: str) -> None:
+        for name, value in _items(node):
+            key = prefix + name
+            if key in self.options:
+                if not self.options[key].plugins:  # those are set by `import_plugins`
+                    self.settings[key] = _Setting(_to_raw(value), _place(value))
+            elif not self._is_section(key):
+                raise self._unknown(key, _place(value))
+            elif isinstance(value, yaml.MappingNode):
+                self._read_section(value, f"{key}.")
+            elif _to_raw(value) is not None:  # a section may be empty
+                raise ConfigError(f"{key} ({_place(value)}) is a section: give its keys below it")
 
     def read_command_line(self, pairs: list[_Pair]) -> None:
         """Take in what the command line sets."""
         for pair in pairs:  # choices first: the keys of the others depend on them, in whatever order they come
             key = self._complete(pair.name)
             if key in self.options and self.options[key].selects:
-                self._choose(key, _value(pair), COMMAND_LINE)
+                self._choose(key, _Setting(_value(pair), COMMAND_LINE))
         for pair in pairs:
             if pair.text is None and not pair.token.startswith("--"):
                 _value(pair)
@@ -247,31 +238,26 @@ class _Sources:
     def _override(self, key: str, text: str) -> None:
         """Set an option, or one entry of a mapping (`--algorithm.reward_weights.format 0.5`)."""
         parent, _, entry = key.rpartition(".")
-        try:
-            if key in self.options:
-                self.settings[key] = _Setting(_parse_inline(self.options[key].type, text), COMMAND_LINE)
-            elif parent in self.options and get_origin(self.options[parent].type) is dict:
-                option = self.options[parent]
-                default = (
-                    {} if option.default is MISSING else {name: str(item) for name, item in option.default.items()}
-                )
-                before = self.settings[parent].raw if parent in self.settings else default
-                if isinstance(before, dict):  # else the file's value is refused when it is read
-                    raw = _parse_inline(get_args(option.type)[1], text)
-                    self.settings[parent] = _Setting({**before, entry: raw}, COMMAND_LINE)
-            elif self._is_section(key):
-                raise ConfigError(f"{key} ({COMMAND_LINE}) is a section: give its keys below it")
-            else:
-                raise self._unknown(key, COMMAND_LINE)
-        except ConfigError:
-            raise
-        except ValueError as error:
-            raise ConfigError(f"{key} ({COMMAND_LINE}): {error}") from error
+        if key in self.options:
+            self.settings[key] = _Setting(_parse_inline(self.options[key].type, text), COMMAND_LINE)
+        elif parent in self.options and get_origin(self.options[parent].type) is dict:
+            option = self.options[parent]
+            default = {} if option.default is MISSING else option.default
+            before: Raw = {name: str(item) for name, item in default.items()}
+            if parent in self.settings:
+                before = self.settings[parent].raw
+            if isinstance(before, dict):  # else the file's value is refused when it is read
+                raw = _parse_inline(get_args(option.type)[1], text)
+                self.settings[parent] = _Setting({**before, entry: raw}, COMMAND_LINE)
+        elif self._is_section(key):
+            raise ConfigError(f"{key} ({COMMAND_LINE}) is a section: give its keys below it")
+        else:
+            raise self._unknown(key, COMMAND_LINE)
 
-    def _choose(self, key: str, raw: Raw, source: str) -> None:
+    def _choose(self, key: str, setting: _Setting) -> None:
         """Let a source name the entry whose options a section holds."""
         option = self.options[key]
-        name = self._read(key, _Setting(raw, source))
+        name = self._read(key, setting)
         if name == self.names.get(key, option.default):
             return
         # what an earlier source set are options of the entry that it named, or of the default one
@@ -365,41 +351,67 @@ def _find_config(name: str, folder: Path | None) -> Path:
     return folder / f"{name}.yaml"
 
 
-def _read_yaml(path: Path) -> yaml.MappingNode | None:
-    """The mapping that a YAML file holds, as nodes with line numbers; None for an empty file. Nothing is constructed.
+def _read_yaml(path: Path) -> yaml.MappingNode:
+    """The mapping that a YAML file holds, as nodes that know their place. Nothing is constructed.
 
     Raises:
         ConfigError: the file is missing, cannot be parsed, or holds no mapping.
     """
     try:
-        node = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
+        with path.open(encoding="utf-8") as stream:  # of a stream, and not of text, nodes know the file's name
+            node = yaml.compose(stream, yaml.SafeLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the config file {path}: {error}") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark else str(path)
         raise ConfigError(f"{place}: this is not YAML: {getattr(error, 'problem', None) or error}") from error
-    if node is not None and not isinstance(node, yaml.MappingNode):
+    if node is None:  # an empty file sets nothing
+        return yaml.MappingNode("tag:yaml.org,2002:map", [])
+    if not isinstance(node, yaml.MappingNode):
         raise ConfigError(f"{path}: a config file is a mapping of keys to values")
     return node
 
 
-def _at(node: yaml.Node | None, key: str) -> yaml.Node | None:
-    """The node at a dotted key; None where there is none."""
+def _place(node: yaml.Node) -> str:
+    return f"{node.start_mark.name}:{node.start_mark.line + 1}"
+
+
+def _values_at(nodes: Sequence[yaml.Node], key: str) -> list[yaml.Node]:
+    """The nodes at a dotted key, of those that have it."""
     for name in key.split("."):
-        items = node.value if isinstance(node, yaml.MappingNode) else []
-        node = next((value for item, value in items if item.value == name), None)
-    return node
+        mappings = [node for node in nodes if isinstance(node, yaml.MappingNode)]
+        nodes = [value for node in mappings for item, value in node.value if item.value == name]
+    return list(nodes)
+
+
+def _items(node: yaml.MappingNode) -> list[tuple[str, yaml.Node]]:
+    """A YAML mapping's keys and values.
+
+    Raises:
+        ConfigError: a key that is no text, or is given twice. YAML parsers keep the last one silently.
+    """
+    seen: dict[str, yaml.Node] = {}
+    for key, value in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise ConfigError(f"{_place(key)}: a key is a word, not a list or a mapping")
+        if key.value in seen:
+            again = key.start_mark.line + 1
+            raise ConfigError(
+                f"{_place(seen[key.value])}: the key {key.value!r} is given twice (again in line {again})"
+            )
+        seen[key.value] = value
+    return list(seen.items())
 
 
 def _to_raw(node: yaml.Node) -> Raw:
     """A YAML node's text.
 
     Raises:
-        ValueError: a tag such as `!!python/object`, or a key that is given twice.
+        ConfigError: a tag such as `!!python/object`, or as `_items`.
     """
     if node.tag not in _TAGS:
-        raise ValueError(f"the tag {node.tag} is not read")
+        raise ConfigError(f"{_place(node)}: the tag {node.tag} is not read")
     if isinstance(node, yaml.MappingNode):
         return {key: _to_raw(value) for key, value in _items(node)}
     if isinstance(node, yaml.SequenceNode):
@@ -407,39 +419,20 @@ def _to_raw(node: yaml.Node) -> Raw:
     return None if node.tag.endswith(":null") else node.value
 
 
-def _items(node: yaml.MappingNode) -> list[tuple[str, yaml.Node]]:
-    """A YAML mapping's keys and values.
-
-    Raises:
-        ValueError: a key that is no text, or is given twice. YAML parsers keep the last one silently.
-    """
-    seen: dict[str, yaml.Node] = {}
-    for key, value in node.value:
-        if not isinstance(key, yaml.ScalarNode):
-            raise ValueError("a key is a word, not a list or a mapping")
-        if key.value in seen:
-            raise ValueError(f"the key {key.value!r} is given twice (again in line {key.start_mark.line + 1})")
-        seen[key.value] = value
-    return list(seen.items())
-
-
 def _parse_inline(kind: Any, text: str) -> Raw:
     """A command line's text, split where `kind` wants a list (`a,b` or `[a, b]`) or a mapping (`{a: 1}`); `none` is
-    null.
-
-    Raises:
-        ValueError: brackets that cannot be parsed as YAML.
-    """
+    null. Brackets that cannot be parsed stay text, which the field's type refuses."""
     alternatives = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
     if types.NoneType in alternatives and text.lower() in ("none", "null"):
         return None
     origins = {get_origin(alternative) for alternative in alternatives}
-    if (text.startswith("[") and origins & {list, tuple}) or (text.startswith("{") and dict in origins):
+    is_list = bool(origins & {list, tuple})
+    if (text.startswith("[") and is_list) or (text.startswith("{") and dict in origins):
         try:
             node = yaml.compose(text, yaml.SafeLoader)
-            return None if node is None else _to_raw(node)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{text!r} is not {type_name(kind)}") from error
-    if origins & {list, tuple}:
+        except yaml.YAMLError:
+            return text
+        return None if node is None else _to_raw(node)
+    if is_list:
         return [item.strip() for item in text.split(",")] if text else []
     return text

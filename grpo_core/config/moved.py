@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import MISSING
 from typing import Any
 
@@ -29,15 +30,16 @@ def translate_saved_config(saved: Mapping[str, Any], cls: type) -> dict[str, Any
         saved: nested dicts as `yaml.safe_load` reads them from a run's `config.yaml`; not changed.
         cls: the config's dataclass.
     """
-    from grpo_core.config.loader import to_dict
+    from grpo_core.config.loader import to_dict  # the loader imports MOVED_KEYS from here
 
-    result = _copied(saved)
+    result = deepcopy(dict(saved))
     moved = {new: _pop(result, old) for old, new in MOVED_KEYS.items() if _get(result, old) is not MISSING}
     names = {
         key: name
         for key, option in options(cls).items()
         if option.selects and isinstance(name := _get(result, key), str) and name in option.choices
     }
+    # keys that today's classes do not have are left in: a comparison has to see them
     for key, option in options(cls, names).items():
         if _get(result, key) is MISSING:
             value = moved.get(key, MISSING)
@@ -46,10 +48,6 @@ def translate_saved_config(saved: Mapping[str, Any], cls: type) -> dict[str, Any
             if value is not MISSING:
                 _put(result, key, value)
     return result
-
-
-def _copied(tree: Any) -> Any:
-    return {key: _copied(value) for key, value in tree.items()} if isinstance(tree, Mapping) else tree
 
 
 def _get(tree: Any, key: str) -> Any:

@@ -79,7 +79,7 @@ class AlgorithmConfig(ConfigSection, key="algorithm"):
     num_iterations: int = 1
     """μ, passes over each rollout."""
     steps_per_generation: int = 1
-    """Optimiser steps in a pass, each on its own part of the rollout's groups."""
+    """Optimiser steps in a pass, each on its own share of the rollout's groups."""
     mask_truncated_completions: bool = False
     """Leave completions that reached rollout.max_new_tokens out of the loss."""
     dynamic_sampling: bool = False
@@ -142,7 +142,9 @@ class AlgorithmConfig(ConfigSection, key="algorithm"):
 
     @property
     def needs_old_pass(self) -> bool:
-        """Whether log-probs of the policy that sampled are wanted before the first gradient is."""
+        """Whether a pass of its own takes old log-probs, before the first gradient."""
+        # elsewhere the first pass of the update gives them for nothing; but a second optimiser step sees moved weights,
+        # a quantile needs all entropies of the step, and a reward needs its KL before advantages are made
         return (
             self.steps_per_generation > 1 or self.top_entropy_quantile < 1 or (self.beta > 0 and self.kl_in == "reward")
         )
@@ -161,6 +163,7 @@ class AlgorithmConfig(ConfigSection, key="algorithm"):
                 f"algorithm.dynamic_sampling is {self.dynamic_sampling} and reserve_prompts {self.reserve_prompts}: "
                 "choosing groups needs a reserve above 0, and a reserve is for nothing else"
             )
+        # GDPO fixes both scales, so another one could only be ignored
         if self.multi_objective_aggregation == "normalize_then_sum" and self.scale_rewards != "group":
             raise ValueError(
                 "algorithm.multi_objective_aggregation normalize_then_sum scales each reward in its group and the sum "
@@ -174,8 +177,11 @@ class AlgorithmConfig(ConfigSection, key="algorithm"):
                 "a mean over tokens and hardly moves: its paper has 3e-4 and 4e-4",
                 stacklevel=4,  # whoever makes the config: past this check, __post_init__ and __init__
             )
-        if self.sampler_low >= self.sampler_high:
-            raise ValueError("algorithm.sampler_low is not below sampler_high")
+        if not 0 <= self.sampler_low < self.sampler_high:
+            raise ValueError(
+                f"algorithm.sampler_low is {self.sampler_low} and sampler_high {self.sampler_high}: set the lower one "
+                "to 0 or above, and below the other"
+            )
 
     def _check_entropy(self) -> None:
         if not 0 < self.top_entropy_quantile <= 1:
@@ -193,6 +199,7 @@ class AlgorithmConfig(ConfigSection, key="algorithm"):
     def _check_kl(self) -> None:
         if self.beta < 0:
             raise ValueError(f"algorithm.beta is {self.beta}: set it to 0 (no reference) or above")
+        # k1 and k2 times the ratio are no better than without; in the reward, only the value counts
         if self.unbiased_kl and (self.kl_estimator != "k3" or self.kl_in == "reward"):
             raise ValueError("algorithm.unbiased_kl multiplies k3 in the loss by the ratio: set kl_estimator to k3")
         if self.kl_in == "reward" and self.kl_estimator == "full":
@@ -210,7 +217,7 @@ class AlgorithmConfig(ConfigSection, key="algorithm"):
             ("ref_model_sync_steps", self.ref_model_sync_steps > 0),
             ("reference_offload", self.reference_offload),
         ):
-            if wanted and self.beta == 0:
+            if wanted and self.beta == 0:  # refused and not ignored: the run would silently have no KL
                 raise ValueError(f"algorithm.{key} is set, but beta is 0, so there is no reference: set beta above 0")
         if self.beta_end is not None and self.beta_end < 0:
             raise ValueError(f"algorithm.beta_end is {self.beta_end}: set it to 0 or above")
@@ -345,6 +352,7 @@ def check_grpo_options(algorithm: AlgorithmConfig, rollout: RolloutConfig, run: 
         raise ValueError("rollout.group_size is 1: an advantage compares members of a group, set it to 2 or more")
     if rollout.temperature == 0:
         raise ValueError("rollout.temperature is 0: greedy members of a group are all the same, set it above 0")
+    # refused in training alone: a sampler may cut its distribution where nobody takes gradients of it
     if rollout.top_p < 1 or rollout.top_k > 0 or rollout.min_p > 0 or rollout.repetition_penalty != 1:
         raise ValueError(
             "rollout.top_p, top_k, min_p and repetition_penalty draw from another distribution than the policy's, "

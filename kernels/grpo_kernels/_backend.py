@@ -1,32 +1,75 @@
-"""Which implementation a call runs on: Triton kernels, or plain torch."""
+"""Which implementation a call runs on, Triton kernels or plain torch; and Triton itself, where it is installed."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Literal
 
 import torch
+from torch import Tensor
 
-from grpo_kernels.testing.interpreter import interpreted
+try:
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:
+    # Triton exists for Linux alone. Elsewhere modules import too: their kernels stay functions, which nothing calls
+    triton = SimpleNamespace(jit=lambda kernel: kernel)
+    tl = TensorDescriptor = None
+
+__all__ = [
+    "FLOAT_DTYPES",
+    "GRAPH_BREAK",
+    "Backend",
+    "TensorDescriptor",
+    "accumulator_dtype",
+    "choose_backend",
+    "has_triton",
+    "interpreted",
+    "tl",
+    "triton",
+]
 
 Backend = Literal["triton", "torch"]
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+GRAPH_BREAK = "grpo_kernels' heads run outside the graph: call them in a function compiled without fullgraph=True"
+"""The reason `torch.compiler.disable` is given; torch prints it where `fullgraph=True` forbids a graph break."""
+
+
+def has_triton() -> bool:
+    """Whether Triton is installed."""
+    return tl is not None
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter: TRITON_INTERPRET=1 at Triton's import, or `testing.interpret()`."""
+    return has_triton() and triton.knobs.runtime.interpret
 
 
 def choose_backend(device: torch.device, backend: Backend | None, dtype: torch.dtype) -> Backend:
-    """The backend of a call: the argument if given, else Triton for CUDA tensors (or interpreted), else torch.
+    """Choose a call's backend: the argument if given, else Triton for CUDA tensors (or interpreted), else torch.
 
-    float64, which is for oracles, is torch's on every device.
+    float64, which is for oracles, runs on torch on every device.
 
     Raises:
-        ValueError: an unknown name, or Triton asked for on tensors that it cannot take.
+        ValueError: an unknown name, or Triton asked for where it is not installed or on tensors it cannot take.
     """
-    able = dtype != torch.float64 and (device.type == "cuda" or interpreted())
+    if backend not in (None, "triton", "torch"):
+        raise ValueError(f"unknown backend {backend!r}: choose 'triton', 'torch' or None")
+    able = has_triton() and dtype != torch.float64 and (device.type == "cuda" or interpreted())
     if backend is None:
         return "triton" if able else "torch"
-    if backend not in ("triton", "torch"):
-        raise ValueError(f"unknown backend {backend!r}: choose 'triton', 'torch' or None")
+    if backend == "triton" and not has_triton():
+        raise ValueError("backend='triton' needs Triton, which is not installed here: use backend='torch' or None")
     if backend == "triton" and not able:
         raise ValueError(
             f"backend='triton' takes float16 to float32 on CUDA, got {dtype} on {device}; "
             "on a CPU set TRITON_INTERPRET=1 for the interpreter"
         )
     return backend
+
+
+def accumulator_dtype(*tensors: Tensor) -> torch.dtype:
+    """Precision that products of `tensors` are summed in: float64 if any of them is float64, else float32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from grpo_core.algorithm.entropy import entropy_bonus, entropy_histogram, entropy_threshold
 from grpo_core.algorithm.kl import completion_kl, kl_penalty
-from grpo_core.algorithm.losses import LOSS_TYPES, importance_ratio, policy_loss, token_weights
+from grpo_core.algorithm.losses import LOSS_TYPES, importance_ratio, policy_loss, register_loss, token_weights
 from grpo_core.algorithm.off_policy import off_policy_mask, sampler_correction
 
 LENGTHS = [7, 0, 1, 23, 12, 4]  # a completion without tokens among them
@@ -328,6 +328,63 @@ def test_the_bonus_is_the_mean_entropy_over_micro_batches():
     mask = torch.arange(10) % 3 > 0
     parts = [entropy_bonus(e, int(mask.sum()), m) for e, m in zip(entropy.split(4), mask.split(4), strict=True)]
     torch.testing.assert_close(sum(parts), entropy[mask].mean())
+
+
+# --- registration ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """Losses registered by a test are gone after it."""
+    monkeypatch.setattr(LOSS_TYPES, "_entries", dict(LOSS_TYPES._entries))
+
+
+def test_a_registered_function_or_class_computes_the_policy_loss(registry):
+    @register_loss("reinforce", average="token")
+    def reinforce(logprob, ratio, advantages):
+        """Plain policy gradient."""
+        return -advantages * logprob
+
+    @register_loss("power", ratio="sequence", average="sum", source="here")
+    class Power:
+        """A power of the ratio."""
+
+        exponent: float = 2.0
+
+        def __call__(self, logprob, ratio, advantages):
+            return -advantages * ratio**self.exponent, ratio < 0.9, ratio > 1.1
+
+    logprob, old, advantages = random_completions()
+    plain = surrogate("reinforce", logprob, old, advantages)
+    assert torch.equal(plain.loss, -advantages * logprob)
+    assert not (plain.clipped_low | plain.clipped_high).any()
+    result = surrogate("power", logprob, old, advantages, exponent=3.0)
+    ratio = importance_ratio(logprob, old, INDEX, len(LENGTHS), "sequence")
+    assert torch.equal(result.loss, -advantages * ratio**3.0)
+    assert torch.equal(result.clipped_high, ratio > 1.1)
+    assert (LOSS_TYPES["power"].average, LOSS_TYPES["power"].source) == ("sum", "here")
+    assert LOSS_TYPES.doc("reinforce") == "Plain policy gradient."
+    weights = token_weights(torch.tensor(LENGTHS), INDEX, "reinforce", **TOTALS)
+    assert torch.equal(weights, token_weights(torch.tensor(LENGTHS), INDEX, "dapo", **TOTALS))
+
+
+def test_a_loss_that_cannot_be_computed_is_not_registered(registry):
+    class Options:
+        exponent: float = 2.0
+
+    with pytest.raises(ValueError, match=r"'reinforce' has no surrogate: define __call__\(self, logprob, ratio, adv"):
+        register_loss("reinforce", average="token")(Options)
+    with pytest.raises(ValueError, match="'reinforce' has no surrogate: define its three arguments logprob, ratio"):
+        register_loss("reinforce", average="token")(lambda logprob: logprob)
+    with pytest.raises(ValueError, match="average is 'mean', choose one of sequence, token, constant, sum"):
+        register_loss("reinforce", average="mean")
+    with pytest.raises(ValueError, match="ratio is 'word', choose one of token"):
+        register_loss("reinforce", ratio="word", average="token")
+    with pytest.raises(ValueError, match="loss type 'grpo' is registered already"):
+        register_loss("grpo", average="token")(lambda logprob, ratio, advantages: logprob)
+    with pytest.raises(ValueError, match="SAPO is registered already, register a subclass of it"):
+        register_loss("reinforce", average="token")(LOSS_TYPES["sapo"])
+    assert "reinforce" not in LOSS_TYPES
 
 
 def test_unknown_names_list_the_valid_ones():

@@ -43,7 +43,7 @@ def token_weights(mask, loss_type):
 
 def ours(data, loss_type, beta, times_ratio, dual_clip, sequence):
     leaves = [x.clone().requires_grad_() for x in (data.hidden, data.weight)]
-    options = {"sequence_index": torch.arange(B).repeat_interleave(L), "num_sequences": B} if sequence else {}
+    options = {"completion_index": torch.arange(B).repeat_interleave(L), "num_completions": B} if sequence else {}
     result = linear_grpo_loss(
         leaves[0].view(-1, H),
         leaves[1],

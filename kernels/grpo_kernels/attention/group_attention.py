@@ -16,6 +16,8 @@ and receive one gradient.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -36,7 +38,7 @@ def group_attention(q: Tensor, k: Tensor, v: Tensor, spans: GroupSpans, *, scale
         `[T, Hq, D]`, in q's dtype.
 
     Raises:
-        ValueError: T differs from the spans' total, Hq is no multiple of Hkv, or k and v do not fit q.
+        ValueError: T differs from the spans' total, Hq is not a multiple of Hkv, or k and v do not fit q.
     """
     tokens, query_heads, width = q.shape
     if tokens != spans.total:
@@ -44,18 +46,19 @@ def group_attention(q: Tensor, k: Tensor, v: Tensor, spans: GroupSpans, *, scale
     if k.shape != v.shape or k.shape[0] != tokens or k.shape[2] != width:
         raise ValueError(f"q is {list(q.shape)}, so k and v must be [{tokens}, heads, {width}], got {list(k.shape)}")
     if query_heads % k.shape[1]:
-        raise ValueError(f"{query_heads} query heads are no multiple of {k.shape[1]} key/value heads")
+        raise ValueError(f"{query_heads} query heads are not a multiple of {k.shape[1]} key/value heads")
     return _GroupAttention.apply(q, k, v, spans, width**-0.5 if scale is None else scale)
 
 
 class _GroupAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, spans: GroupSpans, scale: float) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, spans: GroupSpans, scale: float) -> Tensor:
         out, lse = varlen_forward(q, k, v, spans.own, True, scale)
         if len(spans.over_prompt):
             over, over_lse = varlen_forward(q, k, v, spans.over_prompt, False, scale)
-            rows = spans.over_prompt.on(q.device)[0]
+            rows = spans.over_prompt.on(q.device).query_rows  # of all completions: prompts keep what they have
             own_lse = lse[:, rows]
+            # exp(lse_over) / (exp lse_own + exp lse_over), without forming an exponential that may overflow
             share = torch.sigmoid(over_lse - own_lse).transpose(0, 1)[..., None]
             # o_own + share·(o_over − o_own) in float32, rounded once
             out[rows] = torch.lerp(out[rows].to(share.dtype), over.to(share.dtype), share).to(out.dtype)
@@ -65,11 +68,11 @@ class _GroupAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
-        saved, spans = ctx.saved_tensors, ctx.spans
-        dq, dk, dv = varlen_backward(grad, *saved, spans.own, True, ctx.scale)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (q, k, v, out, lse), spans = ctx.saved_tensors, ctx.spans
+        dq, dk, dv = varlen_backward(grad, q, k, v, out, lse, spans.own, True, ctx.scale)
         if len(spans.over_prompt):
-            over_dq, over_dk, over_dv = varlen_backward(grad, *saved, spans.over_prompt, False, ctx.scale)
+            over_dq, over_dk, over_dv = varlen_backward(grad, q, k, v, out, lse, spans.over_prompt, False, ctx.scale)
             query_rows, key_rows, *_ = spans.over_prompt.on(grad.device)
             dq[query_rows] += over_dq
             dk[key_rows] += over_dk

@@ -1,7 +1,7 @@
 """Attention of one decode step: every row over its group's prompt, cached once, and over its own tokens.
 
-A row's softmax over prompt and own keys is taken in parts o_i with base-2 log-sum-exps l_i, merged as
-`o = Σ 2^(l_i − l)·o_i`, `l = log₂ Σ 2^(l_i)`.
+A row is one sequence's query. Its softmax over prompt and own keys is taken in parts o_i with base-2 log-sum-exps l_i,
+merged as `o = Σ 2^(l_i − l)·o_i`, `l = log₂ Σ 2^(l_i)`.
 
     prefix   The queries of all members and of the R query heads of one key/value head see the same keys: `G·R` rows of
              one dense product, 112 for G = 16 and R = 7, where separate sequences make R. A prompt's keys are read once
@@ -21,16 +21,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from grpo_kernels._backend import Backend, choose_backend
-from grpo_kernels.testing.interpreter import interpreted
+from grpo_kernels._backend import Backend, choose_backend, interpreted, tl, triton
 
 LOG2E = 1.4426950408889634
+"""log₂ e: scores are scaled by it once, so that kernels take exp2, which the hardware has."""
 _MIN_SPLIT = 128
-"""Fewest keys of a split: a shorter one writes more of its part than it reads."""
+"""Fewest keys of a split: a shorter one writes more of its partial result than it reads."""
 
 
 class GroupRows(NamedTuple):
@@ -56,8 +54,10 @@ class GroupRows(NamedTuple):
 def prefix_config(rows: int, width: int, itemsize: int) -> dict[str, int]:
     """Block sizes of the prefix kernel for this many query rows a group and key/value head, of D numbers each."""
     config = _tile(width, itemsize)
+    # what registers hold beside keys and values of a block; 16 is the least that tensor cores take
     most = {64: 128, 32: 64, 16: 16}[config["BLOCK_K"]]
     block_q = min(max(triton.next_power_of_2(rows), 16), most)
+    # accumulators of 64 · 128 numbers are 32 registers a thread of 8 warps, 64 of 4
     return config | dict(BLOCK_Q=block_q, num_warps=8 if block_q * config["BLOCK_D"] >= 64 * 128 else 4)
 
 
@@ -77,14 +77,15 @@ def _tile(width: int, itemsize: int) -> dict[str, int]:
 
 @triton.jit
 def prefix_attention_kernel(
-    q,
-    k,
+    # data
+    q,  # [B, K * R, D]
+    k,  # [N, K, columns, D], prompts
     v,
     part_out,  # [splits, B, K * R, D] float32
     part_lse,  # [splits, B, K * R] float32, base 2
-    order,
+    order,  # [B] and [N + 1]: `GroupRows`
     starts,
-    prefix_lengths,
+    prefix_lengths,  # [N]
     # shapes and strides
     B,
     kv_heads,
@@ -99,8 +100,8 @@ def prefix_attention_kernel(
     v_token,
     # numbers
     scale,
-    # meta-parameters
-    R: tl.constexpr,
+    # constants
+    R: tl.constexpr,  # query heads of a key/value head
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -135,7 +136,7 @@ def prefix_attention_kernel(
         token = start + tl.arange(0, BLOCK_K)
         exists = token < end
         keys = tl.load(k + token[:, None] * k_token + d[None, :], exists[:, None] & inside, other=0.0)
-        scores = tl.dot(queries, keys.T, input_precision="ieee") * scale
+        scores = tl.dot(queries, keys.T, input_precision="ieee") * scale  # float32 operands: exact, not TF32
         scores = tl.where(exists[None, :], scores, -float("inf"))
         peak = tl.maximum(highest, tl.max(scores, 1))  # finite: every block has a key
         weights = tl.exp2(scores - peak[:, None])
@@ -151,15 +152,16 @@ def prefix_attention_kernel(
 
 @triton.jit
 def suffix_attention_kernel(
-    q,
-    k,
+    # data
+    q,  # [B, K * R, D]
+    k,  # [B, K, columns, D], the rows' own tokens
     v,
-    part_out,
+    part_out,  # [splits, B, K * R, D], of `prefix_attention_kernel`
     part_lse,
-    out,
-    group_of_row,
-    prefix_lengths,
-    suffix_lengths,
+    out,  # [B, K * R, D]
+    group_of_row,  # [B]
+    prefix_lengths,  # [N]
+    suffix_lengths,  # [B]
     # shapes and strides
     B,
     split,
@@ -175,8 +177,8 @@ def suffix_attention_kernel(
     out_head,
     # numbers
     scale,
-    # meta-parameters
-    R: tl.constexpr,
+    # constants
+    R: tl.constexpr,  # query heads of a key/value head
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -277,28 +279,58 @@ def group_decode_attention(
     tiles = triton.cdiv(rows.widest * heads_per_kv, prefix["BLOCK_Q"])
     split = _split(columns, tiles * groups * kv_heads, q.device)
     splits = triton.cdiv(columns, split)
+    # parts that no program writes (a short prompt, a row without a group) are never read either
     part_out = torch.empty(splits, batch, query_heads, width, dtype=torch.float32, device=q.device)
     part_lse = torch.empty(splits, batch, query_heads, dtype=torch.float32, device=q.device)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     prefix_attention_kernel[tiles, splits, groups * kv_heads](
-        *(q, prefix_k, prefix_v, part_out, part_lse, rows.order, rows.starts, prefix_lengths),
-        *(batch, kv_heads, split),
-        *q.stride()[:2],
-        *prefix_k.stride()[:3],
-        *prefix_v.stride()[:3],
-        scale * LOG2E,
+        q=q,
+        k=prefix_k,
+        v=prefix_v,
+        part_out=part_out,
+        part_lse=part_lse,
+        order=rows.order,
+        starts=rows.starts,
+        prefix_lengths=prefix_lengths,
+        B=batch,
+        kv_heads=kv_heads,
+        split=split,
+        q_row=q.stride(0),
+        q_head=q.stride(1),
+        k_group=prefix_k.stride(0),
+        k_head=prefix_k.stride(1),
+        k_token=prefix_k.stride(2),
+        v_group=prefix_v.stride(0),
+        v_head=prefix_v.stride(1),
+        v_token=prefix_v.stride(2),
+        scale=scale * LOG2E,
         R=heads_per_kv,
         D=width,
         **prefix,
     )
     suffix_attention_kernel[batch, kv_heads](
-        *(q, suffix_k, suffix_v, part_out, part_lse, out, rows.group_of_row, prefix_lengths, suffix_lengths),
-        *(batch, split),
-        *q.stride()[:2],
-        *suffix_k.stride()[:3],
-        *suffix_v.stride()[:3],
-        *out.stride()[:2],
-        scale * LOG2E,
+        q=q,
+        k=suffix_k,
+        v=suffix_v,
+        part_out=part_out,
+        part_lse=part_lse,
+        out=out,
+        group_of_row=rows.group_of_row,
+        prefix_lengths=prefix_lengths,
+        suffix_lengths=suffix_lengths,
+        B=batch,
+        split=split,
+        q_row=q.stride(0),
+        q_head=q.stride(1),
+        k_row=suffix_k.stride(0),
+        k_head=suffix_k.stride(1),
+        k_token=suffix_k.stride(2),
+        v_row=suffix_v.stride(0),
+        v_head=suffix_v.stride(1),
+        v_token=suffix_v.stride(2),
+        out_row=out.stride(0),
+        out_head=out.stride(1),
+        scale=scale * LOG2E,
         R=heads_per_kv,
         D=width,
         **suffix,
@@ -322,9 +354,9 @@ def group_decode_attention_reference(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     for row, group in enumerate(rows.group_of_row.tolist()):
-        prefix, own = int(prefix_lengths[group]) if group >= 0 else 0, int(suffix_lengths[row])
-        k = torch.cat([prefix_k[group, :, :prefix], suffix_k[row, :, :own]], 1)  # [K, P + L, D]
-        v = torch.cat([prefix_v[group, :, :prefix], suffix_v[row, :, :own]], 1)
+        prefix, suffix = int(prefix_lengths[group]) if group >= 0 else 0, int(suffix_lengths[row])
+        k = torch.cat([prefix_k[group, :, :prefix], suffix_k[row, :, :suffix]], 1)  # [K, P + L, D]
+        v = torch.cat([prefix_v[group, :, :prefix], suffix_v[row, :, :suffix]], 1)
         queries = q[row].view(k.shape[0], -1, q.shape[-1])  # [K, R, D]
         scores = (queries @ k.transpose(1, 2)).to(torch.promote_types(q.dtype, torch.float32)) * scale
         out[row] = (scores.softmax(-1).to(v.dtype) @ v).flatten(0, 1)
@@ -332,13 +364,30 @@ def group_decode_attention_reference(
 
 
 def _split(columns: int, programs: int, device: torch.device) -> int:
-    """Keys of a split, so that there are some two programs for each of a GPU's processors."""
+    """Keys of a split, so that there are some two programs for each of a GPU's processors.
+
+    By the cache's columns, not by lengths: a captured graph must not depend on those.
+    """
     processors = 1 if interpreted() else torch.cuda.get_device_properties(device).multi_processor_count
     splits = min(max(2 * processors // programs, 1), triton.cdiv(columns, _MIN_SPLIT))
     return triton.cdiv(triton.cdiv(columns, splits), _MIN_SPLIT) * _MIN_SPLIT
 
 
-def _check(q, prefix_k, prefix_v, prefix_lengths, suffix_k, suffix_v, suffix_lengths, rows: GroupRows) -> None:
+def _check(
+    q: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    prefix_lengths: Tensor,
+    suffix_k: Tensor,
+    suffix_v: Tensor,
+    suffix_lengths: Tensor,
+    rows: GroupRows,
+) -> None:
+    """Refuse tensors that do not fit each other.
+
+    Raises:
+        ValueError: shapes differ, or a last stride is not 1; the message says which.
+    """
     batch, query_heads, width = q.shape
     groups, kv_heads = prefix_k.shape[:2]
     if prefix_k.shape != prefix_v.shape or suffix_k.shape != suffix_v.shape:
@@ -349,7 +398,7 @@ def _check(q, prefix_k, prefix_v, prefix_lengths, suffix_k, suffix_v, suffix_len
             f"got {list(prefix_k.shape)} and {list(suffix_k.shape)}"
         )
     if query_heads % kv_heads:
-        raise ValueError(f"{query_heads} query heads are no multiple of {kv_heads} key/value heads")
+        raise ValueError(f"{query_heads} query heads are not a multiple of {kv_heads} key/value heads")
     if prefix_lengths.shape != (groups,) or suffix_lengths.shape != (batch,) or rows.order.shape != (batch,):
         raise ValueError(
             f"need prefix_lengths [{groups}], suffix_lengths [{batch}] and {batch} rows, got "

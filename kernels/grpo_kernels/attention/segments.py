@@ -26,7 +26,8 @@ class DeviceRows(NamedTuple):
     key_ends: Tensor
 
 
-class Batch(NamedTuple):
+@dataclass(frozen=True)
+class Batch:
     """`count` segments of one length as one `[count, heads, length, D]`, cut out of packed rows."""
 
     count: int
@@ -60,7 +61,7 @@ class Segments:
 
     @cached_property
     def longest(self) -> tuple[int, int]:
-        """Longest query and key length. Never 1: for that the flash operators turn heads into rows."""
+        """Longest query and key length. Never 1: at a query length of 1 the flash operators turn heads into rows."""
         return max(2, *self.query_lengths), max(2, *self.key_lengths)
 
     def on(self, device: torch.device) -> DeviceRows:
@@ -68,49 +69,49 @@ class Segments:
         if device not in self._made:
             queries, keys = (self.query_starts, self.query_lengths), (self.key_starts, self.key_lengths)
             self._made[device] = DeviceRows(
-                _adjacent(*queries) or _indices(*queries).to(device),
-                _adjacent(*keys) or _indices(*keys).to(device),
-                *(
-                    torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(device)
-                    for _, lengths in (queries, keys)
-                ),
+                query_rows=_adjacent(*queries) or _indices(*queries).to(device),
+                key_rows=_adjacent(*keys) or _indices(*keys).to(device),
+                query_ends=_ends(self.query_lengths).to(device),
+                key_ends=_ends(self.key_lengths).to(device),
             )
         return self._made[device]
 
     def batches(self, device: torch.device, causal: bool) -> tuple[tuple[Batch, ...], Tensor | None]:
-        """The segments as few batched calls, and where each query row lies in their concatenated, padded rows (None:
-        in order). A run of adjacent segments of equal lengths is a view of the packed rows. Of causal ones over
-        themselves, short lone ones share a padded call with those of a similar length: no row sees what follows it."""
+        """The segments as few batched calls, and where each query row lies in their concatenated, padded rows.
+
+        The second is None if they are in order. A run of adjacent segments of equal lengths is a view of the packed
+        rows. Of causal ones over themselves, short lone ones share a padded call with those of a similar length: no row
+        sees what follows it. Made once, as `on` is.
+        """
         if (device, causal) not in self._made:
             self._made[device, causal] = self._batches(device, causal)
         return self._made[device, causal]
 
     @cached_property
     def _made(self) -> dict:
+        """What `on` and `batches` have made, by their arguments."""
         return {}
 
     def _batches(self, device: torch.device, causal: bool) -> tuple[tuple[Batch, ...], Tensor | None]:
-        views, lone = [], defaultdict(list)
+        views: list[list[int]] = []  # runs that need no padding
+        lone: dict[int, list[tuple[int, int]]] = defaultdict(list)  # (start, length), by the length's power of two
         for run in self._runs():
             count, query, length, *keys = run
             if causal and count == 1 and [query, length] == keys and length <= _PADDED_LENGTH:
                 lone[length.bit_length()].append((query, length))
             else:
-                views.append(_view(*run))
-        lengthwise = []
-        for similar in lone.values():
-            if len(similar) == 1:
-                views.append(_view(1, *similar[0], *similar[0]))
-            else:
-                lengthwise.append(similar)
-        if not lengthwise:
-            return tuple(sorted(views, key=lambda batch: batch.query_rows.start)), None
-        covered = [torch.arange(batch.query_rows.start, batch.query_rows.stop) for batch in views]
+                views.append(run)
+        views += [[1, *similar[0], *similar[0]] for similar in lone.values() if len(similar) == 1]
+        to_pad = [similar for similar in lone.values() if len(similar) > 1]
+        if not to_pad:
+            return tuple(_view(*run) for run in sorted(views, key=lambda run: run[1])), None
+        covered = [torch.arange(query, query + count * length) for count, query, length, *_ in views]
         padded = []
-        for similar in lengthwise:
+        for similar in to_pad:
             starts, lengths = torch.tensor(similar).unbind(1)
             longest = int(lengths.max())
             column = torch.arange(longest)
+            # past a segment's end its last row is repeated: some row has to be read, and its results are dropped
             rows = (starts[:, None] + torch.minimum(column, lengths[:, None] - 1)).flatten()
             valid = (column < lengths[:, None]).flatten()
             covered.append(rows.masked_fill(~valid, torch.iinfo(torch.int64).max))
@@ -118,7 +119,7 @@ class Segments:
             padded.append(Batch(len(similar), on_device, longest, on_device, longest, valid.to(device)))
         # query rows in order, each with its place among the concatenated ones; padding sorts behind them all
         order = torch.cat(covered).argsort(stable=True)[: sum(self.query_lengths)]
-        return (*views, *padded), order.to(device)
+        return (*(_view(*run) for run in views), *padded), order.to(device)
 
     def _runs(self) -> list[list[int]]:
         """Adjacent segments of equal lengths: [count, query start, query length, key start, key length]."""
@@ -134,18 +135,22 @@ class Segments:
 
 
 def _view(count: int, query: int, length: int, key: int, key_length: int) -> Batch:
+    """A run as a batch: adjacent rows, so that cutting it out copies nothing."""
     rows, key_rows = slice(query, query + count * length), slice(key, key + count * key_length)
     return Batch(count, rows, length, key_rows, key_length, None)
 
 
 def _adjacent(starts: tuple[int, ...], lengths: tuple[int, ...]) -> slice | None:
+    """The ranges as one slice, if each begins where the last one ends."""
     ends = [start + length for start, length in zip(starts, lengths, strict=True)]
     return slice(starts[0], ends[-1]) if list(starts[1:]) == ends[:-1] else None
 
 
 def _indices(starts: tuple[int, ...], lengths: tuple[int, ...]) -> Tensor:
+    """int64 rows of the ranges, in order."""
     return torch.cat([torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)])
 
 
 def _ends(lengths: tuple[int, ...]) -> Tensor:
+    """int32 `[S + 1]` cumulative lengths from 0, as the flash operators take them."""
     return torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)

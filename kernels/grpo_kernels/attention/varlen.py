@@ -21,7 +21,7 @@ from grpo_kernels.attention.segments import Batch, Segments
 
 _FLASH_DTYPES = (torch.float16, torch.bfloat16)
 _MATMUL_SCORES = 2**26
-"""Scores that the matmul fallback holds at once."""
+"""Scores that the matmul fallback holds at once: 256 MiB in float32, for each of the few tensors of that size."""
 
 
 def varlen_forward(
@@ -81,12 +81,17 @@ def varlen_backward(
     k, v, lse = k[key_rows], v[key_rows], lse[:, query_rows].contiguous()
     package = _flash_package()
     if package:
-        gradients = tuple(torch.empty_like(x) for x in (q, k, v))
+        gradients = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         package._flash_attn_varlen_backward(
             grad,
-            *(q, k, v, out, lse),
+            q,
+            k,
+            v,
+            out,
+            lse,
             *gradients,
-            *(cu_q, cu_k),
+            cu_q,
+            cu_k,
             *segments.longest,
             dropout_p=0.0,
             softmax_scale=scale,
@@ -98,7 +103,7 @@ def varlen_backward(
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )
         return gradients
-    unused = torch.empty(2, dtype=torch.uint64, device=q.device)  # dropout's state
+    unused = torch.empty(2, dtype=torch.uint64, device=q.device)  # the state of a dropout that is 0, but has no default
     return torch.ops.aten._flash_attention_backward(
         grad, q, k, v, out, lse, cu_q, cu_k, *segments.longest, 0.0, causal, unused, unused, scale=scale
     )
@@ -128,7 +133,9 @@ def _flash_package() -> ModuleType | None:
 # Elsewhere: a few calls, each for a batch of segments of one length.
 
 
-def _forward_by_batch(q, k, v, segments: Segments, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def _forward_by_batch(
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
     forward = _cpu_forward if q.device.type == "cpu" else _matmul_forward
     batches, order = segments.batches(q.device, causal)
     outs, lses = [], []
@@ -140,7 +147,17 @@ def _forward_by_batch(q, k, v, segments: Segments, causal: bool, scale: float) -
     return _join(outs, 0, order), _join(lses, 1, order)
 
 
-def _backward_by_batch(grad, q, k, v, out, lse, segments: Segments, causal: bool, scale: float):
+def _backward_by_batch(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    segments: Segments,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     backward = _cpu_backward if q.device.type == "cpu" else _matmul_backward
     batches, order = segments.batches(q.device, causal)
     lse = lse.transpose(0, 1)[..., None]  # [T, Hq, 1]
@@ -150,9 +167,10 @@ def _backward_by_batch(grad, q, k, v, out, lse, segments: Segments, causal: bool
         upstream = queries(grad)
         if batch.valid is not None:  # a repeated row has no gradient of its own
             upstream *= batch.valid.view(batch.count, 1, -1, 1)
-        parts = backward(upstream, queries(q), keys(k), keys(v), queries(out), queries(lse)[..., 0], causal, scale)
-        gradients.append([x.transpose(1, 2).flatten(0, 1) for x in parts])
-    return tuple(_join(list(pieces), 0, order) for pieces in zip(*gradients, strict=True))
+        of_batch = backward(upstream, queries(q), keys(k), keys(v), queries(out), queries(lse)[..., 0], causal, scale)
+        gradients.append([x.transpose(1, 2).flatten(0, 1) for x in of_batch])
+    dq, dk, dv = (_join(list(pieces), 0, order) for pieces in zip(*gradients, strict=True))
+    return dq, dk, dv
 
 
 def _cutters(batch: Batch) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
@@ -165,21 +183,26 @@ def _cutters(batch: Batch) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor
 
 
 def _join(pieces: list[Tensor], dim: int, order: Tensor | None) -> Tensor:
+    """Batches' results as packed rows, padding left out."""
     joined = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
     return joined if order is None else joined.index_select(dim, order)
 
 
-def _cpu_forward(q, k, v, causal, scale):
+def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """`[n, Hq, L, D]` and log-sum-exp `[n, Hq, L]` by torch's flash kernel, which takes GQA without copies."""
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
 
 
-def _cpu_backward(grad, q, k, v, out, lse, causal, scale):
+def _cpu_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `_cpu_forward`."""
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad, q, k, v, out, lse, 0.0, causal, scale=scale
     )
 
 
-def _matmul_forward(q, k, v, causal, scale):
+def _matmul_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """`[n, Hq, L, D]` and log-sum-exp `[n, Hq, L]` by plain products, for dtypes and head sizes without a kernel."""
     k, v = _expand_heads(k, q), _expand_heads(v, q)
     outs, lses = [], []
@@ -191,7 +214,10 @@ def _matmul_forward(q, k, v, causal, scale):
     return torch.cat(outs, 2), torch.cat(lses, 2)
 
 
-def _matmul_backward(grad, q, k, v, out, lse, causal, scale):
+def _matmul_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `_matmul_forward`, by the formulas at the top of this file."""
     wide_k, wide_v = _expand_heads(k, q), _expand_heads(v, q)
     dq = []
     dk, dv = torch.zeros_like(wide_k), torch.zeros_like(wide_v)
@@ -203,19 +229,23 @@ def _matmul_backward(grad, q, k, v, out, lse, causal, scale):
         dq.append(ds @ wide_k)
         dk += ds.transpose(-1, -2) @ q[:, :, rows]
         dv += p.to(q.dtype).transpose(-1, -2) @ g
-    return torch.cat(dq, 2), *(x.unflatten(1, (k.shape[1], -1)).sum(2) for x in (dk, dv))
+    dk, dv = (x.unflatten(1, (k.shape[1], -1)).sum(2) for x in (dk, dv))  # over the query heads of a key/value head
+    return torch.cat(dq, 2), dk, dv
 
 
 def _expand_heads(x: Tensor, q: Tensor) -> Tensor:
+    """A copy of each key/value head for each of its query heads."""
     return x.repeat_interleave(q.shape[1] // x.shape[1], 1)
 
 
 def _row_chunks(q: Tensor, k: Tensor) -> Iterator[slice]:
+    """Query rows, as many at a time as keep scores within `_MATMUL_SCORES`."""
     step = max(1, _MATMUL_SCORES // (q.shape[0] * q.shape[1] * k.shape[2]))
     return (slice(start, start + step) for start in range(0, q.shape[2], step))
 
 
 def _scores(q: Tensor, k: Tensor, rows: slice, causal: bool, scale: float) -> Tensor:
+    """Scaled scores of some query rows over all keys, in float32 or wider."""
     scores = (q[:, :, rows] @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32)) * scale
     if causal:
         query = torch.arange(q.shape[2], device=q.device)[rows]

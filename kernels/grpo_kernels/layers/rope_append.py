@@ -1,6 +1,6 @@
 """What follows a decoder layer's QKV GEMM: head norms, rotary positions, and the new keys and values into the cache.
 
-Each head of D numbers, x = [a | b] in halves, is turned by its token's position in transformers' convention:
+Each head of D numbers, x = [a | b] in halves, is rotated by its token's position in transformers' convention:
 
     [a · cos − b · sin | b · cos + a · sin]        cos, sin from tables `[positions, D / 2]`
 
@@ -13,30 +13,30 @@ into the cache.
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from grpo_kernels._backend import Backend, choose_backend
+from grpo_kernels._backend import Backend, choose_backend, tl, triton
 
 
 def rope_config(all_heads: int, half: int) -> dict[str, int]:
     """Heads of a token in one program, and its warps, for queries, keys and values of D = 2 · half numbers each."""
+    # eight heads of D = 128 are 512 numbers a half: 4 of each half a thread of 4 warps
     heads = min(triton.next_power_of_2(all_heads), 8)
     return dict(BLOCK_HEADS=heads, BLOCK=triton.next_power_of_2(half), num_warps=4)
 
 
 @triton.jit
 def rope_append_kernel(
-    qkv,
-    cos,
+    # data
+    qkv,  # [T, Hq + 2K, D], a token's heads contiguous; changed
+    cos,  # [positions, HALF], contiguous
     sin,
-    positions,
-    keys,
+    positions,  # [T]
+    keys,  # [N, K, S, D], the cache
     values,
-    cache_rows,
-    lengths,
-    q_weight,
+    cache_rows,  # [T]; any pointer without SCATTER
+    lengths,  # [T]
+    q_weight,  # [D]; any pointer without NORM
     k_weight,
     # shapes and strides
     kv_heads,
@@ -49,9 +49,9 @@ def rope_append_kernel(
     v_token,
     # numbers
     eps,
-    # meta-parameters
-    HEADS: tl.constexpr,
-    HALF: tl.constexpr,
+    # what to do, and the block
+    HEADS: tl.constexpr,  # Hq
+    HALF: tl.constexpr,  # D / 2
     NORM: tl.constexpr,
     SCATTER: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
@@ -63,7 +63,7 @@ def rope_append_kernel(
     head = (tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS))[:, None]
     d = tl.arange(0, BLOCK)[None, :]
     inside = (d < HALF) & (head < HEADS + 2 * kv_heads)
-    turned = inside & (head < HEADS + kv_heads)
+    rotated = inside & (head < HEADS + kv_heads)  # queries and keys
     at = qkv + token * qkv_row + head * (2 * HALF) + d
     a0 = tl.load(at, inside, other=0.0)
     b0 = tl.load(at + HALF, inside, other=0.0)
@@ -71,27 +71,31 @@ def rope_append_kernel(
     b = b0.to(tl.float32)
     if NORM:
         scale = 1.0 / tl.sqrt(tl.sum(a * a + b * b, 1) / (2 * HALF) + eps)[:, None]
-        asks = inside & (head < HEADS)
-        tells = turned & (head >= HEADS)
-        left = tl.load(q_weight + d + 0 * head, asks, other=0.0) + tl.load(k_weight + d + 0 * head, tells, other=0.0)
-        right = tl.load(q_weight + HALF + d + 0 * head, asks, other=0.0)
-        right += tl.load(k_weight + HALF + d + 0 * head, tells, other=0.0)
+        query_heads = inside & (head < HEADS)
+        key_heads = rotated & (head >= HEADS)
+        # a head's weight is the query's or the key's: of two masked loads, one gives 0. `0 * head` broadcasts pointers
+        left = tl.load(q_weight + d + 0 * head, query_heads, other=0.0)
+        left += tl.load(k_weight + d + 0 * head, key_heads, other=0.0)
+        right = tl.load(q_weight + HALF + d + 0 * head, query_heads, other=0.0)
+        right += tl.load(k_weight + HALF + d + 0 * head, key_heads, other=0.0)
+        # rounded after the norm and after the weight, as transformers' Qwen3RMSNorm rounds
         a = ((a * scale).to(dtype).to(tl.float32) * left.to(tl.float32)).to(dtype).to(tl.float32)
         b = ((b * scale).to(dtype).to(tl.float32) * right.to(tl.float32)).to(dtype).to(tl.float32)
-    turn = tl.load(positions + token).to(tl.int64) * HALF + d
-    c = tl.load(cos + turn, d < HALF, other=0.0).to(tl.float32)
-    s = tl.load(sin + turn, d < HALF, other=0.0).to(tl.float32)
+    angle = tl.load(positions + token).to(tl.int64) * HALF + d
+    c = tl.load(cos + angle, d < HALF, other=0.0).to(tl.float32)
+    s = tl.load(sin + angle, d < HALF, other=0.0).to(tl.float32)
+    # each product is rounded before the sum, as torch rounds `q * cos + rotate_half(q) * sin`
     left = ((a * c).to(dtype).to(tl.float32) - (b * s).to(dtype).to(tl.float32)).to(dtype)
     right = ((b * c).to(dtype).to(tl.float32) + (a * s).to(dtype).to(tl.float32)).to(dtype)
-    tl.store(at, left, turned)
-    tl.store(at + HALF, right, turned)
+    tl.store(at, left, rotated)
+    tl.store(at + HALF, right, rotated)
     row = token
     if SCATTER:
         row = tl.load(cache_rows + token).to(tl.int64)
     column = tl.load(lengths + token).to(tl.int64) - 1
     key = keys + row * k_row + (head - HEADS) * k_head + column * k_token + d
-    tl.store(key, left, turned & (head >= HEADS))
-    tl.store(key + HALF, right, turned & (head >= HEADS))
+    tl.store(key, left, rotated & (head >= HEADS))
+    tl.store(key + HALF, right, rotated & (head >= HEADS))
     value = values + row * v_row + (head - HEADS - kv_heads) * v_head + column * v_token + d
     tl.store(value, a0, inside & (head >= HEADS + kv_heads))
     tl.store(value + HALF, b0, inside & (head >= HEADS + kv_heads))
@@ -112,7 +116,7 @@ def rope_append(
     eps: float = 1e-6,
     backend: Backend | None = None,
 ) -> Tensor:
-    """Turn queries and keys in place, and write keys and values to the cache. Without gradient.
+    """Rotate queries and keys in place, and write keys and values to the cache. Without gradient.
 
     Args:
         qkv: `[T, Hq + 2K, D]`, each token's query, key and value heads, contiguous but for the first stride. Changed.
@@ -157,11 +161,25 @@ def rope_append(
         )  # fmt: skip
     config = rope_config(all_heads, width // 2)
     rope_append_kernel[tokens, triton.cdiv(all_heads, config["BLOCK_HEADS"])](
-        *(qkv, cos, sin, positions, keys, values),
-        *(lengths if cache_rows is None else cache_rows, lengths),
-        *((qkv, qkv) if q_norm is None else (q_norm, k_norm)),
-        *(kv_heads, qkv.stride(0), *keys.stride()[:3], *values.stride()[:3]),
-        eps,
+        qkv=qkv,
+        cos=cos,
+        sin=sin,
+        positions=positions,
+        keys=keys,
+        values=values,
+        cache_rows=lengths if cache_rows is None else cache_rows,  # a pointer of the right type, not read
+        lengths=lengths,
+        q_weight=qkv if q_norm is None else q_norm,
+        k_weight=qkv if k_norm is None else k_norm,
+        kv_heads=kv_heads,
+        qkv_row=qkv.stride(0),
+        k_row=keys.stride(0),
+        k_head=keys.stride(1),
+        k_token=keys.stride(2),
+        v_row=values.stride(0),
+        v_head=values.stride(1),
+        v_token=values.stride(2),
+        eps=eps,
         HEADS=heads,
         HALF=width // 2,
         NORM=q_norm is not None,
@@ -188,15 +206,15 @@ def rope_append_reference(
     """`rope_append` in plain torch."""
     kv_heads = keys.shape[1]
     heads = qkv.shape[1] - 2 * kv_heads
-    turned = qkv[:, : heads + kv_heads]
-    if q_norm is not None:
-        wide = turned.to(torch.promote_types(qkv.dtype, torch.float32))
+    rotated = qkv[:, : heads + kv_heads]  # queries and keys, a view
+    if q_norm is not None and k_norm is not None:
+        wide = rotated.to(torch.promote_types(qkv.dtype, torch.float32))
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         weights = torch.cat([q_norm.expand(heads, -1), k_norm.expand(kv_heads, -1)])
-        turned.copy_(wide.to(qkv.dtype) * weights.to(qkv.dtype))
-    a, b = turned.chunk(2, dim=-1)
+        rotated.copy_(wide.to(qkv.dtype) * weights.to(qkv.dtype))
+    a, b = rotated.chunk(2, dim=-1)
     c, s = cos[positions.long(), None], sin[positions.long(), None]
-    turned.copy_(torch.cat([a * c - b * s, b * c + a * s], -1))
+    rotated.copy_(torch.cat([a * c - b * s, b * c + a * s], -1))
     row = torch.arange(len(qkv), device=qkv.device) if cache_rows is None else cache_rows.long()
     keys[row, :, lengths.long() - 1] = qkv[:, heads : heads + kv_heads]
     values[row, :, lengths.long() - 1] = qkv[:, heads + kv_heads :]

@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from grpo_kernels._backend import Backend, choose_backend
+from grpo_kernels._backend import Backend, choose_backend, tl, triton
 
 SILU = {"BLOCK": 1024, "num_warps": 4}
-"""Launch of `silu_mul_kernel`."""
+"""Launch of `silu_mul_kernel`: 8 numbers a thread, a 16-byte load of half precision from each half."""
 
 
 @triton.jit
-def silu_mul_kernel(gate_up, out, I, gate_up_row, BLOCK: tl.constexpr):
+def silu_mul_kernel(
+    gate_up,  # [R, 2I]
+    out,  # [R, I], contiguous
+    I,
+    gate_up_row,  # stride
+    BLOCK: tl.constexpr,
+):
     """BLOCK numbers of one row."""
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -42,7 +46,9 @@ def silu_mul(gate_up: Tensor, *, backend: Backend | None = None) -> Tensor:
         return silu_mul_reference(gate_up)
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
-    silu_mul_kernel[rows, triton.cdiv(width, SILU["BLOCK"])](gate_up, out, width, gate_up.stride(0), **SILU)
+    silu_mul_kernel[rows, triton.cdiv(width, SILU["BLOCK"])](
+        gate_up=gate_up, out=out, I=width, gate_up_row=gate_up.stride(0), **SILU
+    )
     return out
 
 

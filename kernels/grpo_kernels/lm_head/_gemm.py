@@ -1,66 +1,48 @@
-"""What the LM-head operations share: chunks of rows, and GEMMs that keep their fp32 accumulators."""
+"""GEMMs of an LM head that keep their float32 accumulators: logits, and gradients of hidden states, weight and bias."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial
 
-from grpo_kernels._backend import Backend
-from grpo_kernels._checks import accumulator_dtype
-from grpo_kernels.lm_head._rows import RowGradient, RowStatistics, Transform
-from grpo_kernels.lm_head._softmax_rows import Rows, make_rows
+from grpo_kernels._backend import FLOAT_DTYPES, Backend, accumulator_dtype
 
-CPU_CHUNK_BYTES = 32 << 20
-"""Default size of the logits that exist at a time on a CPU: about a last-level cache, and still a good GEMM."""
-CUDA_CHUNK_SHARE = 16
-"""By default logits take at most 1/16 of a GPU's memory: one chunk up to T = 14,000 at V = 152,064 on an H200."""
+if torch.distributed.is_available():
+    from torch.distributed.tensor import DTensor, Partial
 
-EXPORTING = ("cuda",)
-"""Devices whose GEMM takes half-precision operands and gives its float32 accumulators (`out_dtype`)."""
+if TYPE_CHECKING:  # sampling takes the logits alone, and needs no rows
+    from grpo_kernels.lm_head._rows import RowGradient
 
-
-def default_chunk_bytes(device: torch.device) -> int:
-    """How many bytes of logits may exist at a time on `device`."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory // CUDA_CHUNK_SHARE
-    return CPU_CHUNK_BYTES
+OUT_DTYPE_DEVICES = ("cuda",)
+"""Devices whose `torch.mm` takes half-precision operands and gives its float32 accumulators (`out_dtype`)."""
+SLAB_BYTES = 32 << 20
+"""Bytes of the head that are copied to float32 at a time, elsewhere: about a CPU's last-level cache."""
+MIN_SLAB = 256
+"""Fewest tokens of such a slab: a thinner product would not be a GEMM."""
 
 
-def row_chunks(rows: int, row_bytes: int, device: torch.device, chunk_bytes: int | None) -> Iterator[slice]:
-    """Split `rows` into the fewest near-equal slices of at most `chunk_bytes` (at least one row each)."""
-    chunk_bytes = chunk_bytes or default_chunk_bytes(device)
-    most = max(1, chunk_bytes // max(1, row_bytes))
-    count = -(-rows // most)
-    size = -(-rows // max(1, count))
-    for start in range(0, rows, max(1, size)):
-        yield slice(start, min(start + size, rows))
-
-
-def replicated(parameter: Tensor | None) -> Tensor | None:
-    """A `DTensor` parameter (FSDP2, outside its module's forward) gathered; any other tensor as it is.
+def replicated(parameter: Tensor) -> Tensor:
+    """Gather a `DTensor` parameter (FSDP2, outside its module's forward); give any other tensor as it is.
 
     Each rank is taken to hold different tokens, as in data parallelism: the gradient is averaged over the mesh on its
     way back to the shards, as FSDP2 does.
     """
-    if not isinstance(parameter, DTensor):
+    if not torch.distributed.is_available() or not isinstance(parameter, DTensor):
         return parameter
     return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
 
 
-@dataclass(frozen=True)
-class HeadOptions:
-    """What a pass over an LM head's rows needs to know besides tensors."""
-
-    transform: Transform
-    entropy: bool
-    chunk_bytes: int | None
-    backend: Backend
-    grad: bool = True
-    """Whether autograd was recording when the operation was called."""
+def fits_descriptors(*tensors: Tensor) -> bool:
+    """Whether TMA descriptors can be made: 16-byte aligned rows of half precision or float32, equal in dtype."""
+    return all(
+        t.dtype == tensors[0].dtype
+        and t.stride(1) == 1
+        and t.data_ptr() % 16 == 0
+        and t.stride(0) * t.element_size() % 16 == 0
+        for t in tensors
+    )
 
 
 class Head:
@@ -76,102 +58,111 @@ class Head:
     def __init__(self, hidden: Tensor, weight: Tensor, backend: Backend | None = None):
         self.accumulator = accumulator_dtype(hidden, weight)
         half = hidden.dtype == weight.dtype != self.accumulator
-        self.exports = half and weight.device.type in EXPORTING and backend != "torch"
-        self.operand = weight.dtype if self.exports else self.accumulator
-        self.weight = weight.detach()
+        self.exports_accumulators = half and weight.device.type in OUT_DTYPE_DEVICES and backend != "torch"
+        self.operand = weight.dtype if self.exports_accumulators else self.accumulator
+        self.weight = weight.detach()  # gradients are ours to compute: no GEMM here is to be recorded
         vocabulary, width = weight.shape
         size = vocabulary
         if self.operand != weight.dtype:
-            size = max(256, CPU_CHUNK_BYTES // max(1, width * self.accumulator.itemsize))
+            size = max(MIN_SLAB, SLAB_BYTES // max(1, width * self.accumulator.itemsize))
         self.slabs = [slice(v, min(v + size, vocabulary)) for v in range(0, vocabulary, max(1, size))]
 
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
         """`out[r, V] = hidden[r, H] · weightᵀ`, in accumulator precision."""
         hidden = hidden.to(self.operand)
-        if self.exports:
+        if self.exports_accumulators:
             return torch.mm(hidden, self.weight.t(), out_dtype=self.accumulator, out=out)
         for slab in self.slabs:
             torch.mm(hidden, self.weight[slab].to(self.accumulator).t(), out=out[:, slab])
         return out
 
     def logits_and_drift(self, hidden: Tensor, reference_hidden: Tensor, out: Tensor) -> Tensor:
-        """Logits over `out[:r]`, and over `out[r:]`, which is returned, how far they lie from the reference's.
+        """Write logits over `out[:r]`, and over `out[r:]`, which is returned, how far they lie from the reference's.
 
         The drift is a product of the difference of hidden states, unless that would have to be rounded to half
         precision: then it is a difference of accumulators.
         """
         hidden, reference_hidden = hidden.to(self.operand), reference_hidden.to(self.operand)
-        other = reference_hidden if self.exports else hidden - reference_hidden
-        self.logits(torch.cat([hidden, other]), out)
+        other = reference_hidden if self.exports_accumulators else hidden - reference_hidden
+        self.logits(torch.cat([hidden, other]), out)  # one GEMM of 2r rows reads the weight once
         logits, drift = out.chunk(2)
-        return torch.sub(logits, drift, out=drift) if self.exports else drift
+        return torch.sub(logits, drift, out=drift) if self.exports_accumulators else drift
 
     def grad_place(self, logits: Tensor) -> Tensor:
-        """Where the gradient of logits `[r, V]` goes: over them, a narrower operand into the front of each row."""
+        """Where the gradient of logits `[r, V]` goes: over them, a narrower operand into the front of each row.
+
+        cuBLAS reads the narrower one with a row stride of 2·V, so it needs no memory of its own.
+        """
         if self.operand == self.accumulator:
             return logits
         return logits.view(self.operand)[:, : logits.shape[1]]
 
     def grad_hidden(self, gradient: RowGradient, out: Tensor) -> None:
         """`out[r, H] = gradient[r, V] · weight`, rounded once to `out`'s precision."""
-        dense, factor, large = gradient
-        if self.exports:
-            result = torch.mm(dense, self.weight.to(dense.dtype), out_dtype=self.accumulator)
+        matrix, row_factor, large_entries = gradient
+        if self.exports_accumulators:
+            result = torch.mm(matrix, self.weight.to(matrix.dtype), out_dtype=self.accumulator)
         elif len(self.slabs) == 1:
-            result = torch.mm(dense, self.weight.to(self.accumulator))
+            result = torch.mm(matrix, self.weight.to(self.accumulator))
         else:
-            result = dense.new_zeros(dense.shape[0], self.weight.shape[1])
+            result = matrix.new_zeros(matrix.shape[0], self.weight.shape[1])
             for slab in self.slabs:
-                result.addmm_(dense[:, slab], self.weight[slab].to(self.accumulator))
-        if large is not None:
-            large.add_product(result, self.weight, out)
+                result.addmm_(matrix[:, slab], self.weight[slab].to(self.accumulator))
+        if large_entries is not None:
+            large_entries.add_product(result, self.weight, out)
         else:
-            out.copy_(result if factor is None else result.mul_(factor[:, None]))
+            out.copy_(result if row_factor is None else result.mul_(row_factor[:, None]))
 
-    def add_grad_weight(self, gradient: RowGradient, hidden: Tensor, total: Tensor | None, only: bool) -> Tensor:
+    def add_grad_weight(
+        self, gradient: RowGradient, hidden: Tensor, total: Tensor | None, *, single_chunk: bool
+    ) -> Tensor:
         """`total[V, H] + gradient[r, V]ᵀ · hidden[r, H]`, in place unless total is None.
 
-        Totals are kept in accumulator precision over several chunks; the `only` chunk's is rounded as it is written.
+        Totals are kept in accumulator precision over several chunks; a single chunk's is rounded as it is written.
         """
-        dense, factor, large = gradient
-        if factor is not None:
-            hidden = hidden.to(self.accumulator) * factor[:, None]
-        if self.exports and factor is not None:
-            product, unit = self._half_product(dense, hidden)
+        matrix, row_factor, large_entries = gradient
+        if row_factor is not None:  # diag(factor) · hidden: [r, H] to multiply, where the gradient is [r, V]
+            hidden = hidden.to(self.accumulator) * row_factor[:, None]
+        if self.exports_accumulators and row_factor is not None:
+            product, scale = self._half_product(matrix, hidden)
             if total is None:
-                return torch.mul(product, unit, out=torch.empty_like(self.weight) if only else product)
-            return total.addcmul_(product, unit)
+                return torch.mul(product, scale, out=torch.empty_like(self.weight) if single_chunk else product)
+            return total.addcmul_(product, scale)
         hidden = hidden.to(self.operand)
-        if self.exports:
+        if self.exports_accumulators:
             if total is not None:
-                torch.addmm(total, dense.t(), hidden, out_dtype=self.accumulator, out=total)
-            elif only:  # without the large entries there is little to round
-                total = torch.mm(dense.t(), hidden)
+                torch.addmm(total, matrix.t(), hidden, out_dtype=self.accumulator, out=total)
+            elif single_chunk:  # without the large entries there is little to round
+                total = torch.mm(matrix.t(), hidden)
             else:
-                total = torch.mm(dense.t(), hidden, out_dtype=self.accumulator)
-            large.add_transposed(hidden, total)
+                total = torch.mm(matrix.t(), hidden, out_dtype=self.accumulator)
+            if large_entries is not None:
+                large_entries.add_transposed(hidden, total)
             return total
-        return torch.mm(dense.t(), hidden) if total is None else total.addmm_(dense.t(), hidden)
+        return torch.mm(matrix.t(), hidden) if total is None else total.addmm_(matrix.t(), hidden)
 
     def add_grad_bias(self, gradient: RowGradient, total: Tensor) -> None:
         """`total[V] + Σ_r gradient[r, V]`, in place."""
-        dense, factor, large = gradient
-        if self.exports and factor is not None:
-            product, unit = self._half_product(dense, factor[:, None])
-            total.addcmul_(product[:, 0], unit)
-        elif factor is not None:
-            total.addmv_(dense.t(), factor)
+        matrix, row_factor, large_entries = gradient
+        if self.exports_accumulators and row_factor is not None:
+            product, scale = self._half_product(matrix, row_factor[:, None])
+            total.addcmul_(product[:, 0], scale)
+        elif row_factor is not None:
+            total.addmv_(matrix.t(), row_factor)
         else:
-            total.add_(dense.sum(0, dtype=total.dtype))
-        if large is not None:
-            large.add_transposed(dense.new_ones(dense.shape[0], 1), total[:, None])
+            total.add_(matrix.sum(0, dtype=total.dtype))
+        if large_entries is not None:
+            large_entries.add_transposed(matrix.new_ones(matrix.shape[0], 1), total[:, None])
 
-    def _half_product(self, dense: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """float32 `denseᵀ · columns` as `(product [V, n], unit)`, to be multiplied: of float16 `dense [r, V]`, and
-        float32 `columns [r, n]` that a power of two brings into float16's range."""
-        peak = columns.abs().amax().clamp(min=1e-30)
-        unit = peak / torch.frexp(peak).mantissa * 2.0**-14
-        return torch.mm(dense.t(), (columns / unit).to(dense.dtype), out_dtype=self.accumulator), unit
+    def _half_product(self, matrix: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """float32 `matrixᵀ · columns` as `(product [V, n], scale)`, to be multiplied, by a GEMM of float16 operands.
+
+        `matrix [r, V]` is float16; the power of two `scale` brings float32 `columns [r, n]` into float16's range.
+        """
+        peak = columns.abs().amax().clamp(min=1e-30)  # all zeros would give a scale of 0, and 0 / 0
+        # peak / mantissa is the power of two above the peak: columns / scale stay below 2¹⁴, of 65,504
+        scale = peak / torch.frexp(peak).mantissa * 2.0**-14
+        return torch.mm(matrix.t(), (columns / scale).to(matrix.dtype), out_dtype=self.accumulator), scale
 
 
 class HeadGradients:
@@ -187,11 +178,13 @@ class HeadGradients:
         need_bias: bool,
     ):
         self.head, self.hidden_input = head, hidden.detach()
-        self.bias_dtype = None if bias is None else bias.dtype
         self.hidden = torch.empty_like(self.hidden_input) if need_hidden else None
         self.need_weight = need_weight
         self.weight: Tensor | None = None
-        self.bias = torch.zeros_like(bias, dtype=head.accumulator) if need_bias else None
+        self.bias_dtype = None if bias is None else bias.dtype
+        self.bias = None
+        if bias is not None and need_bias:
+            self.bias = torch.zeros_like(bias, dtype=head.accumulator)
 
     def add(self, rows: slice, gradient: RowGradient) -> None:
         """Take in the gradient in the logits of `rows`."""
@@ -201,8 +194,8 @@ class HeadGradients:
             self.head.grad_hidden(gradient, out=self.hidden[rows])
         if self.need_weight:
             hidden = self.hidden_input[rows]
-            only = hidden.shape[0] == self.hidden_input.shape[0]
-            self.weight = self.head.add_grad_weight(gradient, hidden, self.weight, only)
+            single_chunk = hidden.shape[0] == self.hidden_input.shape[0]
+            self.weight = self.head.add_grad_weight(gradient, hidden, self.weight, single_chunk=single_chunk)
 
     def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of hidden, weight and bias in their dtypes; zeros where no row came."""
@@ -213,43 +206,32 @@ class HeadGradients:
         return self.hidden, weight, None if self.bias is None else self.bias.to(self.bias_dtype)
 
 
-def head_rows(
-    head: Head,
-    hidden: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    stats: RowStatistics,
-    options: HeadOptions,
-    *,
-    saved: bool = False,
-    reference_hidden: Tensor | None = None,
-) -> Iterator[tuple[slice, Rows]]:
-    """Yield `(rows, chunk)`, each chunk's logits over the last one's; `chunk_bytes` bounds all that is `[r, V]`."""
-    vocabulary = head.weight.shape[0]
-    streams = 1 if reference_hidden is None else 2
-    row_bytes = vocabulary * head.accumulator.itemsize * streams
-    buffer = None
-    for rows in row_chunks(hidden.shape[0], row_bytes, hidden.device, options.chunk_bytes):
-        count = rows.stop - rows.start
-        if buffer is None:
-            buffer = hidden.new_empty(streams * count, vocabulary, dtype=head.accumulator)
-        logits, drift = buffer[:count], None
-        if reference_hidden is None:
-            head.logits(hidden[rows], logits)
-        else:
-            drift = head.logits_and_drift(hidden[rows], reference_hidden[rows], buffer[: 2 * count])
-        if bias is not None:
-            logits.add_(bias)
-        yield (
-            rows,
-            make_rows(
-                options.backend,
-                logits,
-                targets[rows],
-                options.transform,
-                stats.rows(rows),
-                saved=saved,
-                drift=drift,
-                out=head.grad_place(logits) if options.backend == "triton" else None,
-            ),
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, reference_hidden: Tensor | None = None) -> None:
+    """Refuse a hidden state and a head that do not fit each other.
+
+    Raises:
+        ValueError: shapes or devices differ. TypeError: dtypes that are not floating point.
+    """
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"need hidden [T, H] and weight [V, H], got {list(hidden.shape)} and {list(weight.shape)}; "
+            "flatten batch and sequence first"
         )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must have shape [{weight.shape[0]}], got {list(bias.shape)}")
+    if reference_hidden is not None and reference_hidden.shape != hidden.shape:
+        raise ValueError(
+            f"reference_hidden must have hidden's shape {list(hidden.shape)}, got {list(reference_hidden.shape)}"
+        )
+    for name, tensor in (
+        ("hidden", hidden),
+        ("weight", weight),
+        ("bias", bias),
+        ("reference_hidden", reference_hidden),
+    ):
+        if tensor is None:
+            continue
+        if tensor.dtype not in FLOAT_DTYPES:
+            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
+        if tensor.device != hidden.device:
+            raise ValueError(f"{name} is on {tensor.device}, hidden on {hidden.device}")

@@ -1,30 +1,30 @@
-"""Softmax rows by one Triton kernel, a row a program: see `softmax_rows` for the formulas."""
+"""Triton kernels over rows of logits, a row a program: statistics, gradient, loss; and products of large entries.
+
+`_rows` has the formulas, and the classes that launch these kernels.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from grpo_kernels.lm_head._large_entries import LargeEntries
-from grpo_kernels.lm_head._rows import RowGradient, RowStatistics, Transform
-from grpo_kernels.lm_head.token_loss import LossConfig, LossInputs
-from grpo_kernels.testing.interpreter import interpreted
+from grpo_kernels._backend import interpreted, tl, triton
 
 
 @triton.jit
 def softmax_rows_kernel(
-    logits,
+    # rows
+    logits,  # [T, V]
     grad,  # where the gradient goes: over the logits, each row's from the row's start on
     large_token_ptr,  # [T, 2]: the target's entry, and that of a token with most of the others' probability
     large_value_ptr,
     factor_ptr,  # what a scaled gradient has to be multiplied by
-    targets,
-    drift,  # raw logits minus the reference's
-    # statistics: read if SAVED, else written
+    targets,  # [T]
+    drift,  # [T, V], raw logits minus the reference's
+    # statistics, [T] each: read if SAVED, else written
     logprob_ptr,
     row_max_ptr,
     log_sum_ptr,
@@ -72,7 +72,7 @@ def softmax_rows_kernel(
     KL_TIMES_RATIO: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row a program. Pass 1 reads the row for its statistics, pass 2 (from L2) writes the gradient over it."""
+    """One row a program. Pass 1 reads it for its statistics, pass 2 reads it again to write the gradient over it."""
     t = tl.program_id(0).to(tl.int64)  # T·V passes 2³¹ at T = 14,123 for V = 152,064
     z_row = logits + t * logits_stride
     g_row = grad + t * grad_stride
@@ -140,8 +140,8 @@ def softmax_rows_kernel(
         else:
             x = tl.load(z_row + peak_token).to(tl.float32)
             peak = _difference(x, d_row + peak_token, True, 0.0, inverse_temperature, softcap, SOFTCAP)
-            row = (row_max, log_sum, peak)
-            mean, kl = _kl(z_row, d_row, row, V, lanes, inverse_temperature, softcap, SOFTCAP, BLOCK)
+            policy = (row_max, log_sum, peak)
+            mean, kl = _kl(z_row, d_row, policy, V, lanes, inverse_temperature, softcap, SOFTCAP, BLOCK)
             tl.store(peak_drift_ptr + t, peak)
             tl.store(mean_drift_ptr + t, mean)
             tl.store(kl_ptr + t, kl)
@@ -199,7 +199,7 @@ def softmax_rows_kernel(
             tl.store(large_value_ptr + 2 * t, dz_y)
             other_token = tl.full((BLOCK,), -1, tl.int32)
             other_dz = tl.zeros((BLOCK,), tl.float32)
-        tl.debug_barrier()  # every lane has read x_y before the row is overwritten
+        tl.debug_barrier()  # every thread has read x_y before the row is overwritten
         for v0 in range(0, V, BLOCK):
             v = v0 + lanes
             live = v < V
@@ -208,7 +208,8 @@ def softmax_rows_kernel(
                 raw, d_row + v, live, v == y, row, upstream, inverse_temperature, softcap, SOFTCAP, UPSTREAM_KL
             )
             if LARGE:
-                # no two tokens can have most of what the target leaves, rounded as they may be
+                # more than half of what the target leaves: one other token at most. 0.51, not 0.5, so that two halves
+                # that are both rounded up cannot both pass
                 other = (v != y) & (p > 0.51 * one_minus_p)
                 other_token = tl.where(other, v, other_token)
                 other_dz = tl.where(other, dz, other_dz)
@@ -225,23 +226,23 @@ def softmax_rows_kernel(
 
 @triton.jit
 def _slope(
-    raw,
-    drift,  # where it is
-    live,
+    raw,  # logits
+    drift,  # pointers to their drift
+    live,  # the columns that exist
     at_target,
-    row,
+    row,  # its statistics
     upstream,
     inverse_temperature,
     softcap,
     SOFTCAP: tl.constexpr,
     KL: tl.constexpr,
 ):
-    """The gradient in raw logits of a row, and their p."""
+    """The gradient in some raw logits of a row, and their p."""
     row_max, log_sum, entropy, peak, mean, one_minus_p = row
     g_logprob, g_entropy, g_kl = upstream
     z = transform_logits(raw, inverse_temperature, softcap, SOFTCAP)
     if SOFTCAP:
-        z = tl.where(live, z, -1e30)  # what no column holds is not −∞ any more
+        z = tl.where(live, z, -1e30)  # softcap made −softcap of the −∞ that stands for columns past V
     logp = (z - row_max) - log_sum
     bracket = -g_entropy * (logp + entropy)
     if KL:
@@ -250,8 +251,8 @@ def _slope(
     # at the target, −g p and +g join to g (1 − p), which is not formed by subtraction
     dz = tl.where(at_target, p * bracket + g_logprob * one_minus_p, p * (bracket - g_logprob))
     if SOFTCAP:
-        bend = z / (softcap * inverse_temperature)
-        dz *= 1.0 - bend * bend
+        tanh_x = z / (softcap * inverse_temperature)
+        dz *= 1.0 - tanh_x * tanh_x  # the slope of softcap · tanh(x / softcap)
     return dz * inverse_temperature, p
 
 
@@ -262,13 +263,18 @@ def _kl_slope_bound(kl):
     Σ p d = 0, so none exceeds a = ½ Σ p |d|. As exp(−d) − 1 + d ≥ d² / (2 + |d|), which is convex in |d|,
     exp(KL) − 1 ≥ (2a)² / (2 + 2a). And where d < 0, of probability q, exp(KL) ≥ q exp(a / q): a ≤ q (KL − log q).
     """
+    # The first, solved for a: ¼ (g + √(g² + 8 g)), g = exp(KL) − 1; cut at 20 nats, where the second is the smaller one
     grown = expm1(tl.minimum(kl, 20.0))
+    # The second: q KL ≤ KL, and −q log q is at most 1 / e = 0.3679 (at q = 1 / e), rounded up
     return tl.minimum(0.25 * (grown + tl.sqrt(grown * (grown + 8.0))), kl + 0.37)
 
 
 @triton.jit
 def _half_scale(bound):
     """A power of two that lifts `bound` to between 2¹³ and 2¹⁴, a quarter of what float16 holds, and its inverse."""
+    # A float32's exponent field is e = 127 + ⌊log₂ x⌋ (its sign bit is 0 here), so 2ᵏ has the field 127 + k. Wanted is
+    # k = 13 − ⌊log₂ bound⌋ = 13 + 127 − e, of field 254 + 13 − e = 267 − e. Fields 1 to 253 are those of normal numbers
+    # whose inverse, of field 254 − (field), is one too
     exponent = 267 - (bound.to(tl.int32, bitcast=True) >> 23)
     exponent = tl.minimum(tl.maximum(exponent, 1), 253)
     return (exponent << 23).to(tl.float32, bitcast=True), ((254 - exponent) << 23).to(tl.float32, bitcast=True)
@@ -279,15 +285,15 @@ def transform_logits(x, inverse_temperature, softcap, SOFTCAP: tl.constexpr):
     """Raw logits to the softmax's; −∞ becomes a number so small that its probability is 0 and 0·z is 0."""
     if SOFTCAP:
         decay = tl.exp(-2.0 * tl.abs(x) / softcap)
-        bent = (1.0 - decay) / (1.0 + decay)
-        x = tl.where(x < 0, -bent, bent) * softcap
+        magnitude = (1.0 - decay) / (1.0 + decay)  # tanh |x / softcap|; `tanh` is better near 0, for more registers
+        x = tl.where(x < 0, -magnitude, magnitude) * softcap
     x = x * inverse_temperature
     return tl.where(x < -1e30, -1e30, x)
 
 
 @triton.jit
 def tanh(x):
-    """To the last bits for small x too, as differences of logits are; logits make do with fewer registers."""
+    """Accurate for small x, which differences of logits need. `transform_logits` has a cheaper form for logits."""
     decay = expm1(-2.0 * tl.abs(x))
     y = -decay / (2.0 + decay)
     return tl.where(x < 0, -y, y)
@@ -295,7 +301,7 @@ def tanh(x):
 
 @triton.jit
 def _difference(raw, pointers, live, peak, inverse_temperature, softcap, SOFTCAP: tl.constexpr):
-    """δ = z − z_ref less the peak's, from raw logits and where their drift is: `Transform.difference`'s formula."""
+    """δ = z − z_ref less the peak's, from raw logits and pointers to their drift: `Transform.difference`'s formula."""
     delta = tl.load(pointers, live, other=0.0).to(tl.float32)
     if SOFTCAP:
         product = tanh(raw / softcap) * tanh((raw - delta) / softcap)
@@ -305,6 +311,7 @@ def _difference(raw, pointers, live, peak, inverse_temperature, softcap, SOFTCAP
 
 @triton.jit
 def _load(pointers, live, inverse_temperature, softcap, SOFTCAP: tl.constexpr):
+    """The softmax's logits at `pointers`; −1e30 where no column is."""
     x = transform_logits(tl.load(pointers, live, other=0.0).to(tl.float32), inverse_temperature, softcap, SOFTCAP)
     return tl.where(live, x, -1e30)
 
@@ -352,9 +359,9 @@ def _online(
 
 
 @triton.jit
-def _kl(z_row, d_row, row, V, lanes, inverse_temperature, softcap, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr):
+def _kl(z_row, d_row, policy, V, lanes, inverse_temperature, softcap, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr):
     """`(Σ p δ, KL)` of a row: one pass for the mean and the reference's normaliser, one for the terms around it."""
-    row_max, log_sum, peak = row
+    row_max, log_sum, peak = policy
     mean = tl.zeros((BLOCK,), tl.float32)
     m = tl.full((BLOCK,), -1e30, tl.float32)
     s = tl.zeros((BLOCK,), tl.float32)
@@ -385,7 +392,7 @@ def _kl(z_row, d_row, row, V, lanes, inverse_temperature, softcap, SOFTCAP: tl.c
 
 @triton.jit
 def expm1(x):
-    """exp(x) − 1 without cancellation (Kahan)."""
+    """exp(x) − 1 without cancellation (Kahan: the rounding of u enters (u − 1) / log u in both places, and cancels)."""
     u = tl.exp(x)
     exact = (u - 1.0) * (x / tl.log(u))
     return tl.where(u == 1.0, x, tl.where(u - 1.0 == -1.0, -1.0, exact))
@@ -393,7 +400,7 @@ def expm1(x):
 
 @triton.jit
 def log1p(x):
-    """log(1 + x) without cancellation (Kahan), x ≥ 0."""
+    """log(1 + x) without cancellation, x ≥ 0 (Kahan, as in Goldberg 1991, theorem 4)."""
     u = 1.0 + x
     return tl.where(u == 1.0, x, tl.log(u) * (x / (u - 1.0)))
 
@@ -414,14 +421,15 @@ def token_loss_slope(
     KL: tl.constexpr,  # 0: no penalty, else the estimator's number
     KL_TIMES_RATIO: tl.constexpr,
 ):
-    """∂ loss / ∂ logprob of one token, of which `token_loss` gives the loss."""
+    """∂ loss / ∂ logprob of one token; `token_loss.token_loss` has the loss, and autograd of it is the test."""
     if OLD:
         ratio = tl.exp(logprob - old_logprob)
     else:
-        ratio = tl.exp(logprob - logprob)
+        ratio = tl.exp(logprob - logprob)  # 1, but NaN for the row of a target out of range
     if CISPO:
         slope = -tl.minimum(ratio, cispo_cap) * advantage
     else:
+        # where the minimum is attained by a clamped branch the gradient is 0
         positive = advantage > 0
         stopped = (positive & (ratio > 1.0 + clip_high)) | (
             (advantage < 0) & ((ratio < 1.0 - clip_low) | (ratio > dual_clip))
@@ -439,7 +447,7 @@ def token_loss_slope(
             kl = expm1(-d) + d
             kl_slope = -expm1(-d)
         if KL_TIMES_RATIO:
-            kl_slope = (kl_slope + kl) * ratio
+            kl_slope = (kl_slope + kl) * ratio  # (kl · r)' = kl' r + kl r, as r' = r
         slope += beta * kl_slope
     return slope
 
@@ -449,6 +457,7 @@ class RowLaunch:
     """How `softmax_rows_kernel` is launched."""
 
     block: int = 4096
+    """16 numbers a thread: four loads of 16 bytes in flight, from float32."""
     warps: int = 8
 
 
@@ -457,119 +466,139 @@ def launch_rows() -> RowLaunch:
     return RowLaunch(block=64, warps=1) if interpreted() else RowLaunch()
 
 
-class TritonRows:
-    """A chunk of float32 logits (or given ones of any precision), worked on in place by `softmax_rows_kernel`.
+SLOTS = 2
+"""Large entries of a row, at most."""
+BLOCK_ROWS, BLOCK_H = 16, 512
+"""Rows that a run of equal tokens is summed by; hidden features of a program."""
 
-    Args:
-        logits: `[r, V]`, last stride 1.
-        targets: `[r]`.
-        transform: raw logits to the softmax's.
-        stats: room for the statistics, or the statistics themselves if `saved`.
-        drift: `[r, V]`, raw logits minus the reference's, for KL. Plain torch works on it in place.
-        out: `[r, V]`, where the gradient goes: over the logits by default. It may be a view of their memory in half
-            precision, if each of its rows starts where the logits' row does: see `softmax_rows` on what it holds then.
+
+class LargeEntries(NamedTuple):
+    """The few large entries of a gradient `[r, V]`, in float32 beside a half-precision rest: `[r, SLOTS]` each.
+
+    A GEMM takes the gradient of logits in half precision, 1.65e-3 from what it was. Most of that is the rounding of one
+    or two entries a row: the target's, g (1 − p), and that of another token, if it has most of the 1 − p. With those
+    apart,
+
+        dhidden = rest · weight + large · weight         rows of the weight, times a number each
+        dweight = restᵀ · hidden + largeᵀ · hidden       runs of equal tokens: one program each, in order, no atomics
+
+    are as good as their own rounding. Beside two GEMMs of 2·r·H·V FLOP that is some 20·r·H bytes.
     """
 
-    def __init__(
-        self,
-        logits: Tensor,
-        targets: Tensor,
-        transform: Transform,
-        stats: RowStatistics,
-        *,
-        saved: bool = False,
-        drift: Tensor | None = None,
-        out: Tensor | None = None,
-    ):
-        self.logits, self.targets, self.transform, self.stats = logits, targets, transform, stats
-        self.saved, self.drift = saved, drift
-        self.out = logits if out is None else out
+    token: Tensor
+    """int64, the column; −1 where there is no entry."""
+    value: Tensor
+    """float32; undefined where `token` is −1."""
 
-    def statistics_(self) -> None:
-        """Fill `stats`."""
-        self._launch()
-        self.saved = True
+    @classmethod
+    def none(cls, rows: int, device: torch.device) -> LargeEntries:
+        """An empty set of entries for `rows` rows."""
+        return cls(torch.full((rows, SLOTS), -1, device=device), torch.empty(rows, SLOTS, device=device))
 
-    def gradient_(
-        self, grad_logprob: Tensor | None, grad_entropy: Tensor | None = None, grad_kl: Tensor | None = None
-    ) -> RowGradient:
-        """The gradient; `grad_logprob` None stands for ones. Fills `stats` if not saved."""
-        even = grad_entropy is not None or grad_kl is not None
-        return self._gradient(even, upstream=(grad_logprob, grad_entropy, grad_kl))
-
-    def loss_gradient_(self, inputs: LossInputs) -> RowGradient:
-        """Statistics and the gradient of `Σ weight · token_loss`, in one launch."""
-        return self._gradient(inputs.config.entropy_coef != 0, loss=inputs)
-
-    def _gradient(self, even: bool, **source) -> RowGradient:
-        """The gradient; `even` if it is more than a log-prob's, whose one or two large entries outweigh the rest."""
-        rows, device, gradient = self.logits.shape[0], self.logits.device, RowGradient(self.out)
-        if self.out.dtype != self.logits.dtype and even:
-            gradient = RowGradient(self.out.view(torch.float16), factor=torch.empty(rows, device=device))
-        elif self.out.dtype != self.logits.dtype:
-            gradient = RowGradient(self.out, large=LargeEntries.none(rows, device))
-        self._launch(gradient, **source)
-        return gradient
-
-    def _launch(
-        self,
-        gradient: RowGradient | None = None,
-        *,
-        upstream: tuple[Tensor | None, ...] = (None, None, None),
-        loss: LossInputs | None = None,
-    ) -> None:
-        rows, vocabulary = self.logits.shape
-        stats, logits, drift = self.stats, self.logits, self.drift
-        weight, advantages, old, reference_logprob = loss[:4] if loss else (None,) * 4
-        config = loss.config if loss else LossConfig()
-        out, factor, large = gradient or RowGradient(logits)
-        launch = launch_rows()
-        softmax_rows_kernel[(rows,)](
-            logits,
-            out,
-            *(large or (None, None)),
-            factor,
-            self.targets,
-            drift,
-            stats.logprob,
-            stats.row_max,
-            stats.log_sum,
-            stats.entropy,
-            stats.kl,
-            stats.peak_drift,
-            stats.mean_drift,
-            *upstream,
-            weight,
-            advantages,
-            old,
-            reference_logprob,
-            vocabulary,
-            logits.stride(0),
-            out.stride(0),
-            0 if drift is None else drift.stride(0),
-            1.0 / self.transform.temperature,
-            self.transform.softcap or 1.0,
-            config.clip_low,
-            config.clip_high,
-            float("inf") if config.dual_clip is None else config.dual_clip,
-            config.cispo_cap,
-            config.beta,
-            config.entropy_coef,
-            SOFTCAP=self.transform.softcap is not None,
-            ENTROPY=stats.entropy is not None,
-            KL=drift is not None,
-            SAVED=self.saved,
-            GRAD=gradient is not None,
-            LARGE=large is not None,
-            SCALED=factor is not None,
-            UPSTREAM_LOGPROB=upstream[0] is not None,
-            UPSTREAM_ENTROPY=upstream[1] is not None,
-            UPSTREAM_KL=upstream[2] is not None,
-            LOSS=loss is not None,
-            CISPO=config.loss_type == "cispo",
-            OLD=old is not None,
-            KL_ESTIMATOR=int(config.kl_estimator[1]) if config.beta and reference_logprob is not None else 0,
-            KL_TIMES_RATIO=config.kl_times_ratio,
-            BLOCK=launch.block,
-            num_warps=launch.warps,
+    def add_product(self, total: Tensor, weight: Tensor, out: Tensor) -> None:
+        """`out[r, H] = total + large · weight` from float32 totals and `weight [V, H]`, rounded once."""
+        rows, width = total.shape
+        add_product_kernel[(rows, triton.cdiv(width, BLOCK_H))](
+            out=out,
+            total=total,
+            weight=weight,
+            token_ptr=self.token,
+            value_ptr=self.value,
+            H=width,
+            out_stride=out.stride(0),
+            out_step=out.stride(1),
+            weight_stride=weight.stride(0),
+            weight_step=weight.stride(1),
+            SLOTS=SLOTS,
+            BLOCK_H=BLOCK_H,
         )
+
+    def add_transposed(self, hidden: Tensor, total: Tensor) -> None:
+        """`total[V, H] += largeᵀ · hidden[r, H]`, a row with entries rounded once; the same bits each time."""
+        width = total.shape[1]
+        token, entry = self.token.flatten().sort(stable=True)  # stable: a run is summed in the order of its rows
+        end = torch.searchsorted(token, token, right=True)
+        add_transposed_kernel[(token.shape[0], triton.cdiv(width, BLOCK_H))](
+            total=total,
+            hidden=hidden,
+            token_ptr=token,
+            entry_ptr=entry,
+            end_ptr=end,
+            value_ptr=self.value,
+            H=width,
+            total_stride=total.stride(0),
+            total_step=total.stride(1),
+            hidden_stride=hidden.stride(0),
+            hidden_step=hidden.stride(1),
+            SLOTS=SLOTS,
+            BLOCK_ROWS=BLOCK_ROWS,
+            BLOCK_H=BLOCK_H,
+        )
+
+
+@triton.jit
+def add_product_kernel(
+    # data
+    out,  # [r, H]
+    total,  # [r, H] float32, contiguous
+    weight,  # [V, H]
+    token_ptr,
+    value_ptr,
+    # shapes and strides: `_stride` between rows, `_step` between features
+    H,
+    out_stride,
+    out_step,
+    weight_stride,
+    weight_step,
+    SLOTS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """One row of hidden states a program, BLOCK_H features of it."""
+    t = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    x = tl.load(total + t * H + h, h < H, other=0.0)
+    for slot in tl.static_range(SLOTS):
+        token = tl.load(token_ptr + t * SLOTS + slot)
+        value = tl.load(value_ptr + t * SLOTS + slot, token >= 0, other=0.0)
+        w = tl.load(weight + token * weight_stride + h * weight_step, (h < H) & (token >= 0), other=0.0)
+        x += value * w.to(tl.float32)
+    tl.store(out + t * out_stride + h * out_step, x.to(out.dtype.element_ty), h < H)
+
+
+@triton.jit
+def add_transposed_kernel(
+    # data
+    total,  # [V, H]
+    hidden,  # [r, H]
+    token_ptr,  # [r · SLOTS], in order
+    entry_ptr,  # where each was before
+    end_ptr,  # of its run of equal tokens
+    value_ptr,
+    # shapes and strides: `_stride` between rows, `_step` between features
+    H,
+    total_stride,
+    total_step,
+    hidden_stride,
+    hidden_step,
+    SLOTS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """One run of equal tokens a program, BLOCK_H features of it; all but the first of a run have nothing to do."""
+    first = tl.program_id(0)
+    token = tl.load(token_ptr + first)
+    if (token < 0) | (token == tl.load(token_ptr + first - 1, first > 0, other=-1)):
+        return
+    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    x = tl.zeros((BLOCK_H,), tl.float32)
+    end = tl.load(end_ptr + first)
+    for start in range(first, end, BLOCK_ROWS):
+        place = start + tl.arange(0, BLOCK_ROWS)
+        entry = tl.load(entry_ptr + place, place < end, other=0)
+        value = tl.load(value_ptr + entry, place < end, other=0.0)
+        row = hidden + (entry // SLOTS)[:, None] * hidden_stride + h[None, :] * hidden_step
+        states = tl.load(row, (place < end)[:, None] & (h < H)[None, :], other=0.0)
+        x += tl.sum(value[:, None] * states.to(tl.float32), 0)
+    row = total + token * total_stride + h * total_step
+    x += tl.load(row, h < H, other=0.0).to(tl.float32)
+    tl.store(row, x.to(total.dtype.element_ty), h < H)

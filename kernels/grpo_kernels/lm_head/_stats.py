@@ -14,34 +14,37 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from grpo_kernels._backend import TensorDescriptor, interpreted, tl, triton
 from grpo_kernels.lm_head._rows import RowStatistics, Transform
 from grpo_kernels.lm_head._rows_triton import log1p, transform_logits
-from grpo_kernels.testing.interpreter import interpreted
 
 
 @triton.jit
 def lm_head_stats_kernel(
+    # operands
     hidden,  # descriptor [T, H]
     weight,  # descriptor [V, H]
-    bias_ptr,
-    targets,
+    bias_ptr,  # [V]
+    targets,  # [T]
+    # outputs, float32
     tile_max,  # [tiles of V, T], as the next two
     tile_sum,
     tile_moment,
-    target_logit,  # [T]
+    target_logit,  # [T], written by the one tile that holds the target
+    # shapes
     T,
     V,
     H,
+    # numbers
     inverse_temperature,
     softcap,
+    # what to do
     BIAS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr,
+    # tile
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -66,7 +69,7 @@ def lm_head_stats_kernel(
     t = tile_t * BLOCK_T + tl.arange(0, BLOCK_T)
     rows = t < T
     y = tl.load(targets + t, rows, other=-1)
-    # half by half: the accumulators and three whole tiles of intermediates would not fit into the registers
+    # half by half: the accumulators take 128 registers of a thread's 255, so three whole tiles of intermediates spill
     left, right = logits.reshape(BLOCK_T, 2, BLOCK_V // 2).permute(0, 2, 1).split()
     v = tile_v * BLOCK_V
     m, s, q, z_y = _reduce(left, v, y, bias_ptr, V, inverse_temperature, softcap, BIAS, SOFTCAP, ENTROPY, BLOCK_V // 2)
@@ -110,7 +113,8 @@ def _reduce(
     z_y = tl.sum(tl.where(is_target, z, 0.0), 1)
     # loads past V give zeros, and a zero is a logit like any other: such columns must not count
     z = tl.where(is_target | (v >= V)[None, :], -1e30, z)
-    m = tl.maximum(tl.max(z, 1), -1e29)  # so that a row without a logit that counts has sum 0
+    # a row without a logit that counts holds −1e30 alone: above that maximum exp(z − m) is 0, not 1
+    m = tl.maximum(tl.max(z, 1), -1e29)
     z -= m[:, None]
     e = tl.exp(z)
     q = m
@@ -121,16 +125,20 @@ def _reduce(
 
 @triton.jit
 def combine_stats_kernel(
-    tile_max,
+    # of `lm_head_stats_kernel`
+    tile_max,  # [tiles, T], as the next two
     tile_sum,
     tile_moment,
-    target_logit,
+    target_logit,  # [T]; NaN where no tile held the target
+    # outputs, [T] float32 each
     logprob_ptr,
     row_max_ptr,
     log_sum_ptr,
     entropy_ptr,
+    # shapes
     T,
     tiles,
+    # what to do, and the tile
     ENTROPY: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
@@ -189,18 +197,9 @@ class HeadTile:
 
 def head_tile() -> HeadTile:
     """The shipped configuration; small tiles in the interpreter, so that tests cross their borders."""
-    return HeadTile(32, 64, 32, 2, 1, 1) if interpreted() else HeadTile()
-
-
-def can_describe(*tensors: Tensor) -> bool:
-    """Whether TMA descriptors can be made: 16-byte aligned rows of half precision or float32, equal in dtype."""
-    return all(
-        t.dtype == tensors[0].dtype
-        and t.stride(1) == 1
-        and t.data_ptr() % 16 == 0
-        and t.stride(0) * t.element_size() % 16 == 0
-        for t in tensors
-    )
+    if interpreted():
+        return HeadTile(block_t=32, block_v=64, block_h=32, group=2, warps=1, stages=1)
+    return HeadTile()
 
 
 def lm_head_stats(
@@ -214,7 +213,7 @@ def lm_head_stats(
     """Fill `stats` (log-prob, normaliser, entropy if it has room) of `[T, H]` hidden states and a `[V, H]` head.
 
     Args:
-        hidden, weight: of one dtype, fit for descriptors (`can_describe`).
+        hidden, weight: of one dtype, fit for descriptors (`_gemm.fits_descriptors`).
         targets: int64 or int32 `[T]`.
     """
     (rows, width), vocabulary = hidden.shape, weight.shape[0]
@@ -222,21 +221,22 @@ def lm_head_stats(
     tiles_v = triton.cdiv(vocabulary, tile.block_v)
     entropy = stats.entropy is not None
     tile_max, tile_sum, tile_moment = (hidden.new_empty(tiles_v, rows, dtype=torch.float32) for _ in range(3))
+    # a target out of range is in no tile: its row becomes NaN
     target_logit = hidden.new_full((rows,), float("nan"), dtype=torch.float32)
     lm_head_stats_kernel[(triton.cdiv(rows, tile.block_t) * tiles_v,)](
-        TensorDescriptor(hidden, [rows, width], [hidden.stride(0), 1], [tile.block_t, tile.block_h]),
-        TensorDescriptor(weight, [vocabulary, width], [weight.stride(0), 1], [tile.block_v, tile.block_h]),
-        bias,
-        targets,
-        tile_max,
-        tile_sum,
-        tile_moment,
-        target_logit,
-        rows,
-        vocabulary,
-        width,
-        1.0 / transform.temperature,
-        transform.softcap or 1.0,
+        hidden=TensorDescriptor(hidden, [rows, width], [hidden.stride(0), 1], [tile.block_t, tile.block_h]),
+        weight=TensorDescriptor(weight, [vocabulary, width], [weight.stride(0), 1], [tile.block_v, tile.block_h]),
+        bias_ptr=bias,
+        targets=targets,
+        tile_max=tile_max,
+        tile_sum=tile_sum,
+        tile_moment=tile_moment,
+        target_logit=target_logit,
+        T=rows,
+        V=vocabulary,
+        H=width,
+        inverse_temperature=1.0 / transform.temperature,
+        softcap=transform.softcap or 1.0,
         BIAS=bias is not None,
         SOFTCAP=transform.softcap is not None,
         ENTROPY=entropy,
@@ -248,16 +248,16 @@ def lm_head_stats(
         num_stages=tile.stages,
     )
     combine_stats_kernel[(triton.cdiv(rows, COMBINE["BLOCK_T"]),)](
-        tile_max,
-        tile_sum,
-        tile_moment,
-        target_logit,
-        stats.logprob,
-        stats.row_max,
-        stats.log_sum,
-        stats.entropy,
-        rows,
-        tiles_v,
+        tile_max=tile_max,
+        tile_sum=tile_sum,
+        tile_moment=tile_moment,
+        target_logit=target_logit,
+        logprob_ptr=stats.logprob,
+        row_max_ptr=stats.row_max,
+        log_sum_ptr=stats.log_sum,
+        entropy_ptr=stats.entropy,
+        T=rows,
+        tiles=tiles_v,
         ENTROPY=entropy,
         **COMBINE,
         num_warps=4,

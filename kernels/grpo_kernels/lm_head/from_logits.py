@@ -1,6 +1,6 @@
 """GRPO loss of given logits: loss, per-token statistics and the gradient, written over the logits by option.
 
-    loss = Σ_t loss_weight_t · token_loss_t        `token_loss` has the formulas, `softmax_rows` the softmax
+    loss = Σ_t loss_weight_t · token_loss_t        `token_loss` has the formulas, `_rows` the softmax
 
 One launch reads a row for its statistics, finds the token's slope from its own log-prob, and writes the gradient: of
 `[T, V]` two bytes in and two bytes out a token in bfloat16, where separate forward and backward launches read twice.
@@ -9,19 +9,23 @@ One launch reads a row for its statistics, finds the token's slope from its own 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from grpo_kernels._backend import Backend, choose_backend
-from grpo_kernels._checks import GRAPH_BREAK, accumulator_dtype, check_softmax, check_targets
-from grpo_kernels.lm_head._rows import RowGradient, RowStatistics, Transform
-from grpo_kernels.lm_head._softmax_rows import Rows
-from grpo_kernels.lm_head.selective_logprob import check_logits, given_rows
+from grpo_kernels._backend import GRAPH_BREAK, Backend, accumulator_dtype, choose_backend, has_triton, tl, triton
+from grpo_kernels.lm_head._rows import (
+    RowGradient,
+    Rows,
+    RowStatistics,
+    Transform,
+    check_logits,
+    check_softmax,
+    check_targets,
+    given_rows,
+)
 from grpo_kernels.lm_head.token_loss import KLEstimator, LossConfig, LossInputs, LossType
 
 Chunks = Iterator[tuple[slice, Rows]]
@@ -48,76 +52,98 @@ class GRPOLoss(NamedTuple):
     clipped_high: Tensor
     """bool."""
 
+    def map_tokens(self, function: Callable[[Tensor], Tensor]) -> GRPOLoss:
+        """The result with a function applied to each per-token field."""
+        return GRPOLoss(
+            loss=self.loss,
+            token_loss=function(self.token_loss),
+            logprob=function(self.logprob),
+            entropy=function(self.entropy),
+            ratio=function(self.ratio),
+            kl=None if self.kl is None else function(self.kl),
+            clipped_low=function(self.clipped_low),
+            clipped_high=function(self.clipped_high),
+        )
+
 
 def loss_pass(
     chunks: Callable[[bool], Chunks],
     stats: RowStatistics,
     inputs: LossInputs,
-    take: Callable[[slice, RowGradient], None] | None,
+    add_gradient: Callable[[slice, RowGradient], None] | None,
 ) -> GRPOLoss:
-    """The loss over all chunks of rows, handing each chunk's gradient to `take` (None: no gradient is wanted).
+    """Compute the loss over all chunks of rows.
 
     Args:
         chunks: gives the rows anew; called with whether `stats` is known already.
+        stats: room for the statistics of all rows.
+        add_gradient: takes in each chunk's gradient, before the next chunk overwrites it; None: no gradient is wanted.
     """
-    if take is None:
+    assert stats.entropy is not None  # callers make room for it, be it for metrics alone
+    if add_gradient is None:
         for _, chunk in chunks(False):
             chunk.statistics_()
-    elif inputs.sequence_index is None:
+    elif inputs.completion_index is None:
         for rows, chunk in chunks(False):
-            take(rows, chunk.loss_gradient_(inputs.rows(rows)))
-    else:  # a sequence's ratio is known after its last row
+            add_gradient(rows, chunk.loss_gradient_(inputs.rows(rows)))
+    else:  # a completion's ratio is known after its last row: statistics of all rows first, then their gradients
         last = None
         for rows, chunk in chunks(False):
             chunk.statistics_()
             last = rows, chunk
         slopes = inputs.slopes(stats.logprob, stats.entropy)
-        one_chunk = last is not None and last[0].start == 0
-        for rows, chunk in [last] if one_chunk else chunks(True):
-            take(rows, chunk.gradient_(*(None if x is None else x[rows] for x in slopes)))
+        # the logits of a single chunk are still there; those of several were overwritten by the next one's
+        for rows, chunk in [last] if last is not None and last[0].start == 0 else chunks(True):
+            add_gradient(rows, chunk.gradient_(*(None if x is None else x[rows] for x in slopes)))
 
-    live = inputs.weight != 0
+    live = inputs.weight != 0  # kernels skip other rows: what stands there may be anything, NaN too
     tokens = inputs.loss(stats.logprob, stats.entropy)
     by_token = torch.where(live, tokens.loss, 0.0)
     return GRPOLoss(
-        (by_token * inputs.weight).sum(),
-        by_token,
-        torch.where(live, stats.logprob, 0.0),
-        torch.where(live, stats.entropy, 0.0),
-        tokens.ratio,
-        tokens.kl,
-        tokens.clipped_low & live,
-        tokens.clipped_high & live,
+        loss=(by_token * inputs.weight).sum(),
+        token_loss=by_token,
+        logprob=torch.where(live, stats.logprob, 0.0),
+        entropy=torch.where(live, stats.entropy, 0.0),
+        ratio=tokens.ratio,
+        kl=tokens.kl,
+        clipped_low=tokens.clipped_low & live,
+        clipped_high=tokens.clipped_high & live,
     )
+
+
+Compute = Callable[[Sequence[bool]], tuple[GRPOLoss, Sequence[Tensor | None]]]
+"""From which inputs need a gradient to the result and its gradients in the inputs (None for those that need none)."""
 
 
 class _WithGradients(torch.autograd.Function):
     """A loss whose gradients are computed along with it."""
 
     @staticmethod
-    def forward(ctx, compute, *inputs):
+    def forward(ctx: Any, compute: Compute, *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
         result, ctx.gradients = compute(ctx.needs_input_grad[1:])
         ctx.mark_non_differentiable(*(x for x in result[1:] if x is not None))
         return tuple(result)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss, *_):
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError("this loss keeps one gradient, so its backward runs once: call the loss again")
-        gradients, ctx.gradients = ctx.gradients, None
+        gradients, ctx.gradients = ctx.gradients, None  # scaled in place and given away: they serve once
         for gradient in gradients:
             if gradient is not None:
                 scale_(gradient, grad_loss)
         return None, *gradients
 
 
-def with_gradients(
-    compute: Callable[[Sequence[bool]], tuple[GRPOLoss, Sequence[Tensor | None]]], *inputs: Tensor | None
-) -> GRPOLoss:
+def with_gradients(compute: Compute, *inputs: Tensor | None) -> GRPOLoss:
     """A differentiable `GRPOLoss` from `compute(needs)`: the result, and its gradients in the inputs that need one."""
-    recording = torch.is_grad_enabled()
+    recording = torch.is_grad_enabled()  # inside `forward` it is always off, and needs_input_grad knows no `no_grad`
     return GRPOLoss(*_WithGradients.apply(lambda needs: compute([recording and need for need in needs]), *inputs))
+
+
+SCALE = {"BLOCK": 4096, "num_warps": 8}
+"""Launch of `scale_kernel`: 16 numbers a thread."""
 
 
 @triton.jit
@@ -133,9 +159,10 @@ def scale_kernel(x, factor_ptr, n, BLOCK: tl.constexpr):
 
 def scale_(tensor: Tensor, factor: Tensor) -> None:
     """`tensor ·= factor` (0-d) in place; the usual factor of 1 costs neither a pass nor a synchronisation."""
-    if tensor.is_cuda and tensor.is_contiguous():
-        block = 4096
-        scale_kernel[(triton.cdiv(tensor.numel(), block),)](tensor, factor, tensor.numel(), BLOCK=block, num_warps=8)
+    if tensor.is_cuda and tensor.is_contiguous() and has_triton():
+        scale_kernel[(triton.cdiv(tensor.numel(), SCALE["BLOCK"]),)](
+            x=tensor, factor_ptr=factor, n=tensor.numel(), **SCALE
+        )
     elif tensor.is_cuda or factor.item() != 1.0:
         tensor.mul_(factor)
 
@@ -158,8 +185,8 @@ def grpo_loss(
     kl_estimator: KLEstimator = "k3",
     kl_times_ratio: bool = False,
     entropy_coef: float = 0.0,
-    sequence_index: Tensor | None = None,
-    num_sequences: int | None = None,
+    completion_index: Tensor | None = None,
+    num_completions: int | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
     inplace: bool = False,
@@ -188,45 +215,45 @@ def grpo_loss(
         logits.device,
         accumulator_dtype(logits),
         LossConfig(
-            loss_type,
-            clip_low,
-            clip_high,
-            dual_clip,
-            cispo_cap,
-            beta,
-            kl_estimator,
-            kl_times_ratio,
-            entropy_coef,
+            loss_type=loss_type,
+            clip_low=clip_low,
+            clip_high=clip_high,
+            dual_clip=dual_clip,
+            cispo_cap=cispo_cap,
+            beta=beta,
+            kl_estimator=kl_estimator,
+            kl_times_ratio=kl_times_ratio,
+            entropy_coef=entropy_coef,
         ),
-        *(
-            None if x is None else x.reshape(-1)
-            for x in (loss_weight, advantages, old_logprob, reference_logprob, sequence_index)
-        ),
-        num_sequences,
+        loss_weight=loss_weight.reshape(-1),
+        advantages=advantages.reshape(-1),
+        old_logprob=None if old_logprob is None else old_logprob.reshape(-1),
+        reference_logprob=None if reference_logprob is None else reference_logprob.reshape(-1),
+        completion_index=None if completion_index is None else completion_index.reshape(-1),
+        num_completions=num_completions,
     )
-    flat = inputs.counting(targets.reshape(-1))
+    flat = inputs.without_ignored_ids(targets.reshape(-1))
     check_targets(flat, rows, logits.shape[-1], logits.device, validate)
     transform, backend = Transform(temperature, softcap), choose_backend(logits.device, backend, logits.dtype)
 
-    def compute(needs):
+    def compute(needs: Sequence[bool]) -> tuple[GRPOLoss, Sequence[Tensor | None]]:
         stats = RowStatistics.empty(rows, logits.device, accumulator_dtype(logits), entropy=True, kl=False)
         (need,) = needs
-        given = logits.detach()
-        out = torch.empty_like(given) if need and not inplace else given
+        values = logits.detach()
+        out = torch.empty_like(values) if need and not inplace else values
         result = loss_pass(
-            lambda saved: given_rows(given, out, flat, transform, stats, backend, saved),
+            lambda saved: given_rows(values, out, flat, transform, stats, backend, saved),
             stats,
             inputs,
-            (lambda *_: None) if need else None,
+            add_gradient=(lambda rows, gradient: None) if need else None,  # it lies in `out` already
         )
-        if need and inplace:
+        if need and inplace:  # a later use of the logits by autograd is refused, not silently wrong
             torch.autograd.graph.increment_version(logits)
         return result, (out if need else None,)
 
-    result = with_gradients(compute, logits)
-    return GRPOLoss(result.loss, *(None if x is None else x.view(shape) for x in result[1:]))
+    return with_gradients(compute, logits).map_tokens(lambda x: x.view(shape))
 
 
-def grpo_loss_reference(logits: Tensor, targets: Tensor, advantages: Tensor, **options) -> GRPOLoss:
+def grpo_loss_reference(logits: Tensor, targets: Tensor, advantages: Tensor, **options: Any) -> GRPOLoss:
     """`grpo_loss` in plain torch. The path taken on a CPU."""
     return grpo_loss(logits, targets, advantages, backend="torch", **options)

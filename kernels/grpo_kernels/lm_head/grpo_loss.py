@@ -1,12 +1,12 @@
 """GRPO loss of an LM head: loss, per-token statistics and gradients in three GEMMs and one in-place pass.
 
     logits = hidden · weightᵀ            fp32 accumulators, at most `chunk_bytes` of them at a time
-    dz     ← over the logits             statistics, the token's slope, the gradient: one launch (`softmax_rows`)
+    dz     ← over the logits             statistics, the token's slope, the gradient: one launch (`_rows`)
     dhidden = dz · weight,  dweight = dzᵀ · hidden
 
 A token's slope needs nothing but its own log-prob (and entropy), which are known once its row has been read; so the
 gradient can be had in the forward, and no logits are kept or computed twice. A frozen head leaves two GEMMs. Ratios of
-whole sequences (GSPO) are known only after every row of the sequence: statistics first, then a second pass, which
+whole completions (GSPO) are known only after their last row: statistics first, then a second pass, which
 recomputes logits only where they did not fit into one chunk.
 
 Bytes beside the GEMMs, per token: V·(4 + 2) with half-precision operands (fp32 logits read, half gradient written; the
@@ -15,13 +15,15 @@ second read comes from L2). Floors and figures: docs/kernels.md.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from grpo_kernels._backend import Backend, choose_backend
-from grpo_kernels._checks import GRAPH_BREAK, accumulator_dtype, check_head, check_softmax, check_targets
-from grpo_kernels.lm_head._gemm import Head, HeadGradients, HeadOptions, head_rows, replicated
-from grpo_kernels.lm_head._rows import RowStatistics, Transform
+from grpo_kernels._backend import GRAPH_BREAK, Backend, accumulator_dtype, choose_backend
+from grpo_kernels.lm_head._gemm import Head, HeadGradients, check_head, replicated
+from grpo_kernels.lm_head._rows import HeadOptions, RowStatistics, Transform, check_softmax, check_targets, head_rows
 from grpo_kernels.lm_head.from_logits import GRPOLoss, loss_pass, with_gradients
 from grpo_kernels.lm_head.token_loss import KLEstimator, LossConfig, LossInputs, LossType
 
@@ -45,8 +47,8 @@ def linear_grpo_loss(
     kl_estimator: KLEstimator = "k3",
     kl_times_ratio: bool = False,
     entropy_coef: float = 0.0,
-    sequence_index: Tensor | None = None,
-    num_sequences: int | None = None,
+    completion_index: Tensor | None = None,
+    num_completions: int | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
     bias: Tensor | None = None,
@@ -70,8 +72,8 @@ def linear_grpo_loss(
         loss_type: 'clip' or 'cispo'; `token_loss` has the formulas.
         clip_low, clip_high, dual_clip, cispo_cap, beta, kl_estimator, kl_times_ratio, entropy_coef: as in
             `LossConfig`.
-        sequence_index, num_sequences: int64 `[T]` in `[0, num_sequences)`: ratios of whole sequences (GSPO), over rows
-            of weight ≠ 0.
+        completion_index, num_completions: int64 `[T]` in `[0, num_completions)`: ratios of whole completions (GSPO),
+            over rows of weight ≠ 0.
         temperature, softcap, bias, chunk_bytes, backend, validate: as in `linear_logprob`.
         live_rows: how many weights are not 0, if the host knows. On a CPU they are counted. On a GPU counting them
             would synchronise: without this number, rows of weight 0 skip the pass but not the GEMMs.
@@ -82,7 +84,7 @@ def linear_grpo_loss(
     Raises:
         ValueError, TypeError, IndexError: arguments that do not fit each other; the message says which and why.
     """
-    weight, bias = replicated(weight), replicated(bias)
+    weight, bias = replicated(weight), None if bias is None else replicated(bias)
     check_head(hidden, weight, bias)
     check_softmax(temperature, softcap, chunk_bytes)
     rows = hidden.shape[0]
@@ -91,33 +93,36 @@ def linear_grpo_loss(
         hidden.device,
         accumulator_dtype(hidden, weight),
         LossConfig(
-            loss_type,
-            clip_low,
-            clip_high,
-            dual_clip,
-            cispo_cap,
-            beta,
-            kl_estimator,
-            kl_times_ratio,
-            entropy_coef,
+            loss_type=loss_type,
+            clip_low=clip_low,
+            clip_high=clip_high,
+            dual_clip=dual_clip,
+            cispo_cap=cispo_cap,
+            beta=beta,
+            kl_estimator=kl_estimator,
+            kl_times_ratio=kl_times_ratio,
+            entropy_coef=entropy_coef,
         ),
-        loss_weight,
-        advantages,
-        old_logprob,
-        reference_logprob,
-        sequence_index,
-        num_sequences,
+        loss_weight=loss_weight,
+        advantages=advantages,
+        old_logprob=old_logprob,
+        reference_logprob=reference_logprob,
+        completion_index=completion_index,
+        num_completions=num_completions,
     )
     live = _live_rows(inputs.weight, live_rows)
-    if live is not None:
+    if live is not None:  # rows of weight 0 go before the first GEMM
         hidden, targets, inputs = hidden[live], targets[live], inputs.rows(live)
-    targets = inputs.counting(targets)
+    targets = inputs.without_ignored_ids(targets)
     check_targets(targets, hidden.shape[0], weight.shape[0], hidden.device, validate)
     options = HeadOptions(
-        Transform(temperature, softcap), True, chunk_bytes, choose_backend(hidden.device, backend, inputs.weight.dtype)
+        transform=Transform(temperature, softcap),
+        entropy=True,
+        chunk_bytes=chunk_bytes,
+        backend=choose_backend(hidden.device, backend, inputs.weight.dtype),
     )
 
-    def compute(needs):
+    def compute(needs: Sequence[bool]) -> tuple[GRPOLoss, Sequence[Tensor | None]]:
         head = Head(hidden, weight, options.backend)
         stats = RowStatistics.empty(hidden.shape[0], hidden.device, head.accumulator, entropy=True, kl=False)
         gradients = HeadGradients(head, hidden, bias, *needs)
@@ -125,7 +130,7 @@ def linear_grpo_loss(
             lambda saved: head_rows(head, hidden, bias, targets, stats, options, saved=saved),
             stats,
             inputs,
-            gradients.add if any(needs) else None,
+            add_gradient=gradients.add if any(needs) else None,
         )
         return result, gradients.results()
 
@@ -133,13 +138,12 @@ def linear_grpo_loss(
         result = with_gradients(compute, hidden, weight, bias)
     if live is None:
         return result
-    return GRPOLoss(
-        result.loss, *(None if x is None else x.new_zeros(rows).index_copy_(0, live, x) for x in result[1:])
-    )
+    # back to T rows; those left out are 0
+    return result.map_tokens(lambda x: x.new_zeros(rows).index_copy_(0, live, x))
 
 
 def linear_grpo_loss_reference(
-    hidden: Tensor, weight: Tensor, targets: Tensor, advantages: Tensor, **options
+    hidden: Tensor, weight: Tensor, targets: Tensor, advantages: Tensor, **options: Any
 ) -> GRPOLoss:
     """`linear_grpo_loss` in plain torch: chunked and bounded in memory. The path taken on a CPU."""
     return linear_grpo_loss(hidden, weight, targets, advantages, backend="torch", **options)
@@ -152,4 +156,5 @@ def _live_rows(loss_weight: Tensor, count: int | None) -> Tensor | None:
         if count not in (None, live.shape[0]):
             raise ValueError(f"live_rows is {count}, but {live.shape[0]} loss weights are not 0")
         return None if live.shape[0] == loss_weight.shape[0] else live
+    # nonzero() would copy the count to the host; with the size given, indices stay on the device
     return None if count is None else torch.nonzero_static(loss_weight, size=count)[:, 0]

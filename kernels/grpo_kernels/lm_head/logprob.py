@@ -1,7 +1,7 @@
 """Log-prob, entropy and exact KL of an LM head's softmax, without the `[T, V]` logits.
 
     logits = hidden · weightᵀ + bias        fp32 accumulators, at most `chunk_bytes` of them at a time
-    logprob, entropy, kl                    `softmax_rows` says how, forward and backward
+    logprob, entropy, kl                    `_rows` says how, forward and backward
 
 Cost of T tokens, H hidden, V vocabulary, one GEMM being 2·T·H·V FLOP: the forward takes one GEMM. With a trainable
 head the backward takes two more (input and weight), three in all if one chunk holds all logits, and is kept until then;
@@ -13,17 +13,24 @@ whatever the per-token gradient turns out to be. Where no gradient is wanted and
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from grpo_kernels._backend import Backend, choose_backend
-from grpo_kernels._checks import GRAPH_BREAK, accumulator_dtype, check_head, check_softmax, check_targets
-from grpo_kernels.lm_head._gemm import Head, HeadGradients, HeadOptions, default_chunk_bytes, head_rows, replicated
-from grpo_kernels.lm_head._rows import RowStatistics, Transform
-from grpo_kernels.lm_head._stats import can_describe, lm_head_stats
+from grpo_kernels._backend import GRAPH_BREAK, Backend, accumulator_dtype, choose_backend
+from grpo_kernels.lm_head._gemm import Head, HeadGradients, check_head, fits_descriptors, replicated
+from grpo_kernels.lm_head._rows import (
+    HeadOptions,
+    RowStatistics,
+    Transform,
+    check_softmax,
+    check_targets,
+    default_chunk_bytes,
+    head_rows,
+)
+from grpo_kernels.lm_head._stats import lm_head_stats
 
 
 class LinearLogprob(NamedTuple):
@@ -39,7 +46,15 @@ class LinearLogprob(NamedTuple):
 
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, reference_hidden, targets, options):
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        reference_hidden: Tensor | None,
+        targets: Tensor,
+        options: HeadOptions,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         stats = RowStatistics.empty(
             hidden.shape[0],
             hidden.device,
@@ -52,46 +67,52 @@ class _LinearLogprob(torch.autograd.Function):
             return stats.logprob, stats.entropy, stats.kl
         head_frozen = not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2])
         head = Head(hidden, weight, options.backend)
-        unit = None
+        # ∂ logprob / ∂ hidden [T, H] while the logits are there: with a frozen head it is all that a backward needs
+        logprob_slope = None
         if options.grad and ctx.needs_input_grad[0] and head_frozen and reference_hidden is None:
-            unit = torch.empty_like(hidden, dtype=head.accumulator)  # rounded once, after the upstream factor
-        ctx.options, ctx.kept = options, None
+            logprob_slope = torch.empty_like(hidden, dtype=head.accumulator)  # rounded once, after the upstream factor
+        ctx.options, ctx.kept_chunk = options, None
         for rows, chunk in head_rows(head, hidden, bias, targets, stats, options, reference_hidden=reference_hidden):
-            if unit is None:
+            if logprob_slope is None:
                 chunk.statistics_()
                 if options.grad and any(ctx.needs_input_grad) and rows == slice(0, hidden.shape[0]):
-                    chunk.stats = None  # they are results: the graph would hold itself
-                    ctx.kept = chunk
+                    # logits of a single chunk are kept, and not computed again. Without its statistics: those are
+                    # results, which hold this graph, so [T, V] would live until the collector finds the cycle
+                    del chunk.stats
+                    ctx.kept_chunk = chunk
             else:
-                head.grad_hidden(chunk.gradient_(None), out=unit[rows])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(hidden, weight, bias, reference_hidden, targets, unit, *stats.tensors())
+                head.grad_hidden(chunk.gradient_(None), out=logprob_slope[rows])
+        ctx.set_materialize_grads(False)  # an output without an upstream gradient gives None, not a tensor of zeros
+        ctx.save_for_backward(hidden, weight, bias, reference_hidden, targets, logprob_slope, *stats.tensors())
         return stats.logprob, stats.entropy, stats.kl
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_logprob, grad_entropy, grad_kl):
-        hidden, weight, bias, reference_hidden, targets, unit, *stats = ctx.saved_tensors
-        stats = RowStatistics(*stats)
+    def backward(
+        ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None, grad_kl: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, reference_hidden, targets, logprob_slope, *saved = ctx.saved_tensors
+        stats = RowStatistics(*saved)
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         if grad_entropy is None and grad_kl is None:
             if grad_logprob is None:
                 return (None,) * 6
-            if unit is not None:
-                return ((unit * grad_logprob[:, None]).to(hidden.dtype), *(None,) * 5)
+            if logprob_slope is not None:
+                return ((logprob_slope * grad_logprob[:, None]).to(hidden.dtype), *(None,) * 5)
         if grad_logprob is None:
             grad_logprob = torch.zeros_like(stats.logprob)
-        # an upstream gradient may be an expanded scalar: kernels read one number a row
+        # `.sum()` gives an expanded scalar of stride 0 as upstream gradient: kernels read one number a row
         upstream = [None if g is None else g.contiguous() for g in (grad_logprob, grad_entropy, grad_kl)]
         if grad_kl is None:
             reference_hidden = None
         head = Head(hidden, weight, ctx.options.backend)
         gradients = HeadGradients(head, hidden, bias, need_hidden, need_weight, need_bias)
-        kept, ctx.kept = ctx.kept, None  # a gradient goes over its logits: a second backward computes them again
-        with torch.autocast(hidden.device.type, enabled=False):
-            if kept is not None:
-                kept.stats = stats
-                chunks = [(slice(0, hidden.shape[0]), kept)]
+        # the gradient goes over the logits, so they serve once: a second backward computes them again
+        kept_chunk, ctx.kept_chunk = ctx.kept_chunk, None
+        with torch.autocast(hidden.device.type, enabled=False):  # a backward may run outside the forward's context
+            if kept_chunk is not None:
+                kept_chunk.stats = stats
+                chunks = iter([(slice(0, hidden.shape[0]), kept_chunk)])
             else:
                 chunks = head_rows(
                     head,
@@ -108,10 +129,14 @@ class _LinearLogprob(torch.autograd.Function):
         return *gradients.results(), None, None, None
 
 
-def _without_logits(ctx, hidden, weight, reference_hidden, options) -> bool:
+def _without_logits(
+    ctx: Any, hidden: Tensor, weight: Tensor, reference_hidden: Tensor | None, options: HeadOptions
+) -> bool:
     """Whether to go without logits: no gradient is wanted, and they would not fit into one chunk."""
-    wanted = options.grad and any(ctx.needs_input_grad[:3])
-    if options.backend != "triton" or wanted or reference_hidden is not None or not can_describe(hidden, weight):
+    grad_wanted = options.grad and any(ctx.needs_input_grad[:3])
+    if grad_wanted or reference_hidden is not None or options.backend != "triton":
+        return False
+    if not fits_descriptors(hidden, weight):
         return False
     logits_bytes = hidden.shape[0] * weight.shape[0] * 4
     return logits_bytes > (options.chunk_bytes or default_chunk_bytes(hidden.device))
@@ -156,7 +181,7 @@ def linear_logprob(
     Raises:
         ValueError, TypeError, IndexError: arguments that do not fit each other; the message says which and why.
     """
-    weight, bias = replicated(weight), replicated(bias)
+    weight, bias = replicated(weight), None if bias is None else replicated(bias)
     check_head(hidden, weight, bias, reference_hidden)
     check_targets(targets, hidden.shape[0], weight.shape[0], hidden.device, validate)
     check_softmax(temperature, softcap, chunk_bytes)
@@ -175,6 +200,6 @@ def linear_logprob(
         )
 
 
-def linear_logprob_reference(hidden: Tensor, weight: Tensor, targets: Tensor, **options) -> LinearLogprob:
+def linear_logprob_reference(hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> LinearLogprob:
     """`linear_logprob` in plain torch: chunked, bounded in memory, differentiable. The path taken on a CPU."""
     return linear_logprob(hidden, weight, targets, backend="torch", **options)

@@ -1,4 +1,4 @@
-"""The GRPO loss of tokens as a function of their log-probs, and (for kernels) its derivative in closed form.
+"""The GRPO loss of tokens as a function of their log-probs, in torch: the one definition of each formula.
 
 With d = logp − logp_old, r = exp(d), A the advantage and e = logp − logp_ref:
 
@@ -7,8 +7,9 @@ With d = logp − logp_old, r = exp(d), A the advantage and e = logp − logp_re
     k1, k2, k3    e,   e²/2,   exp(−e) + e − 1                       times β, and times r by option
     entropy       −coefficient·H
 
-Without an old log-prob the policy is its own sampler: r = 1, and its gradient is that of logp. A sequence's ratio
-(GSPO, arXiv 2507.18071) is exp(mean d) over its tokens, shared by all of them.
+Without an old log-prob the policy is its own sampler: r = 1, and its gradient is that of logp. A completion's ratio
+(GSPO, arXiv 2507.18071) is exp(mean d) over its tokens, shared by all of them. Kernels have the derivative in closed
+form (`_rows_triton.token_loss_slope`), which tests hold against autograd of these functions.
 """
 
 from __future__ import annotations
@@ -18,8 +19,6 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-
-from grpo_kernels._checks import check_per_token
 
 LossType = Literal["clip", "cispo"]
 KLEstimator = Literal["k1", "k2", "k3"]
@@ -55,9 +54,9 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         if self.loss_type not in LOSS_TYPES:
-            raise ValueError(f"unknown loss_type {self.loss_type!r}: choose one of {LOSS_TYPES}")
+            raise ValueError(f"unknown loss_type {self.loss_type!r}: choose clip or cispo")
         if self.kl_estimator not in KL_ESTIMATORS:
-            raise ValueError(f"unknown kl_estimator {self.kl_estimator!r}: choose one of {KL_ESTIMATORS}")
+            raise ValueError(f"unknown KL estimator {self.kl_estimator!r}: choose k1, k2 or k3")
         if not (0.0 <= self.clip_low <= 1.0 and self.clip_high >= 0.0):
             raise ValueError(f"need 0 ≤ clip_low ≤ 1 and clip_high ≥ 0, got {self.clip_low} and {self.clip_high}")
         if self.dual_clip is not None and self.dual_clip <= 1.0 + self.clip_high:
@@ -131,7 +130,7 @@ class TokenLoss(NamedTuple):
 
     loss: Tensor
     ratio: Tensor
-    """π / π_old; a sequence's, if ratios are by sequence."""
+    """π / π_old; a completion's, with `completion_index`."""
     kl: Tensor | None
     """The estimate (before β and the ratio); None without a reference."""
     clipped_low: Tensor
@@ -148,21 +147,24 @@ def token_loss(
     reference_logprob: Tensor | None,
     config: LossConfig,
     *,
-    sequence_index: Tensor | None = None,
-    num_sequences: int | None = None,
+    completion_index: Tensor | None = None,
+    num_completions: int | None = None,
 ) -> TokenLoss:
     """Losses of T tokens, differentiable in `logprob` and `entropy`.
 
     Args:
-        logprob, entropy, advantages, old_logprob, reference_logprob: `[T]`.
-        sequence_index: int64 `[T]` in `[0, num_sequences)`: take the ratio of each token's whole sequence.
+        logprob, advantages, old_logprob, reference_logprob: `[T]`.
+        entropy: `[T]`; needed if `config.entropy_coef` is not 0.
+        completion_index, num_completions: int64 `[T]` in `[0, num_completions)`: take the ratio of each token's whole
+            completion.
     """
+    # without an old log-prob logp − sg(logp): 0, with the gradient of logp
     log_ratio = logprob - (logprob if old_logprob is None else old_logprob).detach()
-    if sequence_index is not None:
-        count = torch.zeros(num_sequences, dtype=logprob.dtype, device=logprob.device)
-        total = count.index_add(0, sequence_index, log_ratio)
-        count = count.index_add(0, sequence_index, torch.ones_like(log_ratio))
-        log_ratio = (total / count.clamp(min=1.0))[sequence_index]
+    if completion_index is not None and num_completions is not None:
+        count = torch.zeros(num_completions, dtype=logprob.dtype, device=logprob.device)
+        total = count.index_add(0, completion_index, log_ratio)
+        count = count.index_add(0, completion_index, torch.ones_like(log_ratio))
+        log_ratio = (total / count.clamp(min=1.0))[completion_index]  # a completion without rows divides by 1, not 0
     ratio = log_ratio.exp()
     lowest = 1.0 - config.clip_low
     highest = config.cispo_cap if config.loss_type == "cispo" else 1.0 + config.clip_high
@@ -179,6 +181,7 @@ def token_loss(
         if config.beta:
             loss = loss + config.beta * (kl * ratio if config.kl_times_ratio else kl)
     if config.entropy_coef:
+        assert entropy is not None, "entropy_coef is not 0: pass the entropy"
         loss = loss - config.entropy_coef * entropy
     return TokenLoss(loss, ratio.detach(), kl, clipped_low, clipped_high)
 
@@ -190,8 +193,8 @@ class LossInputs(NamedTuple):
     advantages: Tensor
     old_logprob: Tensor | None
     reference_logprob: Tensor | None
-    sequence_index: Tensor | None
-    num_sequences: int | None
+    completion_index: Tensor | None
+    num_completions: int | None
     config: LossConfig
 
     @classmethod
@@ -205,8 +208,8 @@ class LossInputs(NamedTuple):
         advantages: Tensor,
         old_logprob: Tensor | None,
         reference_logprob: Tensor | None,
-        sequence_index: Tensor | None,
-        num_sequences: int | None,
+        completion_index: Tensor | None,
+        num_completions: int | None,
     ) -> LossInputs:
         """Constants of the right shape, in accumulator precision.
 
@@ -218,30 +221,47 @@ class LossInputs(NamedTuple):
             "advantages": advantages,
             "old_logprob": old_logprob,
             "reference_logprob": reference_logprob,
-            "sequence_index": sequence_index,
+            "completion_index": completion_index,
         }
         check_per_token(named, rows, device)
         if config.beta and reference_logprob is None:
             raise ValueError("beta is not 0: give reference_logprob, or set beta=0")
-        if (sequence_index is None) != (num_sequences is None):
-            raise ValueError("give sequence_index and num_sequences together")
-        constants = (
-            None if x is None else x.detach().to(dtype).contiguous()
-            for x in (loss_weight, advantages, old_logprob, reference_logprob)
+        if (completion_index is None) != (num_completions is None):
+            raise ValueError("give completion_index and num_completions together")
+
+        def constant(values: Tensor) -> Tensor:
+            return values.detach().to(dtype).contiguous()  # kernels read one number a row
+
+        if completion_index is not None and num_completions is not None:
+            # rows of weight 0 must not enter their completion's mean: they make up one more, whose ratio nobody uses
+            completion_index = torch.where(loss_weight != 0, completion_index.long(), num_completions)
+            num_completions += 1
+        return cls(
+            weight=constant(loss_weight),
+            advantages=constant(advantages),
+            old_logprob=None if old_logprob is None else constant(old_logprob),
+            reference_logprob=None if reference_logprob is None else constant(reference_logprob),
+            completion_index=completion_index,
+            num_completions=num_completions,
+            config=config,
         )
-        if sequence_index is not None:  # rows that do not count are a sequence of their own
-            sequence_index = torch.where(loss_weight != 0, sequence_index.long(), num_sequences)
-            num_sequences += 1
-        return cls(*constants, sequence_index, num_sequences, config)
 
     def rows(self, rows: slice | Tensor) -> LossInputs:
         """Some of the rows."""
-        return LossInputs(*(None if x is None else x[rows] for x in self[:5]), *self[5:])
+        return LossInputs(
+            weight=self.weight[rows],
+            advantages=self.advantages[rows],
+            old_logprob=None if self.old_logprob is None else self.old_logprob[rows],
+            reference_logprob=None if self.reference_logprob is None else self.reference_logprob[rows],
+            completion_index=None if self.completion_index is None else self.completion_index[rows],
+            num_completions=self.num_completions,
+            config=self.config,
+        )
 
-    def counting(self, targets: Tensor) -> Tensor:
-        """Targets with any valid id where the weight is 0: padding ids need not be valid."""
+    def without_ignored_ids(self, targets: Tensor) -> Tensor:
+        """Targets with id 0 where the weight is 0: ids of ignored rows may be −100, or padding past V."""
         if targets.shape != self.weight.shape or targets.is_floating_point():
-            return targets  # to be refused
+            return targets  # for `check_targets` to refuse
         return torch.where(self.weight != 0, targets, 0)
 
     def loss(self, logprob: Tensor, entropy: Tensor | None) -> TokenLoss:
@@ -253,13 +273,29 @@ class LossInputs(NamedTuple):
             self.old_logprob,
             self.reference_logprob,
             self.config,
-            sequence_index=self.sequence_index,
-            num_sequences=self.num_sequences,
+            completion_index=self.completion_index,
+            num_completions=self.num_completions,
         )
 
     def slopes(self, logprob: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
         """∂ Σ weight · loss / ∂ (logprob, entropy), each `[T]`; None for entropy without a coefficient."""
-        with torch.enable_grad():
+        with torch.enable_grad():  # called from inside an autograd Function, where recording is off
             logprob, entropy = logprob.detach().requires_grad_(), entropy.detach().requires_grad_()
             loss = self.loss(logprob, entropy).loss
-            return torch.autograd.grad(loss, (logprob, entropy), self.weight, allow_unused=True)
+            grad_logprob, grad_entropy = torch.autograd.grad(loss, (logprob, entropy), self.weight, allow_unused=True)
+        return grad_logprob, grad_entropy
+
+
+def check_per_token(tensors: dict[str, Tensor | None], rows: int, device: torch.device) -> None:
+    """Refuse per-token tensors that are not `[rows]` on `device`.
+
+    Raises:
+        ValueError: a wrong shape or device; the message names the argument.
+    """
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.shape != (rows,):
+            raise ValueError(f"{name} must have shape [{rows}], one value per row, got {list(tensor.shape)}")
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, hidden on {device}")

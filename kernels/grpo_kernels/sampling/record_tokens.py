@@ -11,11 +11,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from grpo_kernels._backend import Backend, choose_backend
+from grpo_kernels._backend import Backend, choose_backend, tl, triton
+
+BLOCK = 256
+"""Rows of a program of `record_tokens_kernel`."""
 
 
 class RowState(NamedTuple):
@@ -35,10 +36,27 @@ class RowState(NamedTuple):
 
 @triton.jit
 def record_tokens_kernel(
-    token, logprob, last, drawn, position, ended, end, record, seen, B, V, limit, record_row, seen_row,
-    SEEN: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """BLOCK rows."""
+    # data
+    token,  # [B], as the next one: what was drawn
+    logprob,
+    last,  # [B], as the next three: `RowState`
+    drawn,
+    position,
+    ended,
+    end,  # [V] bytes
+    record,  # [2, ≥ B]
+    seen,  # [B, V] bytes; any pointer without SEEN
+    # shapes and strides
+    B,
+    V,
+    limit,
+    record_row,
+    seen_row,
+    # what to do, and the block
+    SEEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Record BLOCK rows."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = row < B
     new = tl.load(token + row, live, other=0)
@@ -46,6 +64,7 @@ def record_tokens_kernel(
     going = live & (tl.load(ended + row, live, other=1) == 0)
     count = tl.load(drawn + row, live, other=0) + 1
     tl.store(record + row, new.to(tl.int32), live)
+    # tokens and the bits of their log-probs share one int32 tensor, so that the host fetches both with one copy
     tl.store(record + record_row + row, tl.load(logprob + row, live, other=0.0).to(tl.int32, bitcast=True), live)
     tl.store(last + row, new, going)
     tl.store(drawn + row, count, going)
@@ -71,7 +90,7 @@ def record_tokens(
 
     Args:
         token: int64 `[B]`; logprob: float32 `[B]`.
-        state: of the rows.
+        state: of the rows, changed in place.
         end: bool `[V]`, tokens that end a row.
         limit: tokens after which a row ends.
         record: int32 `[2, ≥ B]`: the tokens, and the log-probs' bits. Written for ended rows too.
@@ -81,19 +100,33 @@ def record_tokens(
         ValueError: shapes do not fit each other.
     """
     batch, vocabulary = len(token), len(end)
-    if any(part.shape != (batch,) for part in (logprob, *state)) or record.dim() != 2 or record.shape[1] < batch:
-        raise ValueError(f"{batch} tokens, but rows of {[len(part) for part in (logprob, *state)]} and a record of "
-                         f"{list(record.shape)}")  # fmt: skip
+    if any(x.shape != (batch,) for x in (logprob, *state)) or record.dim() != 2 or record.shape[1] < batch:
+        lengths = {"logprob": len(logprob)} | {name: len(x) for name, x in state._asdict().items()}
+        raise ValueError(
+            f"token has {batch} rows: need logprob and each of state [{batch}], and record [2, ≥ {batch}], got "
+            f"{lengths} and {list(record.shape)}"
+        )
     if choose_backend(token.device, backend, logprob.dtype) == "torch":
         record_tokens_reference(token, logprob, state, end, limit, record, seen=seen)
         return
-    record_tokens_kernel[(triton.cdiv(batch, 256),)](
-        *(token, logprob, *state[1:], end.view(torch.uint8), record),
-        *((record, batch, vocabulary, limit, record.stride(0), 0) if seen is None else
-          (seen.view(torch.uint8), batch, vocabulary, limit, record.stride(0), seen.stride(0))),
+    record_tokens_kernel[(triton.cdiv(batch, BLOCK),)](
+        token=token,
+        logprob=logprob,
+        last=state.last,
+        drawn=state.drawn,
+        position=state.position,
+        ended=state.ended,
+        end=end.view(torch.uint8),
+        record=record,
+        seen=record if seen is None else seen.view(torch.uint8),
+        B=batch,
+        V=vocabulary,
+        limit=limit,
+        record_row=record.stride(0),
+        seen_row=0 if seen is None else seen.stride(0),
         SEEN=seen is not None,
-        BLOCK=256,
-    )  # fmt: skip
+        BLOCK=BLOCK,
+    )
 
 
 def record_tokens_reference(

@@ -15,14 +15,10 @@ float32 accumulators, then `sample_row`.
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from grpo_kernels._backend import Backend, choose_backend
-from grpo_kernels.lm_head._gemm import Head
-from grpo_kernels.lm_head._stats import can_describe
+from grpo_kernels._backend import Backend, TensorDescriptor, choose_backend, interpreted, tl, triton
+from grpo_kernels.lm_head._gemm import Head, fits_descriptors
 from grpo_kernels.sampling.gumbel import gumbel_noise
 from grpo_kernels.sampling.sample_row import (
     SampledTokens,
@@ -32,28 +28,33 @@ from grpo_kernels.sampling.sample_row import (
     sample_row,
     sample_row_reference,
 )
-from grpo_kernels.testing.interpreter import interpreted
 
 
 @triton.jit
 def sample_head_kernel(
+    # operands
     hidden,  # descriptor [B, H]
     weight,  # descriptor [V, H]
-    bias,
-    forbidden,
-    forced,
-    keys,
-    positions,
+    bias,  # [V]
+    forbidden,  # [V] bytes
+    forced,  # [B]
+    keys,  # [B]
+    positions,  # [B]
+    # outputs
     stats,  # [8, B, tiles] float32
     winners,  # [B, tiles] int32
+    # shapes
     B,
     V,
     H,
+    # numbers
     inverse_temperature,
+    # what to do
     GREEDY: tl.constexpr,
     BIAS: tl.constexpr,
     FORBIDDEN: tl.constexpr,
     FORCED: tl.constexpr,
+    # tile
     BLOCK_V: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -74,6 +75,7 @@ def sample_head_kernel(
     if BIAS:
         x += tl.load(bias + v, live, other=0.0).to(tl.float32)[:, None]
     x = tl.where(live[:, None] & ~(x < -1e30), x, -1e30)  # NaN stays
+    # of the whole softmax: m, Σ exp x (at temperature 1), Σ exp z and Σ z exp z
     m = tl.max(x, 0)
     shifted = x - m[None, :]
     s1 = tl.sum(tl.where(live[:, None], tl.exp(shifted), 0.0), 0)
@@ -81,25 +83,27 @@ def sample_head_kernel(
     e = tl.where(live[:, None], tl.exp(z), 0.0)
     s = tl.sum(e, 0)
     q = tl.sum(e * z, 0)
+    # of the admissible tokens, which the draw is from: their maximum and Σ exp z
     peak = m
     admitted = s
-    may = live
+    admissible = live
     if FORBIDDEN:
-        may = live & (tl.load(forbidden + v, live, other=1) == 0)
-        y = tl.where(may[:, None], x, -1e30)
-        peak = tl.max(y, 0)
+        admissible = live & (tl.load(forbidden + v, live, other=1) == 0)
+        y = tl.where(admissible[:, None], x, -1e30)
+        peak = tl.max(y, 0)  # not m: a forbidden token far ahead would leave exp(y − m) = 0 to all others
         e = tl.exp((y - peak[None, :]) * inverse_temperature)
-        admitted = tl.sum(tl.where(may[:, None], e, 0.0), 0)
+        admitted = tl.sum(tl.where(admissible[:, None], e, 0.0), 0)
     race = x * inverse_temperature
     if not GREEDY:
         key = tl.load(keys + b, rows, other=0)
         position = tl.load(positions + b, rows, other=0).to(tl.int32)
         race += gumbel_noise(key[None, :], position[None, :], v[:, None])
-    race = tl.where(may[:, None], race, -float("inf"))
+    race = tl.where(admissible[:, None], race, -float("inf"))
     if FORCED:
-        given = tl.load(forced + b, rows, other=-1).to(tl.int32)[None, :]
-        chosen = tl.where(may, 1e30, 2e30)[:, None]
-        race = tl.where(given < 0, race, tl.where(v[:, None] == given, chosen, -float("inf")))
+        # the forced token wins by 1e30; by 2e30 if it may not be drawn, which its log-prob then tells
+        forced_token = tl.load(forced + b, rows, other=-1).to(tl.int32)[None, :]
+        wins = tl.where(admissible, 1e30, 2e30)[:, None]
+        race = tl.where(forced_token < 0, race, tl.where(v[:, None] == forced_token, wins, -float("inf")))
     best, at = tl.max(race, 0, return_indices=True)
     picked = tl.sum(tl.where(tl.arange(0, BLOCK_V)[:, None] == at[None, :], x, 0.0), 0)
 
@@ -118,17 +122,21 @@ def sample_head_kernel(
 
 @triton.jit
 def combine_samples_kernel(
-    stats,
-    winners,
+    # of `sample_head_kernel`
+    stats,  # [8, B, tiles]
+    winners,  # [B, tiles]
     # outputs, [B] each
     token_ptr,
     logprob_ptr,
     tempered_ptr,
     raw_ptr,
     entropy_ptr,
+    # shapes
     B,
     tiles,
+    # numbers
     inverse_temperature,
+    # what to do, and the block
     FORCED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -154,13 +162,13 @@ def combine_samples_kernel(
     moment = tl.sum((q + s * shift) * shrink, 0)
     total1 = tl.sum(s1 * tl.exp(m - highest), 0)
     top = tl.max(peak, 0)
-    kept = tl.sum(admitted * tl.exp((peak - top) * inverse_temperature), 0)
+    total_admitted = tl.sum(admitted * tl.exp((peak - top) * inverse_temperature), 0)
     most = tl.max(best, 0)
     lead = tl.min(tl.where(best == most, tile, BLOCK), 0)  # of equal ones the first
     x = tl.sum(tl.where(tile == lead, picked, 0.0), 0)
     tl.store(token_ptr + row, tl.load(winners + row * tiles + lead, lead < tiles, other=0).to(tl.int64))
-    logprob = (x - top) * inverse_temperature - tl.log(kept)
-    if FORCED:
+    logprob = (x - top) * inverse_temperature - tl.log(total_admitted)
+    if FORCED:  # 2e30: it was no admissible token
         logprob = tl.where(most > 1.5e30, -float("inf"), logprob)
     tl.store(logprob_ptr + row, logprob)
     tl.store(tempered_ptr + row, (x - highest) * inverse_temperature - tl.log(total))
@@ -212,30 +220,35 @@ def sample_head(
     batch, vocabulary = hidden.shape[0], weight.shape[0]
     check_sampling(batch, vocabulary, keys, positions, options, seen, forbidden, forced)
     backend = choose_backend(hidden.device, backend, hidden.dtype)
-    fused = hidden.dtype in (torch.float16, torch.bfloat16) and can_describe(hidden, weight)
+    fused = hidden.dtype in (torch.float16, torch.bfloat16) and fits_descriptors(hidden, weight)
     if backend == "torch" or not (fused and options.whole):
         logits = _logits(hidden, weight, bias)
-        masks = dict(seen=seen, forbidden=forbidden, forced=forced)
-        return sample_row(logits, keys, positions, options, **masks, backend=backend)
+        return sample_row(
+            logits, keys, positions, options, seen=seen, forbidden=forbidden, forced=forced, backend=backend
+        )
     config = head_config(batch)
     tiles_v = triton.cdiv(vocabulary, config["BLOCK_V"])
     stats = torch.empty(8, batch, tiles_v, dtype=torch.float32, device=hidden.device)
     winners = torch.empty(batch, tiles_v, dtype=torch.int32, device=hidden.device)
     result = empty_result(batch, hidden.device)
     sample_head_kernel[(triton.cdiv(batch, config["BLOCK_B"]) * tiles_v,)](
-        TensorDescriptor(hidden, list(hidden.shape), list(hidden.stride()), [config["BLOCK_B"], config["BLOCK_H"]]),
-        TensorDescriptor(weight, list(weight.shape), list(weight.stride()), [config["BLOCK_V"], config["BLOCK_H"]]),
-        bias,
-        None if forbidden is None else forbidden.view(torch.uint8),
-        forced,
-        keys,
-        positions,
-        stats,
-        winners,
-        batch,
-        vocabulary,
-        hidden.shape[1],
-        options.inverse_temperature,
+        hidden=TensorDescriptor(
+            hidden, list(hidden.shape), list(hidden.stride()), [config["BLOCK_B"], config["BLOCK_H"]]
+        ),
+        weight=TensorDescriptor(
+            weight, list(weight.shape), list(weight.stride()), [config["BLOCK_V"], config["BLOCK_H"]]
+        ),
+        bias=bias,
+        forbidden=None if forbidden is None else forbidden.view(torch.uint8),
+        forced=forced,
+        keys=keys,
+        positions=positions,
+        stats=stats,
+        winners=winners,
+        B=batch,
+        V=vocabulary,
+        H=hidden.shape[1],
+        inverse_temperature=options.inverse_temperature,
         GREEDY=options.temperature == 0,
         BIAS=bias is not None,
         FORBIDDEN=forbidden is not None,
@@ -243,12 +256,16 @@ def sample_head(
         **config,
     )
     combine_samples_kernel[(batch,)](
-        stats,
-        winners,
-        *result,
-        batch,
-        tiles_v,
-        options.inverse_temperature,
+        stats=stats,
+        winners=winners,
+        token_ptr=result.token,
+        logprob_ptr=result.logprob,
+        tempered_ptr=result.tempered_logprob,
+        raw_ptr=result.raw_logprob,
+        entropy_ptr=result.entropy,
+        B=batch,
+        tiles=tiles_v,
+        inverse_temperature=options.inverse_temperature,
         FORCED=forced is not None,
         BLOCK=triton.next_power_of_2(tiles_v),
         num_warps=4,

@@ -20,13 +20,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from grpo_kernels._backend import Backend, choose_backend
+from grpo_kernels._backend import Backend, choose_backend, interpreted, tl, triton
 from grpo_kernels.sampling.gumbel import gumbel_noise, gumbel_noise_reference
-from grpo_kernels.testing.interpreter import interpreted
 
 
 class SampledTokens(NamedTuple):
@@ -75,6 +72,7 @@ class SampleOptions:
 
     @property
     def inverse_temperature(self) -> float:
+        """1 / T; at T = 0, where it is not needed to draw, that of T = 1, which log-probs are reported at."""
         return 1.0 / self.temperature if self.temperature else 1.0
 
     @property
@@ -86,12 +84,22 @@ class SampleOptions:
 @triton.jit
 def ordered_bits(x):
     """Signed integers (as int64) that sort like float32 numbers."""
+    # of negative numbers the larger has the smaller bits: all but the sign are flipped
     bits = x.to(tl.int32, bitcast=True)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
 
 
 @triton.jit
-def _load_scores(logits, seen, forbidden, v, live, penalty, PENALTY: tl.constexpr, FORBIDDEN: tl.constexpr):
+def _load_scores(
+    logits,  # one row of it, as of seen
+    seen,
+    forbidden,
+    v,
+    live,
+    penalty,
+    PENALTY: tl.constexpr,
+    FORBIDDEN: tl.constexpr,
+):
     """Logits and scores of tokens v; −∞ is −1e30, as is the score of a token that may not be drawn."""
     x = tl.load(logits + v, live, other=-1e30).to(tl.float32)
     x = tl.where(x < -1e30, -1e30, x)  # NaN stays
@@ -105,15 +113,16 @@ def _load_scores(logits, seen, forbidden, v, live, penalty, PENALTY: tl.constexp
 
 @triton.jit
 def _threshold(
+    # one row
     logits,
     seen,
     forbidden,
     V,
     penalty,
     inverse_temperature,
-    peak,
-    low,
-    bound,
+    peak,  # its highest score
+    low,  # the search begins above this key
+    bound,  # tokens, or probability
     MASS: tl.constexpr,
     PENALTY: tl.constexpr,
     FORBIDDEN: tl.constexpr,
@@ -137,7 +146,7 @@ def _threshold(
                 weight = tl.full((BLOCK,), 1.0, tl.float32)
             larger += tl.sum(tl.where(above, weight[:, None], 0.0), 0)
         enough = larger < bound
-        tested = pivots > low
+        tested = pivots > low  # of a range shorter than PIVOTS some pivots fall on `low`, which is known already
         next_low = tl.maximum(low, tl.max(tl.where(enough | ~tested, low, pivots), 0))
         high = tl.minimum(high, tl.min(tl.where(enough & tested, pivots, high), 0))
         low = next_low
@@ -146,14 +155,15 @@ def _threshold(
 
 @triton.jit
 def sample_row_kernel(
-    logits,
+    # data and strides
+    logits,  # [B, V]
     logits_stride,
-    seen,
+    seen,  # [B, V] bytes; any pointer without PENALTY
     seen_stride,
-    forbidden,
-    forced,
-    keys,
-    positions,
+    forbidden,  # [V] bytes; any pointer without FORBIDDEN
+    forced,  # [B]; any pointer without FORCED
+    keys,  # [B]
+    positions,  # [B]
     # outputs, [B] each
     token_ptr,
     logprob_ptr,
@@ -212,7 +222,7 @@ def sample_row_kernel(
     peak = tl.max(best, 0)
     tl.store(entropy_ptr + b, tl.log(s) - q / s)
 
-    lowest = tl.full((), -2147483648, tl.int64)
+    lowest = tl.full((), -2147483648, tl.int64)  # key of the lowest score that is kept: −2³¹ keeps all
     if TOP_K:
         lowest = _threshold(
             logits, seen, forbidden, V, penalty, inverse_temperature, peak, lowest, top_k,
@@ -231,9 +241,9 @@ def sample_row_kernel(
 
     key = tl.load(keys + b)
     position = tl.load(positions + b).to(tl.int32)
-    given = -1
+    forced_token = -1
     if FORCED:
-        given = tl.load(forced + b).to(tl.int32)
+        forced_token = tl.load(forced + b).to(tl.int32)
     total = tl.zeros((BLOCK,), tl.float32)
     best = tl.full((BLOCK,), -float("inf"), tl.float32)
     winner = tl.zeros((BLOCK,), tl.int32)
@@ -243,7 +253,7 @@ def sample_row_kernel(
         v = v0 + lanes
         x, y = _load_scores(logits, seen, forbidden, v, v < V, penalty, PENALTY, FORBIDDEN)
         z = (y - peak) * inverse_temperature
-        keep = (v < V) & (y > -1e29)
+        keep = (v < V) & (y > -1e29)  # −1e30 is the score of tokens that may not be drawn
         if TOP_K or TOP_P:
             keep &= ordered_bits(y) >= lowest
         if MIN_P:
@@ -254,19 +264,21 @@ def sample_row_kernel(
             race += gumbel_noise(key, position, v)
         race = tl.where(keep, race, -float("inf"))
         if FORCED:
-            race = tl.where(given < 0, race, tl.where(v == given, tl.where(keep, 1e30, 2e30), -float("inf")))
+            # the forced token wins by 1e30; by 2e30 if it is not among the kept, which its log-prob then tells
+            wins = tl.where(keep, 1e30, 2e30)
+            race = tl.where(forced_token < 0, race, tl.where(v == forced_token, wins, -float("inf")))
         ahead = race > best
         best = tl.where(ahead, race, best)
         winner = tl.where(ahead, v, winner)
         picked_x = tl.where(ahead, x, picked_x)
         picked_y = tl.where(ahead, y, picked_y)
-    # of equal ones the first
+    # of lanes with equal scores the one with the first token wins
     most = tl.max(best, 0)
     leads = best == most
     token = tl.min(tl.where(leads, winner, V), 0)
-    mine = leads & (winner == token)
-    x = tl.sum(tl.where(mine, picked_x, 0.0), 0)
-    y = tl.sum(tl.where(mine, picked_y, 0.0), 0)
+    winning_lane = leads & (winner == token)
+    x = tl.sum(tl.where(winning_lane, picked_x, 0.0), 0)
+    y = tl.sum(tl.where(winning_lane, picked_y, 0.0), 0)
     tl.store(token_ptr + b, token.to(tl.int64))
     logprob = (y - peak) * inverse_temperature - tl.log(tl.sum(total, 0))
     if FORCED:
@@ -277,7 +289,7 @@ def sample_row_kernel(
 
 
 ROW = {"BLOCK": 1024, "PIVOTS": 8, "num_warps": 8}
-"""Launch of `sample_row_kernel`."""
+"""Launch of `sample_row_kernel`. Eight pivots cut a range into nine: 2³² candidates take eleven passes (9¹¹ > 2³²)."""
 
 
 def sample_row(
@@ -311,7 +323,7 @@ def sample_row(
         ValueError: shapes do not fit each other, or a penalty without `seen`.
     """
     options = options or SampleOptions()
-    seen = seen if options.repetition_penalty != 1 else None
+    seen = seen if options.repetition_penalty != 1 else None  # without a penalty nobody reads it
     check_sampling(logits.shape[0], logits.shape[1], keys, positions, options, seen, forbidden, forced)
     if choose_backend(logits.device, backend, logits.dtype) == "torch":
         return sample_row_reference(logits, keys, positions, options, seen=seen, forbidden=forbidden, forced=forced)
@@ -321,17 +333,25 @@ def sample_row(
     result = empty_result(batch, logits.device)
     launch = dict(ROW, BLOCK=256, PIVOTS=32) if interpreted() else ROW
     sample_row_kernel[(batch,)](
-        *(logits, logits.stride(0)),
-        *((logits, 0) if seen is None else (seen.view(torch.uint8), seen.stride(0))),
-        logits if forbidden is None else forbidden.view(torch.uint8),
-        *(keys if forced is None else forced, keys, positions),
-        *result,
-        vocabulary,
-        options.inverse_temperature,
-        options.repetition_penalty,
-        float(options.top_k),
-        options.top_p,
-        math.log(options.min_p) if options.min_p else 0.0,
+        logits=logits,
+        logits_stride=logits.stride(0),
+        seen=logits if seen is None else seen.view(torch.uint8),
+        seen_stride=0 if seen is None else seen.stride(0),
+        forbidden=logits if forbidden is None else forbidden.view(torch.uint8),
+        forced=keys if forced is None else forced,
+        keys=keys,
+        positions=positions,
+        token_ptr=result.token,
+        logprob_ptr=result.logprob,
+        tempered_ptr=result.tempered_logprob,
+        raw_ptr=result.raw_logprob,
+        entropy_ptr=result.entropy,
+        V=vocabulary,
+        inverse_temperature=options.inverse_temperature,
+        penalty=options.repetition_penalty,
+        top_k=float(options.top_k),
+        top_p=options.top_p,
+        log_min_p=math.log(options.min_p) if options.min_p else 0.0,
         GREEDY=options.temperature == 0,
         PENALTY=seen is not None,
         FORBIDDEN=forbidden is not None,
@@ -372,7 +392,7 @@ def sample_row_reference(
     if options.top_p < 1:
         ordered, order = scores.sort(-1, descending=True)
         mass = torch.softmax(ordered, -1)
-        first_equal = torch.searchsorted(-ordered, -ordered)
+        first_equal = torch.searchsorted(-ordered, -ordered)  # tokens of equal score share one sum of larger ones
         larger = (mass.cumsum(-1) - mass).gather(1, first_equal)
         scores = scores.masked_fill(torch.zeros_like(scores).scatter_(1, order, larger) >= options.top_p, -torch.inf)
     if options.min_p > 0:
@@ -384,15 +404,23 @@ def sample_row_reference(
     token = race.argmax(-1)
     if forced is not None:
         token = torch.where(forced >= 0, forced.long(), token)
-    logprobs = (torch.log_softmax(scores, -1), tempered, torch.log_softmax(x, -1))
+    logprob, tempered_logprob, raw_logprob = (
+        logprobs.gather(1, token[:, None])[:, 0].float()
+        for logprobs in (torch.log_softmax(scores, -1), tempered, torch.log_softmax(x, -1))
+    )
     entropy = -torch.where(tempered.isneginf(), 0.0, tempered.exp() * tempered).sum(-1)
-    return SampledTokens(token, *(p.gather(1, token[:, None])[:, 0].float() for p in logprobs), entropy.float())
+    return SampledTokens(token, logprob, tempered_logprob, raw_logprob, entropy.float())
 
 
 def empty_result(batch: int, device: torch.device) -> SampledTokens:
-    """Room for B rows' results."""
+    """Allocate B rows' results."""
+    logprob, tempered_logprob, raw_logprob, entropy = torch.empty(4, batch, device=device).unbind()
     return SampledTokens(
-        torch.empty(batch, dtype=torch.int64, device=device), *torch.empty(4, batch, device=device).unbind()
+        token=torch.empty(batch, dtype=torch.int64, device=device),
+        logprob=logprob,
+        tempered_logprob=tempered_logprob,
+        raw_logprob=raw_logprob,
+        entropy=entropy,
     )
 
 
@@ -409,7 +437,7 @@ def check_sampling(
     """Refuse arguments of sampling that do not fit each other.
 
     Raises:
-        ValueError: as said.
+        ValueError: a shape or dtype, or a penalty without `seen`; the message says which.
     """
     if keys.shape != (batch,) or keys.dtype != torch.int64 or positions.shape != (batch,):
         raise ValueError(

@@ -10,6 +10,7 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import triton
@@ -18,19 +19,18 @@ from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 from triton.runtime.jit import JITFunction
 
+import grpo_kernels
+
 PATCHED = (tl, tl.core, tl.math, tl.tensor, tl.dtype, tl.core.tensor_descriptor_base)
 """What Triton's interpreter patches while a kernel runs."""
-
-
-def interpreted() -> bool:
-    """Whether kernels run in the interpreter: `TRITON_INTERPRET=1` at Triton's import, or inside `interpret()`."""
-    return triton.knobs.runtime.interpret
 
 
 @contextmanager
 def interpret() -> Iterator[None]:
     """Within this block the package's kernels run in the interpreter, whatever the environment said at import."""
     importlib.import_module("triton.experimental.gluon")  # else imported lazily by a launch, half of it swapped
+    for name in grpo_kernels.__all__:  # else imported on first use in this block, interpreted for good
+        getattr(grpo_kernels, name)
     repair_bfloat16()
     modules = [module for name, module in sys.modules.items() if name.partition(".")[0] in ("grpo_kernels", "triton")]
     before = [(holder, dict(vars(holder))) for holder in (*modules, *PATCHED)]
@@ -50,11 +50,14 @@ def interpret() -> Iterator[None]:
 
 
 def _patch_once(patch_lang: Callable) -> Callable:
-    """The interpreter patches `tl` anew for every launch, and for every call of one jitted function by another, which
-    takes a third of its time. Once a module is enough, as `interpret` undoes it in the end."""
-    patched = set()
+    """Patch `tl` once a module, as `interpret` undoes it in the end.
 
-    def patch(fn):
+    The interpreter does so anew for every launch, and for every call of one jitted function by another, which takes a
+    third of its time.
+    """
+    patched: set[str] = set()
+
+    def patch(fn: Callable) -> object:
         if fn.__module__ not in patched:
             patched.add(fn.__module__)
             patch_lang(fn)
@@ -91,12 +94,12 @@ def repair_bfloat16() -> None:
         return
     dot, convert = InterpreterBuilder.create_dot, interpreter._convert_float
 
-    def create_dot(self, a, b, d, *arguments):
+    def create_dot(self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, d: TensorHandle, *arguments: Any) -> Any:
         if a.dtype.scalar == tl.bfloat16:
             a, b = (TensorHandle(bfloat16_to_float32(x.data), tl.float32) for x in (a, b))
         return dot(self, a, b, d, *arguments)
 
-    def convert_float(values, source, target, rounding):
+    def convert_float(values: np.ndarray, source: tl.dtype, target: tl.dtype, rounding: Any) -> np.ndarray:
         if (source, target) == (tl.float32, tl.bfloat16):
             return float32_to_bfloat16(values)
         if (source, target) == (tl.bfloat16, tl.float32):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 SHARED_LIMIT = 232_448
@@ -32,7 +34,14 @@ class Compiled:
         return len(re.findall(instruction, self.sass))
 
 
-def compile_sm90(kernel, signature: dict[str, str], constants: dict, *, aligned=(), **launch) -> Compiled:
+def compile_sm90(
+    kernel: JITFunction,
+    signature: Mapping[str, str],
+    constants: Mapping[str, object],
+    *,
+    aligned: Iterable[str] = (),
+    **launch: int,
+) -> Compiled:
     """Compile `kernel` as its launcher would.
 
     Args:
@@ -41,12 +50,12 @@ def compile_sm90(kernel, signature: dict[str, str], constants: dict, *, aligned=
         aligned: integer arguments taken to be multiples of 16; pointers always are.
         launch: num_warps, num_stages.
     """
-    names = kernel.arg_names
+    names, aligned = kernel.arg_names, set(aligned)
     types = {name: "constexpr" if name in constants else signature[name] for name in names}
     hints = {
         (names.index(name),): [["tt.divisibility", 16]]
-        for name, kind in types.items()
-        if kind.startswith("*") or name in aligned
+        for name, type_name in types.items()
+        if type_name.startswith("*") or name in aligned
     }
     values = {(names.index(name),): value for name, value in constants.items()}
     compiled = triton.compile(
@@ -59,5 +68,11 @@ def compile_sm90(kernel, signature: dict[str, str], constants: dict, *, aligned=
             subprocess.run([TOOLS / "cuobjdump", flag, cubin.name], capture_output=True, text=True, check=True).stdout
             for flag in ("--dump-resource-usage", "--dump-sass")
         )
-    registers, stack = (int(re.search(rf"{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK"))
-    return Compiled(registers, stack, compiled.metadata.shared, compiled.metadata.num_warps, sass)
+    per_thread = dict(re.findall(r"(REG|STACK):(\d+)", usage))
+    return Compiled(
+        registers=int(per_thread["REG"]),
+        stack=int(per_thread["STACK"]),
+        shared=compiled.metadata.shared,
+        warps=compiled.metadata.num_warps,
+        sass=sass,
+    )

@@ -1,14 +1,13 @@
-"""The element-wise kernels of a decode step compile for sm_90 at the shipped models' sizes: no spills, wide loads."""
+"""The kernels of layers compile for sm_90 at the shipped models' sizes: no spills, wide loads."""
 
 from __future__ import annotations
 
 import pytest
 
+from grpo_kernels._backend import interpreted
 from grpo_kernels.layers.rms_norm import norm_config, rms_norm_kernel
 from grpo_kernels.layers.rope_append import rope_append_kernel, rope_config
 from grpo_kernels.layers.silu_mul import SILU, silu_mul_kernel
-from grpo_kernels.sampling.record_tokens import record_tokens_kernel
-from grpo_kernels.testing.interpreter import interpreted
 from grpo_kernels.testing.sm90 import compile_sm90
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="TRITON_INTERPRET=1: there is nothing to compile")
@@ -55,12 +54,3 @@ def test_rope_append(half, norm):
     constants = {"HEADS": 28, "HALF": half, "NORM": norm, "SCATTER": norm, **config}
     strides = [name for name in kernel.arg_names if name.endswith(("_row", "_head", "_token"))]
     check(compile_sm90(kernel, signature, constants, aligned=strides, num_warps=warps), wide=False)
-
-
-@pytest.mark.parametrize("seen", [False, True])
-def test_record_tokens(seen):
-    pointers = ("token", "last", "drawn", "position", "ended")
-    signature = types(
-        record_tokens_kernel, *pointers, kind="*i64", logprob="*fp32", end="*u8", record="*i32", seen="*u8"
-    )
-    check(compile_sm90(record_tokens_kernel, signature, {"SEEN": seen, "BLOCK": 256}, num_warps=4), wide=False)

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from grpo_kernels import SampledTokens, SampleOptions, sample_row, sample_row_reference
-from grpo_kernels.sampling.gumbel import gumbel_noise_reference
 from grpo_kernels.testing.interpreter import interpret
 
 V = 301
@@ -172,18 +171,6 @@ def test_a_row_is_drawn_alike_in_any_batch(backend):
         assert torch.equal(a[pick], b)
     other = sample_row(logits, keys, positions + 1, backend=backend)
     assert (other.token != whole.token).sum() > 4
-
-
-def test_noise_is_that_of_the_engines_random_numbers():
-    """Kernels keep their own Philox: the engine's is NumPy on the host."""
-    rng = pytest.importorskip("grpo_core.rng")
-    member = np.arange(5)
-    keys = rng.row_key(7, 3, rng.prompt_key("a"), member)
-    u = rng.uniform(7, 3, rng.prompt_key("a"), member[:, None], 9, np.arange(40))
-    noise = gumbel_noise_reference(
-        torch.from_numpy(keys.view(np.int64))[:, None], torch.full((5, 1), 9), torch.arange(40)
-    )
-    np.testing.assert_allclose(noise.numpy(), -np.log(-np.log(u)), rtol=1e-9, atol=1e-9)
 
 
 def test_bad_input_is_refused():

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from grpo_kernels._backend import interpreted
+from grpo_kernels.sampling.record_tokens import BLOCK, record_tokens_kernel
 from grpo_kernels.sampling.sample_head import combine_samples_kernel, head_config, sample_head_kernel
 from grpo_kernels.sampling.sample_row import ROW, sample_row_kernel
-from grpo_kernels.testing.interpreter import interpreted
 from grpo_kernels.testing.sm90 import SHARED_LIMIT, compile_sm90
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="TRITON_INTERPRET=1: there is nothing to compile")
@@ -80,3 +81,11 @@ def test_head_kernel(batch, switches):
 def test_combine_kernel():
     signature = types(combine_samples_kernel, winners="*i32", B="i32", tiles="i32")
     check(compile_sm90(combine_samples_kernel, signature, {"BLOCK": 2048, "FORCED": True}, num_warps=4))
+
+
+@pytest.mark.parametrize("seen", [False, True])
+def test_record_tokens(seen):
+    signature = dict.fromkeys(record_tokens_kernel.arg_names, "i32")
+    signature |= dict.fromkeys(("token", "last", "drawn", "position", "ended"), "*i64")
+    signature |= {"logprob": "*fp32", "end": "*u8", "record": "*i32", "seen": "*u8"}
+    check(compile_sm90(record_tokens_kernel, signature, {"SEEN": seen, "BLOCK": BLOCK}, num_warps=4))

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
-import subprocess
-import sys
 import weakref
 
 import pytest
@@ -13,53 +10,11 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from grpo_kernels import linear_grpo_loss, linear_logprob
-from grpo_kernels.lm_head import _gemm as head
+from grpo_kernels.lm_head import _rows
 from grpo_kernels.lm_head._gemm import Head
-from grpo_kernels.lm_head._rows import RowStatistics, Transform
-from grpo_kernels.lm_head._rows_triton import TritonRows
 from grpo_kernels.testing.interpreter import interpret
 
-from . import oracles
-
-OUTPUTS = ("logprob", "entropy", "kl")
-
-
-def oracle(hidden, weight, targets, bias=None, temperature=1.0, softcap=None, reference_hidden=None):
-    """Definitions, written out in the dtype given."""
-
-    def log_softmax(h, w, b):
-        logits = h @ w.T
-        logits = logits if b is None else logits + b
-        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-        return oracles.log_softmax(logits / temperature)
-
-    logp = log_softmax(hidden, weight, bias)
-    result = {"logprob": logp.gather(1, targets[:, None])[:, 0], "entropy": oracles.entropy(logp)}
-    if reference_hidden is not None:
-        with torch.no_grad():
-            logq = log_softmax(reference_hidden, weight, bias)
-        result["kl"] = oracles.kl(logp, logq)
-    return result
-
-
-def relative(value, reference):
-    """Norm of the difference over the norm of the reference."""
-    value, reference = value.double(), reference.double()
-    return float((value - reference).norm() / reference.norm().clamp(min=1e-30))
-
-
-def make(T, H, V, dtype=torch.float32, seed=0, bias=False, reference=False, spread=1.0):
-    g = torch.Generator().manual_seed(seed)
-    hidden = (torch.randn(T, H, generator=g) * spread).to(dtype)
-    weight = (torch.randn(V, H, generator=g) / H**0.5).to(dtype)
-    targets = torch.randint(V, (T,), generator=g)
-    return (
-        hidden,
-        weight,
-        targets,
-        torch.randn(V, generator=g).to(dtype) if bias else None,
-        (hidden + 0.3 * torch.randn(T, H, generator=g).to(dtype)) if reference else None,
-    )
+from .cases import OUTPUTS, make, oracle, relative
 
 
 def compare(T, H, V, *, dtype=torch.float32, bias=False, reference=False, frozen=False, upstream=OUTPUTS, **options):
@@ -283,19 +238,6 @@ def test_a_vocabulary_of_0_holds_no_target():
         linear_logprob(torch.zeros(2, 4), torch.zeros(0, 4), torch.zeros(2, dtype=torch.int64))
 
 
-@pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.3}, {"softcap": 5.0}], ids=str)
-def test_head_statistics_without_logits_are_those_of_the_definition(options, with_bias):
-    for T, H, V, dtype in ((37, 36, 131, torch.float32), (65, 64, 64, torch.bfloat16)):
-        hidden, weight, targets, bias, _ = make(T, H, V, dtype, bias=with_bias)
-        with interpret(), torch.no_grad():  # one byte: never any logits
-            got = linear_logprob(hidden, weight, targets, bias=bias, entropy=True, chunk_bytes=1, **options)
-        wide = [None if x is None else x.double() for x in (hidden, weight, bias)]
-        want = oracle(*wide[:2], targets, wide[2], **options)
-        assert (got.logprob - want["logprob"]).abs().max() < 1e-5
-        assert (got.entropy - want["entropy"]).abs().max() < 1e-5
-
-
 @pytest.mark.parametrize(
     ("change", "error", "says"),
     [
@@ -345,56 +287,6 @@ def compare_bits(hidden, weight, targets, backend):
     got = linear_logprob(*leaves, targets, entropy=True, backend=backend, chunk_bytes=2000)
     (got.logprob.sum() + got.entropy.sum()).backward()
     return got.logprob.detach(), got.entropy.detach(), *(leaf.grad for leaf in leaves)
-
-
-@pytest.mark.parametrize("upstream", [("grad_logprob",), ("grad_entropy",), ("grad_logprob", "grad_entropy")], ids=str)
-def test_row_gradient_in_the_front_of_its_float32_row(upstream):
-    """The half-precision gradient of a row overlaps float32 logits of the same row that are still to be read."""
-    T, V, stride = 5, 131, 136
-    g = torch.Generator().manual_seed(0)
-    memory = torch.full((T, stride), float("nan"))
-    memory[:, :V] = torch.randn(T, V, generator=g) * 3
-    logits, targets = memory[:, :V].clone().double().requires_grad_(), torch.randint(V, (T,), generator=g)
-    logp = torch.log_softmax(logits / 0.7, -1)
-    want = {"grad_logprob": logp.gather(1, targets[:, None])[:, 0], "grad_entropy": -(logp.exp() * logp).sum(-1)}
-    factors = {name: torch.randn(T, generator=g) for name in upstream}
-    sum((want[name] * factor.double()).sum() for name, factor in factors.items()).backward()
-    stats = RowStatistics.empty(T, memory.device, torch.float32, entropy=True, kl=False)
-    out = memory.view(torch.bfloat16)[:, :V]
-    with interpret():
-        rows = TritonRows(memory[:, :V], targets, Transform(0.7), stats, out=out)
-        dense, factor, large = rows.gradient_(**{"grad_logprob": torch.zeros(T)} | factors)
-    assert dense.data_ptr() == memory.data_ptr()
-    if "grad_entropy" in upstream:
-        assert large is None
-        assert relative(dense.double() * factor[:, None], logits.grad) < 3e-4
-    else:
-        assert torch.equal(large.token[:, 0], targets)
-        assert (dense.gather(1, targets[:, None]) == 0).all()
-        there = large.token >= 0
-        whole = out.double().index_put((there.nonzero()[:, 0], large.token[there]), large.value[there].double())
-        assert relative(whole, logits.grad) < 2e-3
-    assert (stats.logprob - want["grad_logprob"]).abs().max() < 1e-5
-
-
-def test_row_offsets_pass_32_bits():
-    """T·V exceeds 2³¹ at T = 14,123 for V = 152,064; here two rows lie so far apart (in untouched, unreal memory)."""
-    V, stride = 70, 2**31
-    logits = torch.empty(stride + V, dtype=torch.bfloat16).as_strided((2, V), (stride, 1))
-    logits.copy_(torch.randn(2, V))
-    targets = torch.tensor([3, 4])
-    want = torch.log_softmax(logits.double(), -1).gather(1, targets[:, None])[:, 0]
-    stats = RowStatistics.empty(2, logits.device, torch.float32, entropy=False, kl=False)
-    with interpret():
-        TritonRows(logits, targets, Transform(), stats).statistics_()
-    assert (stats.logprob - want).abs().max() < 1e-6
-
-
-def test_target_out_of_range_on_a_gpu_is_nan_not_another_rows_logit():
-    stats = RowStatistics.empty(2, torch.device("cpu"), torch.float32, entropy=False, kl=False)
-    with interpret():
-        TritonRows(torch.randn(2, 70), torch.tensor([-100, 3]), Transform(), stats).statistics_()
-    assert stats.logprob.isnan().tolist() == [True, False]
 
 
 def test_no_more_logits_than_chunk_bytes_at_a_time():
@@ -450,8 +342,8 @@ def test_a_second_backward_gives_the_same_gradient():
 
 def test_kept_logits_go_with_the_results(monkeypatch):
     chunks = []
-    original = head.make_rows
-    monkeypatch.setattr(head, "make_rows", lambda *a, **k: chunks.append(made := original(*a, **k)) or made)
+    original = _rows.make_rows
+    monkeypatch.setattr(_rows, "make_rows", lambda *a, **k: chunks.append(made := original(*a, **k)) or made)
     hidden, weight, targets, *_ = make(9, 8, 40)
     results = linear_logprob(hidden.requires_grad_(), weight.requires_grad_(), targets, entropy=True)
     kept = weakref.ref(chunks.pop())
@@ -495,16 +387,3 @@ def test_fullgraph_is_refused_with_the_reason():
     hidden, weight, targets, *_ = make(12, 16, 70)
     with pytest.raises(torch._dynamo.exc.Unsupported, match="without fullgraph=True"):
         torch.compile(lambda h: linear_logprob(h, weight, targets), backend="eager", fullgraph=True)(hidden)
-
-
-def test_environment_variable_runs_kernels_in_the_interpreter():
-    program = (
-        "import torch, grpo_kernels as k\n"
-        "h, w, y = torch.randn(3, 8).bfloat16(), torch.randn(70, 8).bfloat16(), torch.tensor([1, 2, 3])\n"
-        "a, b = (k.linear_logprob(h, w, y, backend=n).logprob for n in ('triton', 'torch'))\n"
-        "assert (a - b).abs().max() < 1e-5 and k.interpreted()\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr

@@ -11,15 +11,12 @@ from torch import Tensor
 from torch.library import Library
 
 from grpo_kernels import linear_grpo_loss, linear_logprob
-from grpo_kernels.lm_head import _gemm as head
-from grpo_kernels.lm_head import _rows_triton as triton_rows
-from grpo_kernels.lm_head._large_entries import LargeEntries
-from grpo_kernels.lm_head._rows import RowStatistics, Transform
-from grpo_kernels.lm_head._rows_triton import TritonRows
+from grpo_kernels.lm_head import _gemm, _rows
+from grpo_kernels.lm_head._rows_triton import RowLaunch
 from grpo_kernels.lm_head.token_loss import LossConfig, LossInputs
 from grpo_kernels.testing.interpreter import interpret
 
-from . import oracles
+from .. import oracles
 
 ONCE = 2e-3
 """Relative norm of one rounding to bfloat16, 1.65e-3 for normal numbers, and of what little else there is."""
@@ -41,9 +38,9 @@ def as_on_a_gpu(monkeypatch):
         lambda c, a, b, out_dtype, *, beta=1, alpha=1, out: out.copy_(c + product(a, b, out_dtype)),
         "CPU",
     )
-    monkeypatch.setattr(head, "EXPORTING", ("cpu",))
+    monkeypatch.setattr(_gemm, "OUT_DTYPE_DEVICES", ("cpu",))
     monkeypatch.setattr(sys.modules["grpo_kernels.lm_head.grpo_loss"], "_live_rows", lambda *_: None)
-    monkeypatch.setattr(triton_rows, "launch_rows", lambda: triton_rows.RowLaunch(block=128, warps=1))
+    monkeypatch.setattr(_rows, "launch_rows", lambda: RowLaunch(block=128, warps=1))
     with interpret():
         yield
     aten._destroy()
@@ -119,15 +116,15 @@ class Statistics:
 class Loss:
     """`linear_grpo_loss` with a KL penalty; some rows have weight 0, and no valid target."""
 
-    def __init__(self, sequences=False, entropy_coef=0.0):
-        self.sequences, self.config = sequences, LossConfig(beta=0.05, entropy_coef=entropy_coef)
+    def __init__(self, by_completion=False, entropy_coef=0.0):
+        self.by_completion, self.config = by_completion, LossConfig(beta=0.05, entropy_coef=entropy_coef)
 
     def inputs(self, outputs):
         logprob = outputs["logprob"].detach().float()
         T = len(logprob)
         weight = torch.where(torch.arange(T) % 5 == 4, 0.0, noise(T, seed=5).abs() / T)
         old, reference = (logprob + 0.05 * noise(T, seed=seed) for seed in (6, 7))
-        index, count = (torch.arange(T) // 4, -(-T // 4)) if self.sequences else (None, None)
+        index, count = (torch.arange(T) // 4, -(-T // 4)) if self.by_completion else (None, None)
         return LossInputs(weight, noise(T, seed=8), old, reference, index, count, self.config)
 
     def definition(self, outputs):
@@ -194,8 +191,8 @@ def test_gradients_are_rounded_once(objective, case):
 @pytest.mark.parametrize("case", ["bias", "frozen", "target ahead by 40 nats"])
 @pytest.mark.parametrize(
     "objective",
-    [Statistics("logprob", "entropy", "kl"), Loss(sequences=True), Loss(sequences=True, entropy_coef=0.01)],
-    ids=["all three", "loss of sequences", "loss of sequences with entropy"],
+    [Statistics("logprob", "entropy", "kl"), Loss(by_completion=True), Loss(by_completion=True, entropy_coef=0.01)],
+    ids=["all three", "loss of completions", "loss of completions with entropy"],
 )
 def test_gradients_summed_over_chunks_are_rounded_once(objective, case):
     assert max(errors(objective, **CASES[case], chunk_bytes=5_000)) < ONCE
@@ -243,57 +240,3 @@ def test_same_call_gives_the_same_bits(chunk_bytes):
         Statistics("logprob")(batch, None, chunk_bytes=chunk_bytes).backward()
         gradients.append([leaf.grad for leaf in leaves])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-
-
-def test_target_out_of_range_makes_its_row_nan_and_is_no_entry():
-    logits, targets = noise(3, 70, seed=0), torch.tensor([4, -100, 70])
-    stats = RowStatistics.empty(3, logits.device, torch.float32, entropy=False, kl=False)
-    rows = TritonRows(logits, targets, Transform(), stats, out=logits.view(torch.bfloat16)[:, :70])
-    dense, _, large = rows.gradient_(None)
-    assert dense.isnan().all(1).tolist() == [False, True, True]
-    assert large.token.tolist() == [[4, -1], [-1, -1], [-1, -1]]
-
-
-@pytest.mark.parametrize("spread", [1e-3, 0.1, 1.0, 10.0, 60.0])
-@pytest.mark.parametrize("name", ["entropy", "kl"])
-def test_scaled_gradients_fill_float16_and_do_not_overflow(name, spread):
-    """From even rows next to their reference to confident ones that have nothing in common with it."""
-    T, V = 12, 70
-    logits, drift, targets = spread * noise(T, V, seed=0), spread * noise(T, V, seed=1), torch.arange(T)
-    stats = RowStatistics.empty(T, logits.device, torch.float32, entropy=True, kl=True)
-    rows = TritonRows(logits, targets, Transform(), stats, drift=drift, out=logits.view(torch.bfloat16)[:, :V])
-    upstream = {"grad_logprob": torch.zeros(T), f"grad_{name}": 1e-6 * noise(T, seed=2)}
-    dense, factor, _ = rows.gradient_(**upstream)
-    assert dense.dtype == torch.float16
-    assert torch.equal(factor.frexp().mantissa, torch.full((T,), 0.5))  # powers of two
-    assert dense.abs().max() <= 2**14
-    if not (name == "kl" and spread == 60.0):  # far from a confident row's own slope, where KL is tens of nats
-        assert dense.abs().amax(1).median() > 2**-4  # ten octaves above the least that keeps eleven bits
-
-
-def test_columns_past_the_vocabulary_are_no_entries():
-    """A softcap makes −softcap of the −∞ they stand for, as likely here as the only token that is left."""
-    logits = torch.tensor([[3.0, -3.0]])
-    stats = RowStatistics.empty(1, logits.device, torch.float32, entropy=False, kl=False)
-    rows = TritonRows(logits, torch.tensor([0]), Transform(softcap=1.0), stats, out=logits.view(torch.bfloat16)[:, :2])
-    assert rows.gradient_(None).large.token.tolist() == [[0, 1]]
-
-
-def test_products_of_large_entries_are_those_of_a_dense_matrix():
-    """One token of 40 rows, 20 tokens of one row each, a row without any; more features than a program takes."""
-    rows, width, vocabulary = 41, 600, 70
-    large = LargeEntries.none(rows, torch.device("cpu"))
-    large.token[:-1, 0] = 3
-    large.token[:-1:2, 1] = torch.arange(5, 25)
-    large.value.copy_(noise(rows, 2, seed=0))
-    large.value[-1] = torch.nan
-    dense = torch.zeros(rows, vocabulary, dtype=torch.float64)
-    there = large.token >= 0
-    dense[there.nonzero()[:, 0], large.token[there]] = large.value[there].double()
-    hidden, weight, total = (noise(n, width, seed=n) for n in (rows, vocabulary, 2 * rows))
-    out = torch.empty(width, rows).t()
-    large.add_product(total[:rows], weight, out)
-    torch.testing.assert_close(out, (total[:rows].double() + dense @ weight.double()).float())
-    total = weight.clone()
-    large.add_transposed(hidden, total)
-    torch.testing.assert_close(total, (weight.double() + dense.t() @ hidden.double()).float())

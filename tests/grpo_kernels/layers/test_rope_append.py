@@ -1,67 +1,15 @@
-"""The element-wise kernels of a decode step against float64, and record_tokens against plain bookkeeping."""
+"""Head norms, rotation and cache writes against float64 and transformers' rotation."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
-from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from grpo_kernels import RowState, record_tokens, rms_norm, rope_append, silu_mul
+from grpo_kernels import rope_append
 from grpo_kernels.testing.interpreter import interpret
 
-TOLERANCE = {torch.float32: 3e-7, torch.bfloat16: 5e-3, torch.float16: 7e-4}
-DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))
-
-
-def randn(*shape, dtype=torch.float32, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def close(got, want):
-    assert got.dtype in TOLERANCE
-    assert float((got.double() - want).norm() / want.norm()) < TOLERANCE[got.dtype]
-
-
-@DTYPES
-@pytest.mark.parametrize("add", [False, True], ids=["norm", "add"])
-def test_rms_norm(backend, dtype, add):
-    wide = randn(5, 90, dtype=dtype) * 3
-    x, weight, residual = wide[:, :37], randn(37, dtype=dtype, seed=1), randn(5, 37, dtype=dtype, seed=2)
-    out, summed = rms_norm(x, weight, 1e-5, residual=residual if add else None, backend=backend)
-    want = x.double() + residual.double() if add else x.double()
-    close(summed, want)
-    want = summed.double()
-    close(out, want * torch.rsqrt(want.square().mean(-1, keepdim=True) + 1e-5) * weight.double())
-
-
-def test_a_row_of_zeros_is_normalised_to_zeros(backend):
-    out, _ = rms_norm(torch.zeros(2, 8), torch.ones(8), 1e-6, backend=backend)
-    assert torch.equal(out, torch.zeros(2, 8))
-
-
-def test_rows_are_rounded_as_transformers_rounds_them(backend):
-    """In bfloat16, bit for bit: what sampler and trainer see must not differ for want of a rounding."""
-    norm = Qwen3RMSNorm(48, eps=1e-6)
-    norm.weight.data = randn(48, dtype=torch.bfloat16, seed=1)
-    x, residual = randn(9, 48, dtype=torch.bfloat16), randn(9, 48, dtype=torch.bfloat16, seed=2)
-    out, summed = rms_norm(x, norm.weight.data, 1e-6, residual=residual, backend=backend)
-    assert torch.equal(summed, x + residual)
-    differ = (out != norm(x + residual)).float().mean()  # 1/√ is taken by other means: a rounding may tip
-    assert differ < 0.01
-
-
-@DTYPES
-def test_silu_mul(backend, dtype):
-    wide = randn(3, 3000, dtype=dtype) * 4
-    x = wide[:, :2500]  # 1250 numbers: one block and a part
-    gate, up = x.double().chunk(2, -1)
-    close(silu_mul(x, backend=backend), gate * torch.sigmoid(gate) * up)
-
-
-def test_silu_of_large_numbers_of_either_sign(backend):
-    x = torch.tensor([[1e4, -1e4, 0.0, 1.0, 1.0, 3.0]])
-    assert silu_mul(x, backend=backend).tolist() == [[1e4, 0.0, 0.0]]
+from .common import DTYPES, close, randn
 
 
 def make_rope(dtype, width, tokens=6, heads=4, kv_heads=2, rows=9, columns=11):
@@ -130,41 +78,7 @@ def test_rotation_rounds_as_transformers_does(backend):
     assert torch.equal(qkv[:, 4:6], want[1][0])
 
 
-def test_recording_advances_rows_that_go_on_and_leaves_the_others(backend):
-    ended = [0, 0, 0, 1, 0]
-    state = RowState(*(torch.tensor(x) for x in ([9] * 5, [0] * 5, [0, 4, 1, 2, 3], [7, 8, 9, 10, 11], ended)))
-    end = torch.tensor([False, False, True, False])
-    record, seen = torch.full((2, 8), -1, dtype=torch.int32), torch.zeros(5, 4, dtype=torch.bool)
-    token = torch.tensor([1, 3, 2, 1, 77])  # a row of NaN draws anything
-    logprob = torch.tensor([-0.5, -1.0, -2.0, -3.0, torch.nan])
-    record_tokens(token, logprob, state, end, 5, record, seen=seen, backend=backend)
-    assert state.last.tolist() == [1, 3, 2, 0, 3]
-    assert state.drawn.tolist() == [1, 5, 2, 2, 4]
-    assert state.position.tolist() == [8, 9, 10, 10, 12]
-    assert state.ended.tolist() == [0, 1, 1, 1, 0]  # going on, length, end token, before, going on
-    assert record[0].tolist() == [1, 3, 2, 1, 3, -1, -1, -1]
-    torch.testing.assert_close(record[1, :5].view(torch.float32), logprob, equal_nan=True)
-    assert seen.nonzero().tolist() == [[0, 1], [1, 3], [2, 2], [4, 3]]
-
-
-def test_many_rows_are_recorded(backend):
-    count = 600
-    state = RowState(*torch.zeros(5, count, dtype=torch.int64).unbind())
-    record, tokens = torch.zeros(2, count, dtype=torch.int32), torch.arange(count)
-    end = torch.zeros(count, dtype=torch.bool)
-    record_tokens(tokens, tokens.float(), state, end, 2, record, backend=backend)
-    assert torch.equal(state.last, tokens)
-    assert torch.equal(record[1].view(torch.float32), tokens.float())
-    assert not state.ended.any()
-
-
 def test_bad_input_is_refused():
-    with pytest.raises(ValueError, match=r"need x \[R, H\]"):
-        rms_norm(torch.zeros(2, 8), torch.ones(4), 1e-6)
-    with pytest.raises(ValueError, match="contiguous"):
-        rms_norm(torch.zeros(2, 8), torch.ones(8), 1e-6, residual=torch.zeros(8, 2).t())
-    with pytest.raises(ValueError, match=r"need \[R, 2I\]"):
-        silu_mul(torch.zeros(2, 7))
     qkv, cos, sin, keys, values = make_rope(torch.float32, 16)
     index = torch.ones(6, dtype=torch.int64)
     with pytest.raises(ValueError, match="keys and values"):

@@ -162,7 +162,7 @@ def test_the_decoders_own_attention_agrees():
 
 def test_bad_input_is_refused():
     q, pk, pv, pl, sk, sv, sl, rows = make()
-    with pytest.raises(ValueError, match="no multiple"):
+    with pytest.raises(ValueError, match="not a multiple"):
         group_decode_attention(q[:, :5], pk, pv, pl, sk, sv, sl, rows)
     with pytest.raises(ValueError, match=r"need prefix_lengths \[3\]"):
         group_decode_attention(q, pk, pv, pl[:2], sk, sv, sl, rows)

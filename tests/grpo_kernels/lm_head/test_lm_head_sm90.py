@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from grpo_kernels.lm_head._large_entries import BLOCK_H, BLOCK_ROWS, SLOTS, add_product_kernel, add_transposed_kernel
-from grpo_kernels.lm_head._rows_triton import RowLaunch, softmax_rows_kernel
+from grpo_kernels._backend import interpreted
+from grpo_kernels.lm_head._rows_triton import (
+    BLOCK_H,
+    BLOCK_ROWS,
+    SLOTS,
+    RowLaunch,
+    add_product_kernel,
+    add_transposed_kernel,
+    softmax_rows_kernel,
+)
 from grpo_kernels.lm_head._stats import COMBINE, HeadTile, combine_stats_kernel, lm_head_stats_kernel
-from grpo_kernels.lm_head.from_logits import scale_kernel
-from grpo_kernels.testing.interpreter import interpreted
+from grpo_kernels.lm_head.from_logits import SCALE, scale_kernel
 from grpo_kernels.testing.sm90 import SHARED_LIMIT, compile_sm90
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="TRITON_INTERPRET=1: there is nothing to compile")
@@ -136,4 +143,6 @@ def test_small_kernels():
         strides = [name for name in kernel.arg_names if name.endswith("_stride")]
         check(compile_sm90(kernel, signature, constants, aligned=("H", *strides), num_warps=4))
     signature = {"x": "*bf16", "factor_ptr": "*fp32", "n": "i32"}
-    check(compile_sm90(scale_kernel, signature, {"BLOCK": 4096}, aligned=("n",), num_warps=8))
+    check(
+        compile_sm90(scale_kernel, signature, {"BLOCK": SCALE["BLOCK"]}, aligned=("n",), num_warps=SCALE["num_warps"])
+    )

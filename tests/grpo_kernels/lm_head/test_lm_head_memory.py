@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-BENCH = Path(__file__).parents[2] / "bench" / "kernels.py"
+BENCH = Path(__file__).parents[3] / "bench" / "kernels.py"
 
 
 def measured(name):

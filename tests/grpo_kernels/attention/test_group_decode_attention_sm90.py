@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from grpo_kernels._backend import interpreted
 from grpo_kernels.attention.group_decode_attention import (
     prefix_attention_kernel,
     prefix_config,
     suffix_attention_kernel,
     suffix_config,
 )
-from grpo_kernels.testing.interpreter import interpreted
 from grpo_kernels.testing.sm90 import SHARED_LIMIT, compile_sm90
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="TRITON_INTERPRET=1: there is nothing to compile")

@@ -1,0 +1,128 @@
+"""One definition of each formula: the engine's losses are these bit for bit, the kernel's slope is their autograd."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from grpo_core.algorithm.kl import kl_penalty
+from grpo_core.algorithm.losses import policy_loss
+from grpo_kernels import cispo_surrogate, clipped_surrogate, kl_estimate
+from grpo_kernels._backend import tl
+from grpo_kernels.lm_head import _rows_triton
+from grpo_kernels.lm_head.token_loss import LossConfig, token_loss
+from grpo_kernels.testing.interpreter import InterpretedFunction, interpret
+
+ESTIMATORS = ("k1", "k2", "k3")
+N = 256
+
+
+def tokens(seed=0):
+    """Log-probs, old ones and the reference's (some equal), and advantages of either sign and 0."""
+    g = torch.Generator().manual_seed(seed)
+    logprob = -torch.rand(N, generator=g) * 5
+    old = logprob + 0.5 * torch.randn(N, generator=g)
+    reference = logprob + 0.3 * torch.randn(N, generator=g)
+    advantages = torch.randn(N, generator=g)
+    old[:9], reference[:9], advantages[5:12] = logprob[:9], logprob[:9], 0.0
+    return logprob, old, reference, advantages
+
+
+def core(loss_type, **options):
+    logprob, old, _, advantages = tokens()
+    return policy_loss(loss_type, logprob, old, advantages, torch.zeros(N, dtype=torch.int64), 1, **options).loss
+
+
+@pytest.mark.parametrize("dual_clip", [None, 1.6])
+def test_the_clipped_surrogate_is_that_of_the_engine(dual_clip):
+    logprob, old, _, advantages = tokens()
+    mine = clipped_surrogate((logprob - old).exp(), advantages, 0.1, 0.28, dual_clip)
+    assert torch.equal(mine, core("grpo", clip_low=0.1, clip_high=0.28, delta=dual_clip))
+    config = LossConfig(clip_low=0.1, clip_high=0.28, dual_clip=dual_clip)
+    assert torch.equal(mine, token_loss(logprob, None, advantages, old, None, config).loss)
+    outside = ((logprob - old).exp() > 1.28) & (advantages > 0)
+    assert outside.any()
+    torch.testing.assert_close(mine[outside], -1.28 * advantages[outside])
+
+
+def test_the_cispo_surrogate_is_that_of_the_engine():
+    logprob, old, _, advantages = tokens()
+    mine = cispo_surrogate(logprob, (logprob - old).exp(), advantages, 1.4)
+    assert torch.equal(mine, core("cispo", cispo_cap=1.4))
+    config = LossConfig(loss_type="cispo", cispo_cap=1.4)
+    assert torch.equal(mine, token_loss(logprob, None, advantages, old, None, config).loss)
+
+
+@pytest.mark.parametrize("kl_estimator", ESTIMATORS)
+def test_kl_estimates_are_those_of_the_engine_and_leave_the_reference_alone(kl_estimator):
+    logprob, _, reference, _ = tokens()
+    reference.requires_grad_()
+    mine = kl_estimate(logprob.requires_grad_(), reference, kl_estimator)
+    assert torch.equal(mine, kl_penalty(logprob, reference, kl_estimator))
+    mine.sum().backward()
+    assert reference.grad is None
+    assert logprob.grad.abs().sum() > 0
+
+
+def test_k3_keeps_its_precision_close_to_the_reference():
+    difference = torch.tensor(1e-4)
+    assert kl_estimate(difference, torch.tensor(0.0), "k3") == pytest.approx(5e-9, rel=1e-3)
+
+
+def test_an_unknown_estimator_is_refused():
+    with pytest.raises(ValueError, match="unknown KL estimator 'k4': choose k1, k2 or k3"):
+        kl_estimate(torch.zeros(1), torch.zeros(1), "k4")
+
+
+def slope_kernel(
+    out, logprob, old, reference, advantages, beta,
+    CISPO: tl.constexpr, OLD: tl.constexpr, KL: tl.constexpr, KL_TIMES_RATIO: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    i = tl.arange(0, SIZE)
+    slope = _rows_triton.token_loss_slope(
+        tl.load(logprob + i), tl.load(advantages + i), tl.load(old + i), tl.load(reference + i),
+        0.1, 0.28, 1.6, 1.4, beta, CISPO, OLD, KL, KL_TIMES_RATIO,
+    )  # fmt: skip
+    tl.store(out + i, slope)
+
+
+@pytest.mark.parametrize("loss_type", ["clip", "cispo"])
+@pytest.mark.parametrize("with_old", [True, False])
+def test_the_kernels_slope_is_autograd_of_the_formulas(loss_type, with_old):
+    logprob, old, reference, advantages = tokens()
+    for estimator, times_ratio in itertools.product((None, *ESTIMATORS), (False, True)):
+        leaf = logprob.double().requires_grad_()
+        ratio = (leaf - (old.double() if with_old else leaf.detach())).exp()
+        if loss_type == "clip":
+            loss = clipped_surrogate(ratio, advantages.double(), 0.1, 0.28, 1.6)
+        else:
+            loss = cispo_surrogate(leaf, ratio, advantages.double(), 1.4)
+        if estimator:
+            kl = kl_estimate(leaf, reference.double(), estimator)
+            loss = loss + 0.3 * (kl * ratio if times_ratio else kl)
+        loss.sum().backward()
+        out = torch.full((N,), torch.nan)
+        with interpret():
+            InterpretedFunction(slope_kernel)[(1,)](
+                out=out, logprob=logprob, old=old, reference=reference, advantages=advantages, beta=0.3,
+                CISPO=loss_type == "cispo", OLD=with_old, KL=int(estimator[1]) if estimator else 0,
+                KL_TIMES_RATIO=times_ratio, SIZE=N,
+            )  # fmt: skip
+        torch.testing.assert_close(out.double(), leaf.grad, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"loss_type": "gpro"}, "unknown loss_type 'gpro'"),
+        ({"kl_estimator": "k4"}, "unknown KL estimator 'k4': choose k1, k2 or k3"),
+        ({"clip_low": 1.5}, "need 0 ≤ clip_low ≤ 1"),
+        ({"dual_clip": 1.1}, "dual_clip must exceed 1 \\+ clip_high"),
+    ],
+    ids=str,
+)
+def test_options_out_of_range_are_refused(options, says):
+    with pytest.raises(ValueError, match=says):
+        LossConfig(**options)

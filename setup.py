@@ -17,6 +17,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     package_dir={name: name if folder == "." else f"{folder}/{name}" for name, folder in FOLDERS.items()},
+    entry_points={"console_scripts": ["affectgpt = affectgpt.cli:main"]},
     packages=[
         package for name, folder in FOLDERS.items() for package in find_packages(folder, include=[name, f"{name}.*"])
     ],
@@ -26,7 +27,6 @@ setup(
         "affectgpt.emotion_wheel": ["data/*"],
         "affectgpt.report": ["templates/*"],
     },
-    entry_points={"console_scripts": ["affectgpt = affectgpt.cli:main"]},
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",

@@ -52,15 +52,6 @@ affectgpt predict --model.path DIR --data.root MER2025 --data.labels track_all_c
 The csv has the form of the MER challenges' label tables; `<output>.jsonl` beside it has each clip's whole answer.
 """
 
-STAGE_TITLES = {
-    "untrained": "untrained",
-    "cold_start": "cold start",
-    "sft_continued": "cold start continued for as long",
-    "grpo": "GRPO",
-    "shuffled_media": "GRPO, clips swapped",
-}
-"""The evaluations of a training run, in its order, as the printed table names them."""
-
 
 def train(arguments: Sequence[str]) -> None:
     """Cold start, controls, GRPO, and a report: what AffectGPT-R1 is."""
@@ -70,6 +61,7 @@ def train(arguments: Sequence[str]) -> None:
     config = _read(R1Config, "train", arguments, TRAIN, default_config=CONFIGS / "demo.yaml")
 
     from affectgpt.pipeline import Stages, open_run
+    from affectgpt.stages import COLD_START, GRPO, SFT_CONTINUED, SHUFFLED_MEDIA, UNTRAINED
     from affectgpt.synthetic import shuffle_media
     from grpo_core import distributed
     from grpo_core.config.fields import ConfigError
@@ -86,23 +78,23 @@ def train(arguments: Sequence[str]) -> None:
     evaluations: dict[str, Evaluation | None] = {}
     cold_start = config.cold_start
     if cold_start.max_steps:
-        evaluations["untrained"] = stages.evaluate_test("untrained")
+        evaluations[UNTRAINED] = stages.evaluate_test(UNTRAINED)
         stages.supervised(
-            config.supervised("cold_start", cold_start.max_steps, patience=cold_start.early_stopping_patience)
+            config.supervised(COLD_START, cold_start.max_steps, patience=cold_start.early_stopping_patience)
         )
-    evaluations["cold_start"] = stages.evaluate_test("cold_start")
+    evaluations[COLD_START] = stages.evaluate_test(COLD_START)
     if config.controls:
         # the control trains the same model, so GRPO starts again from where the cold start left it
-        start = stages.folder / "cold_start" / "model" if cold_start.max_steps else config.model.path
-        stages.supervised(config.supervised("sft_continued", config.run.max_steps, patience=0))
-        evaluations["sft_continued"] = stages.evaluate_test("sft_continued")
+        start = stages.folder / COLD_START / "model" if cold_start.max_steps else config.model.path
+        stages.supervised(config.supervised(SFT_CONTINUED, config.run.max_steps, patience=0))
+        evaluations[SFT_CONTINUED] = stages.evaluate_test(SFT_CONTINUED)
         stages.load(start)
     stages.grpo(rewards, config.algorithm, config.optim)
     del rewards  # a judge's weights leave the GPU before the model is scored
-    evaluations["grpo"] = stages.evaluate_test("grpo")
+    evaluations[GRPO] = stages.evaluate_test(GRPO)
     if config.controls and stages.test:
         swapped = stages.prompts(shuffle_media([prompt.sample for prompt in stages.test], config.run.seed))
-        evaluations["shuffled_media"] = stages.evaluate_test("shuffled_media", swapped)
+        evaluations[SHUFFLED_MEDIA] = stages.evaluate_test(SHUFFLED_MEDIA, swapped)
 
     if dist.main_process:
         _finish_training(config, stages, {name: scored for name, scored in evaluations.items() if scored})
@@ -112,6 +104,7 @@ def train(arguments: Sequence[str]) -> None:
 def _finish_training(config: R1Config, stages: Stages, evaluations: dict[str, Evaluation]) -> None:
     """Write `summary.json` and `report.html`, and print the table."""
     from affectgpt.report import write_report
+    from affectgpt.stages import stage_label
 
     summary = {f"{name}_f1": 100 * scored.f1 for name, scored in evaluations.items()} | {"seed": config.run.seed}
     (config.run.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
@@ -125,7 +118,7 @@ def _finish_training(config: R1Config, stages: Stages, evaluations: dict[str, Ev
         print(f"\nemotion-wheel F on {clips}")
         for name, scored in evaluations.items():
             f1, precision, recall = (100 * value for value in (scored.f1, scored.precision, scored.recall))
-            print(f"  {STAGE_TITLES[name]:34}{f1:6.2f}   P {precision:6.2f}   R {recall:6.2f}")
+            print(f"  {stage_label(name).title:34}{f1:6.2f}   P {precision:6.2f}   R {recall:6.2f}")
     print(f"\n{report}")
 
 

@@ -31,6 +31,7 @@ setup(
     ],
     python_requires=">=3.11",
     package_dir={name: name if folder == "." else f"{folder}/{name}" for name, folder in FOLDERS.items()},
+    entry_points={"console_scripts": ["affectgpt = affectgpt.cli:main"]},
     packages=[
         package for name, folder in FOLDERS.items() for package in find_packages(folder, include=[name, f"{name}.*"])
     ],

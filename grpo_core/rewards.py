@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -32,9 +33,9 @@ class RewardOutput(NamedTuple):
 
     values: np.ndarray
     """float64 `[N, G]`, NaN where it cannot judge."""
-    metrics: Mapping[str, Sequence[float]] = {}
+    metrics: Mapping[str, Sequence[float]] = MappingProxyType({})
     """Numbers by name; their mean over the step is written to `metrics.jsonl`."""
-    columns: Mapping[str, Sequence[Any]] = {}
+    columns: Mapping[str, Sequence[Any]] = MappingProxyType({})
     """`N · G` values by name, in the groups' order; written to `completions.jsonl`."""
 
 

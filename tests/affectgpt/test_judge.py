@@ -574,7 +574,7 @@ def test_a_run_with_all_five_rewards_and_a_judge_goes_on_as_if_uninterrupted(
     options = {
         "data.root": clips,
         "data.cache_dir": tmp_path / "features",
-        "data.synthetic_clips": "[8, 2]",
+        "data.layout.clips": "[8, 2]",
         "model.llm": tiny_llm_folder,
         "model.visual_encoder": tiny_clip_folder,
         "model.audio_encoder": tiny_hubert_folder,

@@ -154,11 +154,11 @@ class MaskedCache(GroupCache):
             `[B, 1, 1, S']`, a mask: 0 on the completion up to it, -inf after it. S' ≤ S covers all sequences.
         """
         lengths = self.completion_lengths[: self.num_sequences]
-        slots = (self._head_starts[: self.num_sequences] + lengths[:, None]).view(-1)
+        index = (self._head_starts[: self.num_sequences] + lengths[:, None]).view(-1)
         columns = min(extent(int(self.longest.max()) + 1), self.suffix.shape[4])
         after = self._columns[:columns] > lengths[:, None]
         mask = torch.where(after, self._hidden, self._visible)[:, None, None]
-        return self.plan.prompt_tokens + lengths, slots, mask
+        return self.plan.prompt_tokens + lengths, index, mask
 
     def advance(self) -> None:
         """Count the token that every sequence has just appended.

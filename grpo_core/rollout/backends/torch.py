@@ -86,14 +86,14 @@ class TorchDecoder(FusedModel):
         """Append one token `[B]` to every sequence; return the logits `[B, V]` after it."""
         cache = self.cache
         assert cache is not None, "reserve() comes first"
-        positions, slots, mask = cache.next_token()
+        positions, index, mask = cache.next_token()
         groups, sequences, columns = cache.num_groups, cache.num_sequences, mask.shape[-1]
         rotations = self._rotations.index_select(0, positions)
         x = self.embed(tokens)
         for layer, prefix, suffix in zip(self.layers, cache.prefix, cache.suffix, strict=True):
             qkv = self._qkv(layer, x, rotations)
             # keys and values lie side by side in qkv and in the cache, so one copy moves both
-            suffix.view(-1, self.head_dim).index_copy_(0, slots, qkv[:, self.num_heads :].reshape(-1, self.head_dim))
+            suffix.view(-1, self.head_dim).index_copy_(0, index, qkv[:, self.num_heads :].reshape(-1, self.head_dim))
             attended = decode_attention(
                 qkv[:, : self.num_heads],
                 prefix[:groups, 0],

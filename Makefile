@@ -1,34 +1,46 @@
 # make demo   run the main job on the embedded default: clips, tiny model, cold start, GRPO, report
-# make test   the test suite (creates .venv on first use)
+# make test   the test suite (creates .venv on first use), without the tests marked `long`
+# make test-long   the tests that take more than a minute each
 # make test-peers  the tests that compare with TRL and Liger (creates .venv-bench)
-# make lint   ruff check and ruff format --check
+# make lint   ruff check, ruff format --check, and mypy
+# make dist-check  build sdist and wheel, install the wheel into a fresh environment, and use it there
+# make docs   the documentation's pages, in site/ (creates .venv-docs)
 # make gpu    GPU tests and benchmarks, in the Python that is given by GPU_PYTHON (default: the current python3)
-# make clean  remove what this file made
+# make clean  remove what this file made, except runs: what a run wrote is its user's
 
 PYTHON ?= python3
 GPU_PYTHON ?= python3
 BIN := .venv/bin
+PIP_INSTALL := pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-peers lint venv gpu clean
+.PHONY: demo test test-long test-peers lint dist-check docs venv gpu clean
 
 venv: .venv/.installed
 
 # torch first and pinned: a range would let pip choose another build
 .venv/.installed: setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch triton
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[affectgpt,dev]'
+	$(BIN)/$(PIP_INSTALL) torch triton
+	$(BIN)/$(PIP_INSTALL) --editable '.[affectgpt,dev]'
 	touch $@
 
 demo: venv
 	$(BIN)/python recipes/affectgpt_r1.py $(ARGS)
 
 test: venv
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not gpu" $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not gpu and not long" $(ARGS)
+
+# pytest exits with 5 where no test is selected, which is no failure here
+test-long: venv
+	$(BIN)/python -m pytest -p no:xdist -m "long and not gpu" $(ARGS) || test $$? -eq 5
 
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+dist-check: venv
+	$(BIN)/python .ci/check_dist.py
 
 # the same values as TRL and Liger, in an environment that has them
 test-peers: .venv-bench/.installed
@@ -37,20 +49,24 @@ test-peers: .venv-bench/.installed
 
 .venv-bench/.installed: setup.py constraints.txt
 	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
-	.venv-bench/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch triton
-	.venv-bench/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-		--editable '.[affectgpt,dev,bench]'
+	.venv-bench/bin/$(PIP_INSTALL) torch triton
+	.venv-bench/bin/$(PIP_INSTALL) --editable '.[affectgpt,dev,bench]'
 	touch $@
 
-gpu: export PYTHONPATH := .:kernels:model
+# an environment of its own, without torch: API pages are made from the source, which is read and not imported
+docs: .venv-docs/.installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+
+# what the extra `docs` in setup.py names, without the package and its dependencies
+.venv-docs/.installed: setup.py constraints.txt
+	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/$(PIP_INSTALL) mkdocs-material 'mkdocstrings[python]' ruff
+	touch $@
+
+# stages, most valuable first, each with its own time limit; logs and figures go to gpu_round/ (ARGS="--out DIR")
 gpu:
-	$(GPU_PYTHON) -m pytest -m gpu -p no:xdist $(ARGS)
-	$(GPU_PYTHON) bench/kernels.py --sizes 0.5B 7B --tokens 1024 4096
-	$(GPU_PYTHON) bench/train_step.py --preset 7B --lora --prompt-tokens 1024 --completion-tokens 256 --copies-per-pass 4
-	$(GPU_PYTHON) bench/rollout.py --preset 0.5B 7B --prompts 4 16 --completion-tokens 128 --rounds 2 \
-		--contenders ours generate
-	$(GPU_PYTHON) bench/grpo_step.py --preset 0.5B --prompt-tokens 512 --completion-tokens 128 --group-size 8
+	PYTHONPATH=.:kernels:model $(GPU_PYTHON) bench/gpu_round.py $(ARGS)
 
 clean:
-	rm -rf .venv .venv-bench *.egg-info .pytest_cache .ruff_cache .hypothesis build dist runs
+	rm -rf .venv .venv-bench .venv-docs *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist site
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

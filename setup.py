@@ -14,9 +14,24 @@ setup(
     name="grpo-core",
     version=VERSION,
     description="A low-level GRPO engine with fused Triton kernels, and AffectGPT-R1, the recipe it is made for",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     license="Apache-2.0",
+    keywords=["GRPO", "reinforcement learning", "RLHF", "multimodal", "LLM", "Triton", "emotion recognition"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11",
     package_dir={name: name if folder == "." else f"{folder}/{name}" for name, folder in FOLDERS.items()},
+    entry_points={"console_scripts": ["affectgpt = affectgpt.cli:main"]},
     packages=[
         package for name, folder in FOLDERS.items() for package in find_packages(folder, include=[name, f"{name}.*"])
     ],
@@ -24,6 +39,7 @@ setup(
         **{name: ["py.typed"] for name in FOLDERS},
         "affectgpt.configs": ["*.yaml"],
         "affectgpt.emotion_wheel": ["data/*"],
+        "affectgpt.report": ["templates/*"],
     },
     install_requires=[
         "torch>=2.11",
@@ -37,11 +53,24 @@ setup(
     ],
     extras_require={
         # real media, emotion tables and the run report: what recipes/affectgpt_*.py need
-        "affectgpt": ["av>=14", "nltk>=3.9", "openpyxl>=3.1", "pillow>=11", "matplotlib>=3.9"],
+        "affectgpt": ["av>=14", "nltk>=3.9", "openpyxl>=3.1", "pillow>=11", "matplotlib>=3.9", "jinja2>=3.1"],
         # processors of judges that have a part for videos (Qwen-VL, Gemma 4, InternVL)
         "judge": ["torchvision"],
         # the peers that losses and kernels are compared with
         "bench": ["trl==1.16.0", "liger-kernel==0.8.5"],
-        "dev": ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "ruff>=0.12", "scipy>=1.13", "pandas>=2.2"],
+        # the documentation's pages; the Makefile installs these alone: pages are made without importing us
+        "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0", "ruff>=0.12"],
+        "dev": [
+            "hypothesis>=6",
+            "mypy>=2.4",
+            "pandas>=2.2",
+            "pytest>=8",
+            "pytest-xdist>=3",
+            "ruff>=0.12",
+            "scipy>=1.13",
+            "setuptools>=77",
+            "types-PyYAML",
+            "types-tqdm",
+        ],
     },
 )

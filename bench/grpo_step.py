@@ -28,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +67,7 @@ def model_of(args: argparse.Namespace) -> PreTrainedModel:
 def run_ours(args: argparse.Namespace, shared: bool) -> None:
     """Our trainer, step by step."""
     from grpo_core.config.options import AlgorithmConfig, GRPOConfig, OptimConfig, RolloutConfig, RunConfig
-    from grpo_core.distributed.collectives import Distributed
+    from grpo_core.distributed import Distributed
     from grpo_core.policy import Policy
     from grpo_core.rollout.sampler import GroupSampler
     from grpo_core.training.grpo import GRPOTrainer
@@ -82,23 +83,21 @@ def run_ours(args: argparse.Namespace, shared: bool) -> None:
         """Every completion with a prompt of its own."""
 
         def sample(self, prompts):
-            copies = [Prompt(f"{p.id}/{i}", p.token_ids) for p in prompts for i in range(self.rollout.group_size)]
-            alone = RolloutConfig(group_size=1, max_new_tokens=self.rollout.max_new_tokens)
-            with self.phase("sample"):
+            size = self.config.rollout.group_size
+            copies = [Prompt(f"{p.id}/{i}", p.token_ids) for p in prompts for i in range(size)]
+            alone = RolloutConfig(group_size=1, max_new_tokens=self.config.rollout.max_new_tokens)
+            with self.clock.phase("sample"):
                 drawn = iter(self.sampler.sample(copies, alone, step=self.step_index))
-            groups = [Group(p, [next(drawn).completions[0] for _ in range(self.rollout.group_size)]) for p in prompts]
-            self.metrics.sum("num_tokens", sum(len(c.token_ids) for g in groups for c in g.completions))
-            return groups
+            return [Group(p, [next(drawn).completions[0] for _ in range(size)]) for p in prompts]
 
-        def pack(self, groups):
-            return super().pack([Group(group.prompt, [c]) for group in groups for c in group.completions])
+        def select(self, groups, scores):
+            alone = [Group(group.prompt, [completion]) for group in groups for completion in group.completions]
+            by_reward, total = scores.by_reward.reshape(len(scores.names), -1, 1), scores.total.reshape(-1, 1)
+            return alone, replace(scores, by_reward=by_reward, total=total)
 
-        def compare(self, groups, rollout):
-            singles = iter(self.advantages(groups, rollout).ravel())
-            for group in groups:
-                group.advantages = np.zeros(len(group.completions))
-            for batch in rollout[0]:
-                batch.advantages = batch.layout.per_token([next(singles) for _ in batch.groups])
+        def advantages(self, scores, *others):
+            grouped = replace(scores, total=scores.total.reshape(-1, self.config.rollout.group_size))
+            return super().advantages(grouped, *others).reshape(-1, 1)
 
     model = model_of(args)
     ids = make_prompts(args)

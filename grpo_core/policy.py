@@ -1,10 +1,10 @@
-"""The policy: a causal LM, and what the engine asks of it over a packed group layout."""
+"""The policy: a causal LM that computes log-probabilities over packed groups, and its reference."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from peft import PeftModel
@@ -14,10 +14,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from grpo_core.families import check_attention, check_model, family_names
 from grpo_core.layout import GroupLayout
 from grpo_core.types import Prompt
-from grpo_kernels import group_attention, linear_logprob
-from grpo_kernels.attention.spans import GroupSpans
+from grpo_kernels import GroupSpans, group_attention, linear_logprob
 
 ATTENTION = "grpo_group"
 """Name under which group attention is registered with transformers."""
@@ -32,38 +32,29 @@ def _attention(
     *,
     group_spans: GroupSpans | None = None,
     scaling: float | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Transformers' attention interface: group attention where the caller passes spans, plain SDPA elsewhere."""
     if group_spans is None:
+        # the dummy mask of hidden_states without its spans: this layer has lost them, and SDPA would mix the groups. (A
+        # single query also has a mask of this shape, in ordinary decoding.)
         if attention_mask is not None and attention_mask.shape == (1, 1, 1, 1) and query.shape[2] > 1:
             raise NotImplementedError(
                 f"{type(module).__name__} does not hand keyword arguments to its attention, so it cannot run over "
-                "packed groups: use a Qwen2, Qwen3, Llama or Mistral model"
+                f"packed groups: use one of: {family_names()}"
             )
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    if kwargs.get("sliding_window") is not None and kwargs["sliding_window"] < max(
-        prompt + max(lengths, default=0)
-        for prompt, lengths in zip(group_spans.prompt_lengths, group_spans.completion_lengths, strict=True)
-    ):
-        raise NotImplementedError(
-            f"config.sliding_window is {kwargs['sliding_window']} and a sequence is longer: "
-            "group attention has no window, use shorter prompts and completions"
-        )
-    if kwargs.get("softcap") is not None:
-        raise NotImplementedError("config.attn_logit_softcapping is set: group attention has no soft cap")
+    check_attention(
+        kwargs.get("sliding_window"), kwargs.get("softcap"), group_spans.prompt_lengths, group_spans.completion_lengths
+    )
     packed = group_attention(
         query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), group_spans, scale=scaling
     )
     return packed[None], None
 
 
-AttentionInterface.register(ATTENTION, _attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-
-
 class LogProbs(NamedTuple):
-    """`Policy.logprobs`'s result."""
+    """The result of `Policy.logprobs`."""
 
     logprob: Tensor
     """float32 `[R]`."""
@@ -78,16 +69,17 @@ class Policy:
 
     Args:
         model: the LM. Its attention is switched to the group interface, which is SDPA for ordinary calls.
-        embed: gives `[P, H]` per prompt, differentiably; the LM's token embeddings unless given. Sampling and training
-            go by it; a subclass passes it on instead of overriding the method.
-        module: owns every trained parameter (the LM and what `embed` uses); the LM unless given.
-        reference: which policy `reference=True` means; see `AlgorithmConfig.reference`. `frozen` copies the trained
-            parameters now, in their own dtype (sharded ones, as FSDP2 makes them, stay sharded); `None` keeps no
-            reference.
+        embed: returns `[P, H]` per prompt, differentiably; by default the LM's token embeddings. Sampling and training
+            both call it; a subclass passes it here instead of overriding the method.
+        module: owns every trained parameter (the LM's and those that `embed` uses); by default the LM.
+        reference: which policy the `reference_*` methods use; see `AlgorithmConfig.reference`. `frozen` copies the
+            trained parameters now, in their own dtype (sharded ones, as FSDP2 makes them, stay sharded); `None` keeps
+            no reference.
         offload: keep the frozen copy in host memory.
 
     Raises:
         ValueError: nothing is trainable, an adapter on the LM head, or `adapter_off` without PEFT adapters.
+        NotImplementedError: the model would be trained wrongly; see `grpo_core.families.check_model`.
     """
 
     def __init__(
@@ -99,9 +91,14 @@ class Policy:
         offload: bool = False,
     ):
         self.model = model
-        self.causal_lm: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.causal_lm = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+        check_model(self.causal_lm.config)
+        # here and not at import, which should have no effect on others; to register again changes nothing
+        AttentionInterface.register(ATTENTION, _attention)
+        AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+        # once for all: calls without spans (generate, an encoder's) go to SDPA as before
         self.causal_lm.set_attn_implementation(ATTENTION)
-        self.module = model if module is None else module
+        self.module: nn.Module = model if module is None else module
         self._embed = embed
         if not self.named_parameters():
             raise ValueError("the policy has no trainable parameter: add an adapter or set requires_grad")
@@ -113,59 +110,66 @@ class Policy:
         if reference == "adapter_off" and not isinstance(model, PeftModel):
             raise ValueError("algorithm.reference is adapter_off, but the model has no adapters: set it to frozen")
         self.reference = reference
-        self._frozen = (
-            {name: _copy(parameter.detach(), offload) for name, parameter in self.named_parameters().items()}
-            if reference == "frozen"
-            else {}
-        )
+        self._frozen: dict[str, Tensor] = {}
+        if reference == "frozen":
+            for name, parameter in self.named_parameters().items():
+                frozen = parameter.detach().to("cpu", copy=True) if offload else parameter.detach().clone()
+                # pinned, so that an exchange runs at the bus's speed; torch cannot pin sharded tensors
+                if offload and parameter.is_cuda and type(frozen) is Tensor:
+                    frozen = frozen.pin_memory()
+                self._frozen[name] = frozen
 
     @property
     def device(self) -> torch.device:
-        return self.causal_lm.get_input_embeddings().weight.device
+        return cast(Tensor, self.causal_lm.get_input_embeddings().weight).device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.causal_lm.get_input_embeddings().weight.dtype
+        # the embedding's, not the first parameter's: linear layers may be quantised, adapters in float32
+        return cast(Tensor, self.causal_lm.get_input_embeddings().weight).dtype
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """The trained parameters, by name."""
+        """Return the trained parameters, by name."""
         return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
 
     def embed(self, prompts: Sequence[Prompt]) -> list[Tensor]:
-        """`[P_n, H]` of each prompt, on the policy's device, with gradient into whatever made them."""
+        """Embed prompts: `[P_n, H]` each, on the policy's device, with gradient into whatever made them."""
         return self._embed_tokens(prompts) if self._embed is None else self._embed(prompts)
 
     def _embed_tokens(self, prompts: Sequence[Prompt]) -> list[Tensor]:
+        # one lookup for all: the gradient of each is as large as the whole table
         ids = torch.tensor([token for prompt in prompts for token in prompt.token_ids], device=self.device)
         return list(self.causal_lm.get_input_embeddings()(ids).split([len(prompt.token_ids) for prompt in prompts]))
 
     def hidden_states(self, layout: GroupLayout, prompts: Sequence[Prompt]) -> Tensor:
-        """Last hidden states `[R, H]` of the predictor rows, in one forward over the packed axis.
+        """Compute the last hidden states `[R, H]` of the predictor rows, in one forward over the packed axis.
 
         Args:
             layout: the N prompts packed with their completions, on the policy's device.
             prompts: the N prompts.
         """
-        packed = self._packed_embeds(layout, prompts)
-        output = self.causal_lm.base_model(
+        embedding = self.causal_lm.get_input_embeddings()
+        if self._embed is None:
+            # one lookup for prompts and completions: the gradient of each lookup is as large as the whole table
+            packed = embedding(layout.token_ids)  # [T, H]
+        else:
+            # only completion tokens are looked up: a prompt's placeholders may lie outside the vocabulary
+            lengths = [sum(group) for group in layout.spans.completion_lengths]
+            completions = embedding(layout.target_ids).split(lengths)
+            pieces: list[Tensor] = []
+            for prompt, completion in zip(self.embed(prompts), completions, strict=True):
+                pieces += [prompt.to(completion.dtype), completion]
+            packed = torch.cat(pieces)
+        output = cast(nn.Module, self.causal_lm.base_model)(
             inputs_embeds=packed[None],
             position_ids=layout.position_ids[None],
-            # a 4-D mask is taken as it is: transformers would build a dense [T, T] one from the positions
+            # a 4-D mask is used as it is: transformers would build a dense [T, T] one from the positions
             attention_mask=packed.new_zeros(1, 1, 1, 1),
             use_cache=False,
             group_spans=layout.spans,
         )
+        # before the head: prompt rows predict nothing, and logits of the whole axis are never stored
         return output.last_hidden_state[0, layout.predictor_rows]
-
-    def _packed_embeds(self, layout: GroupLayout, prompts: Sequence[Prompt]) -> Tensor:
-        """`[T, H]`. One lookup where prompts are tokens: the gradient of each is as large as the whole table."""
-        embedding = self.causal_lm.get_input_embeddings()
-        if self._embed is None:
-            return embedding(layout.token_ids)
-        # completion tokens alone are looked up: a prompt's placeholders may lie outside the vocabulary
-        completions = embedding(layout.target_ids).split([sum(lengths) for lengths in layout.spans.completion_lengths])
-        pairs = zip(self.embed(prompts), completions, strict=True)
-        return torch.cat([part for prompt, own in pairs for part in (prompt.to(own.dtype), own)])
 
     def logprobs(
         self,
@@ -176,16 +180,17 @@ class Policy:
         entropy: bool = False,
         reference_hidden: Tensor | None = None,
     ) -> LogProbs:
-        """Log-probability `[R]` of every completion token, and the entropy of its distribution, differentiably.
+        """Compute the log-probability `[R]` of every completion token, and more on request, differentiably.
 
         Args:
             layout: the N prompts packed with their completions, on the policy's device.
             prompts: the N prompts.
             temperature: divides the logits, as it did in sampling.
-            entropy: also give entropies.
-            reference_hidden: `[R, H]` of `reference_hidden_states`: also give the KL to the reference.
+            entropy: also compute the entropy of each token's distribution.
+            reference_hidden: `[R, H]` of `reference_hidden_states`: also compute the KL to the reference.
         """
         hidden = self.hidden_states(layout, prompts)
+        # hidden states and the head's weight, not logits: [R, V] is never stored, forward or backward
         head = self.causal_lm.get_output_embeddings()
         return LogProbs(
             *linear_logprob(
@@ -201,7 +206,7 @@ class Policy:
 
     @torch.no_grad()
     def reference_logprobs(self, layout: GroupLayout, prompts: Sequence[Prompt], *, temperature: float = 1.0) -> Tensor:
-        """float32 `[R]` log-probabilities under the reference policy, without gradient.
+        """Compute log-probabilities under the reference policy, float32 `[R]`, without gradient.
 
         Raises:
             RuntimeError: the policy was made without a reference.
@@ -211,16 +216,17 @@ class Policy:
 
     @torch.no_grad()
     def reference_hidden_states(self, layout: GroupLayout, prompts: Sequence[Prompt]) -> Tensor:
-        """`[R, H]` last hidden states of the reference policy at the predictor rows, without gradient.
+        """Compute the reference policy's last hidden states at the predictor rows, `[R, H]`, without gradient.
 
         Raises:
             RuntimeError: the policy was made without a reference.
             ValueError: the LM head is trained, so that policy and reference do not share it.
         """
+        # the full KL reads one head for both hidden states, and it is computed after the parameters are exchanged back
         if self.causal_lm.get_output_embeddings().weight.requires_grad:
             raise ValueError(
-                "algorithm.kl_estimator is full, which policy and reference need one LM head for, but the head is "
-                "trained (or tied to trained embeddings): set kl_estimator to k3"
+                "algorithm.kl_estimator is full, for which policy and reference must share the LM head, but the head "
+                "is trained (or tied to trained embeddings): set kl_estimator to k3"
             )
         with self._as_reference():
             return self.hidden_states(layout, prompts)
@@ -229,45 +235,45 @@ class Policy:
     def sync_reference(self, alpha: float = 1.0) -> None:
         """Move the frozen reference to `alpha · policy + (1 − alpha) · reference` (TR-DPO, arXiv 2404.09656)."""
         for name, parameter in self.named_parameters().items():
+            # in place: a checkpoint may hold these tensors; `.to` moves the parameter where the copy is offloaded
             self._frozen[name].lerp_(parameter.detach().to(self._frozen[name].device), alpha)
 
     def reference_tensors(self) -> dict[str, Tensor]:
-        """The frozen reference's parameters, by name; empty without one."""
+        """Return the frozen reference's parameters, by name; empty without one."""
         return self._frozen
 
     @contextmanager
     def _as_reference(self) -> Iterator[None]:
+        """Make the model compute what the reference computes, within a `with` block."""
         if self.reference is None:
             raise RuntimeError("this policy keeps no reference: make it with reference='frozen' or 'adapter_off'")
         if self.reference == "adapter_off":
-            with self.model.disable_adapter():
+            with cast(PeftModel, self.model).disable_adapter():
                 yield
             return
         self._exchange()
         try:
             yield
         finally:
+            # also after an error: a trainer that catches it must not go on with the reference's weights
             self._exchange()
 
     @torch.no_grad()
     def _exchange(self) -> None:
-        """Exchange the values of the trained parameters and the frozen ones. In place: addresses, shards and devices
-        stay, whatever else refers to them."""
+        """Exchange the values of the trained parameters and the frozen ones.
+
+        In place and one at a time: a second model would double the memory, and an optimiser, FSDP2 and captured graphs
+        refer to the parameters' addresses.
+        """
         for name, parameter in self.named_parameters().items():
-            own = parameter.detach().clone()
+            trained = parameter.detach().clone()
+            # .data: an in-place write to the parameter itself would invalidate graphs that autograd has saved it for
             parameter.data.copy_(self._frozen[name])
-            self._frozen[name].copy_(own)
-
-
-def _copy(tensor: Tensor, offload: bool) -> Tensor:
-    if not offload:
-        return tensor.clone()
-    host = tensor.to("cpu", copy=True)
-    return host.pin_memory() if tensor.is_cuda and type(host) is Tensor else host
+            self._frozen[name].copy_(trained)
 
 
 def disable_dropout(module: nn.Module) -> None:
-    """Set every dropout rate to 0: with dropout, a policy's ratio to itself would not be 1."""
+    """Set every dropout rate to 0: with dropout, the ratio of a policy to itself would not be 1."""
     for child in module.modules():
         if isinstance(child, nn.Dropout):
             child.p = 0.0

@@ -1,13 +1,16 @@
-"""Rewards as numbers: the protocol a reward function keeps, and how several are weighed into one."""
+"""Rewards as numbers: the protocol that a reward keeps, and the scores that several of them give a step."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from grpo_core.algorithm.advantages import has_signal
 from grpo_core.types import Group
 
 
@@ -15,13 +18,58 @@ class Reward(Protocol):
     """Judges whole batches of groups at once.
 
     `name` labels it in metrics, logs and `algorithm.reward_weights`. Called with N groups of G completions each, it
-    returns float64 `[N, G]`, NaN where it cannot judge (a completion that no reward judges gets advantage 0). It must
-    be a pure function of the groups: the same groups give the same numbers on every rank and after a resume.
+    returns float64 `[N, G]` (or a `RewardOutput`), NaN where it cannot judge: a completion that no reward judges gets
+    advantage 0. It must be a pure function of the groups: the same groups give the same numbers on every rank and after
+    a resume. If it has a method `begin_step(step, max_steps)`, that is called before it judges a step.
     """
 
     name: str
 
-    def __call__(self, groups: Sequence[Group]) -> np.ndarray: ...
+    def __call__(self, groups: Sequence[Group]) -> np.ndarray | RewardOutput: ...
+
+
+class RewardOutput(NamedTuple):
+    """What a reward gives that also logs something."""
+
+    values: np.ndarray
+    """float64 `[N, G]`, NaN where it cannot judge."""
+    metrics: Mapping[str, Sequence[float]] = MappingProxyType({})
+    """Numbers by name; their mean over the step is written to `metrics.jsonl`."""
+    columns: Mapping[str, Sequence[Any]] = MappingProxyType({})
+    """`N · G` values by name, in the groups' order; written to `completions.jsonl`."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What K rewards say of N groups of G completions.
+
+    Attributes:
+        names: of the rewards.
+        by_reward: float64 `[K, N, G]`, NaN where a reward could not judge.
+        total: float64 `[N, G]`, the weighted sum of what the rewards could judge; NaN where none could.
+        seconds: that each reward took, by name.
+        metrics, columns: what rewards logged, see `RewardOutput`; the columns are of all that was scored.
+    """
+
+    names: tuple[str, ...]
+    by_reward: np.ndarray
+    total: np.ndarray
+    seconds: Mapping[str, float]
+    metrics: Mapping[str, Sequence[float]]
+    columns: Mapping[str, Sequence[Any]]
+
+    def signal(self, each_reward: bool) -> np.ndarray:
+        """bool `[N]`: the group teaches something, since its totals (or those of any one reward) are not all equal."""
+        if not each_reward:
+            return has_signal(self.total)
+        return np.any([has_signal(self.total), *(has_signal(values) for values in self.by_reward)], axis=0)
+
+    def select(self, groups: np.ndarray) -> Scores:
+        """The scores of some groups, int64 `[n]` into N."""
+        size = self.total.shape[1]
+        members = (groups[:, None] * size + np.arange(size)).ravel()
+        columns = {name: [values[i] for i in members] for name, values in self.columns.items()}
+        return replace(self, by_reward=self.by_reward[:, groups], total=self.total[groups], columns=columns)
 
 
 def check_reward_weights(rewards: Sequence[Reward], weights: Mapping[str, float]) -> None:
@@ -38,23 +86,42 @@ def check_reward_weights(rewards: Sequence[Reward], weights: Mapping[str, float]
             raise ValueError(f"algorithm.reward_weights.{key}: no such reward, this run has {', '.join(names)}")
 
 
-def score_groups(groups: Sequence[Group], rewards: Sequence[Reward], weights: Mapping[str, float]) -> dict[str, float]:
-    """Fill `rewards_by_name` and `rewards` of every group; return each reward's seconds, by name.
+def score(
+    groups: Sequence[Group],
+    rewards: Sequence[Reward],
+    weights: Mapping[str, float],
+    *,
+    group_size: int,
+    step: int = 0,
+    max_steps: int = 0,
+) -> Scores:
+    """Ask every reward about N groups of `group_size` completions.
 
-    A completion's reward is the weighted sum of what the rewards could judge; NaN only if none could.
+    Args:
+        weights: by reward name; a reward that is not named weighs 1.
+        step, max_steps: where the run is; see `Reward`.
 
     Raises:
         ValueError: a reward returns another shape than `[N, G]`, or an infinite number.
     """
-    seconds: dict[str, float] = {}
-    if not groups:
-        return {reward.name: 0.0 for reward in rewards}
-    shape = (len(groups), len(groups[0].completions))
+    shape = (len(groups), group_size)
+    by_reward = np.zeros((len(rewards), *shape))
     total, judged = np.zeros(shape), np.zeros(shape, dtype=bool)
-    for reward in rewards:
+    seconds = {reward.name: 0.0 for reward in rewards}
+    metrics: dict[str, list[float]] = {}
+    columns: dict[str, Sequence[Any]] = {}
+    for index, reward in enumerate(rewards if groups else ()):  # a rank without prompts has nothing to judge
         start = time.perf_counter()
-        values = np.asarray(reward(groups), dtype=np.float64)
+        if hasattr(reward, "begin_step"):
+            reward.begin_step(step, max_steps)
+        output = reward(groups)
         seconds[reward.name] = time.perf_counter() - start
+        if isinstance(output, RewardOutput):
+            for name, logged in output.metrics.items():
+                metrics.setdefault(name, []).extend(map(float, logged))
+            columns |= output.columns
+            output = output.values
+        values = np.asarray(output, dtype=np.float64)
         if values.shape != shape:
             raise ValueError(f"reward {reward.name!r} returned shape {values.shape} for groups of shape {shape}")
         if np.isinf(values).any():
@@ -66,9 +133,6 @@ def score_groups(groups: Sequence[Group], rewards: Sequence[Reward], weights: Ma
         known = ~np.isnan(values)
         total += np.where(known, values, 0.0) * weights.get(reward.name, 1.0)
         judged |= known
-        for group, row in zip(groups, values, strict=True):
-            group.rewards_by_name[reward.name] = row
+        by_reward[index] = values
     total[~judged] = np.nan
-    for group, row in zip(groups, total, strict=True):
-        group.rewards = row
-    return seconds
+    return Scores(tuple(seconds), by_reward, total, seconds, metrics, columns)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-from torch import Tensor
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
 
 FinishReason = Literal["stop", "length"]
 
@@ -20,6 +22,9 @@ class Prompt:
         token_ids: `[P]`, P ≥ 1. Rows of placeholder tokens are overwritten by the policy's `embed`.
         features: named tensors, e.g. `{"audio": [8, 1024], "frame": [8, 768]}`; empty for text-only prompts.
         sample: what the prompt was made from; rewards read their ground truth here.
+
+    Raises:
+        ValueError: no tokens.
     """
 
     id: str
@@ -50,22 +55,19 @@ class Completion:
     text: str
 
 
-@dataclass
+@dataclass(frozen=True)
 class Group:
-    """A prompt and its G completions, and what the step learns about them.
-
-    Attributes:
-        rewards: float64 `[G]`, the weighted sum that advantages are made of; NaN where no reward could judge.
-        rewards_by_name: each reward's own float64 `[G]`.
-        advantages: float64 `[G]`.
-    """
+    """A prompt and its G completions."""
 
     prompt: Prompt
-    completions: list[Completion]
-    rewards: np.ndarray | None = None
-    rewards_by_name: dict[str, np.ndarray] = field(default_factory=dict)
-    advantages: np.ndarray | None = None
+    completions: Sequence[Completion]
 
     @property
     def id(self) -> str:
+        """The prompt's id."""
         return self.prompt.id
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the prompt and of all completions."""
+        return len(self.prompt.token_ids) + sum(len(completion.token_ids) for completion in self.completions)

@@ -47,6 +47,23 @@ def test_a_rollout_is_timed_beside_generate_and_its_floor(tmp_path):
         assert row["kv_bytes_without_sharing"] == 4 * 2 * 2 * 64 * 4 * prompts * 4 * (24 + 6)
 
 
+# What one GRPO step may be made of; lower them as the step gets simpler, and never raise them without saying why.
+MOST_FILES, MOST_FUNCTIONS = 42, 237
+
+
+def test_a_step_can_be_walked_through(tmp_path):
+    """Few files and functions of ours are executed by one step, and the step's own stages are among them."""
+    command = [sys.executable, BENCH / "walk.py", "--json", tmp_path / "walk.json"]
+    subprocess.run(list(map(str, command)), check=True, capture_output=True, env=ONE_THREAD)
+    walk = json.loads((tmp_path / "walk.json").read_text())
+    assert walk["files"] <= MOST_FILES
+    assert walk["functions"] <= MOST_FUNCTIONS
+    by_file = walk["by_file"]
+    assert "GRPOTrainer.step" in by_file["grpo_core/training/grpo.py"]["functions"]
+    assert "linear_logprob" in by_file["grpo_kernels/lm_head/logprob.py"]["functions"]  # kernels are traced too
+    assert walk["functions"] == sum(len(file["functions"]) for file in by_file.values())
+
+
 @pytest.mark.skipif(find_spec("trl") is None, reason="TRL is not installed: `make test-peers` installs it")
 def test_a_step_is_timed_beside_trl(tmp_path):
     result = run("grpo_step.py", tmp_path, *ONE_STEP, "--prompts", "2", "--contenders", "ours", "trl")

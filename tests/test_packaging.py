@@ -1,11 +1,18 @@
 """The three packages depend on each other in one direction only, and each on no more than it may."""
 
 import ast
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
+
+import grpo_core
+
+from .names import missing_name
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {
@@ -97,3 +104,66 @@ def test_no_folder_hides_another_project():
     """A package `kernels` would shadow the one transformers imports, and `model` is nobody's to claim."""
     assert not (ROOT / "kernels/__init__.py").exists()
     assert not (ROOT / "model/__init__.py").exists()
+
+
+def test_version_is_the_same_everywhere():
+    """In setup.py, in the changelog's newest release, and in `grpo_core.__version__` where there is one."""
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
+    version = re.search(r'version="([^"]+)"', setup)[1]
+    releases = re.findall(r"^## \[?(\d[\w.]*)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert releases[0] == version
+    assert getattr(grpo_core, "__version__", version) == version
+
+
+def test_every_move_in_the_changelog_ends_at_a_name_that_exists():
+    rows = re.findall(
+        r"^\| `([\w.]+)` \| `([\w.]+)`", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert len(rows) > 30
+    assert not [new for _, new in rows if missing_name(new)]
+
+
+def test_make_clean_deletes_nothing_that_a_user_made():
+    done = subprocess.run(["make", "-n", "clean"], capture_output=True, text=True, check=True, cwd=ROOT)
+    deleted = done.stdout.split()
+    assert ".pytest_cache" in deleted
+    assert not {"runs", "runs/", "gpu_round", "bench/results"} & set(deleted)
+
+
+def test_what_ruff_and_mypy_find_is_what_pre_commit_finds_and_needs_no_download():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"]
+    assert [repo["repo"] for repo in hooks] == ["local"]
+    entries = {hook["entry"].removesuffix(" --force-exclude") for hook in hooks[0]["hooks"]}
+    lint = subprocess.run(["make", "-n", "lint"], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    commands = {line.removesuffix(" .") for line in lint.splitlines() if "ruff" in line or "mypy" in line}
+    assert entries == commands
+
+
+def test_the_docs_environment_has_what_the_extra_names():
+    """The Makefile installs it without the package, and so names it again."""
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
+    extra = re.findall(r'"([\w-]+(?:\[\w+\])?)', re.search(r'"docs": \[(.+?)\],\n', setup)[1])
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    line = re.search(r"\.venv-docs/bin/\$\(PIP_INSTALL\) (.+)", makefile)[1]
+    assert shlex.split(line) == extra
+
+
+def test_mypy_checks_functions_but_no_kernels(tmp_path):
+    """By the stub in .ci/typings: a `@triton.jit` body is skipped, its launch allowed, all else is checked."""
+    (tmp_path / "snippet.py").write_text(
+        "import triton\n"
+        "import triton.language as tl\n"
+        "@triton.jit\n"
+        "def kernel(x, N: tl.constexpr):\n"
+        "    tl.store(x, N.no_such_thing + 1 + 'a')\n"
+        "def launch(x: int) -> None:\n"
+        "    kernel[(1,)](x, N=2)\n"
+        "def forgotten(x):\n"
+        "    return x\n"
+    )
+    command = [sys.executable, "-m", "mypy", "--config-file", "pyproject.toml", "--cache-dir", tmp_path / "cache"]
+    found = subprocess.run([*command, tmp_path / "snippet.py"], capture_output=True, text=True, cwd=ROOT).stdout
+    errors = [line for line in found.splitlines() if "error:" in line]
+    assert len(errors) == 1
+    assert "snippet.py:8" in errors[0]
+    assert "no-untyped-def" in errors[0]

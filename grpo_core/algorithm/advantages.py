@@ -1,31 +1,27 @@
-"""Group-relative advantages, pure functions in float64.
+"""Group-relative advantages as pure functions in float64.
 
 Everywhere, a group's first reward is subtracted before anything else, so equal rewards give exactly 0 whatever their
 value: a residue of rounding would have the same sign for all members and push the whole group. NaN means that a
-completion could not be judged; groups of unequal sizes are rows padded with NaN (`pad_groups`).
+completion could not be judged; a group that is smaller than others is a row padded with NaN.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 
 STD_EPSILON = 1e-4  # TRL's; it only softens nearly equal rewards, equal ones give exactly 0 below
 
-Scale = Literal["group", "batch", "none"]
-Baseline = Literal["mean", "leave_one_out"]
-
 
 def group_advantages(
     rewards: np.ndarray,
-    scale: Scale = "group",
-    baseline: Baseline = "mean",
+    scale: str = "group",
+    baseline: str = "mean",
     *,
     batch_std: float | None = None,
 ) -> np.ndarray:
-    """How much better each completion is than its group: `(r − mean) / (std + 1e-4)` (DeepSeekMath, eq. 3).
+    """Compare each completion with its group: `(r − mean) / (std + 1e-4)` (DeepSeekMath, arXiv 2402.03300, eq. 3).
 
     Args:
         rewards: float64 `[N, G]`. NaN is left out of its group's statistics and gets 0.
@@ -58,7 +54,7 @@ def group_advantages(
 
 
 def combined_advantages(
-    rewards: np.ndarray, weights: Sequence[float], baseline: Baseline = "mean", *, batch_std: float | None = None
+    rewards: np.ndarray, weights: Sequence[float], baseline: str = "mean", *, batch_std: float | None = None
 ) -> np.ndarray:
     """GDPO (arXiv 2601.05242): scale each reward within its group, sum by weight, scale over the batch.
 
@@ -79,7 +75,7 @@ def combined_advantages(
     return np.nan_to_num(total, nan=0.0) / (std + STD_EPSILON)
 
 
-def weighted_advantages(rewards: np.ndarray, weights: Sequence[float], baseline: Baseline = "mean") -> np.ndarray:
+def weighted_advantages(rewards: np.ndarray, weights: Sequence[float], baseline: str = "mean") -> np.ndarray:
     """The weighted sum of each reward's own group advantages, float64 `[N, G]`, NaN where no reward could judge.
 
     Arguments as `combined_advantages`, which scales it over the batch: ranks exchange the `moments` of this.
@@ -91,9 +87,10 @@ def weighted_advantages(rewards: np.ndarray, weights: Sequence[float], baseline:
     if rewards.ndim != 3 or len(rewards) != len(weights):
         raise ValueError(f"rewards must be [K, N, G] with K weights, got {rewards.shape} and {len(weights)} weights")
     total = sum(
-        (weight * group_advantages(own, "group", baseline) for own, weight in zip(rewards, weights, strict=True)),
+        (weight * group_advantages(one, "group", baseline) for one, weight in zip(rewards, weights, strict=True)),
         np.zeros(rewards.shape[1:]),
     )
+    # a reward that could not judge added 0; NaN only where none could, so that the batch's spread leaves it out
     return np.where(np.isnan(rewards).all(axis=0), np.nan, total)
 
 
@@ -105,16 +102,17 @@ def moments(values: np.ndarray) -> np.ndarray:
     """
     values = np.asarray(values, dtype=np.float64)
     values = values[~np.isnan(values)]
-    if not values.size:
+    if not values.size:  # a rank whose rewards are all NaN still takes part in the exchange
         return np.zeros(3)
-    shifted = values - values[0]
+    shifted = values - values[0]  # equal values have exactly no spread
     mean = shifted.mean()
     return np.array([values.size, values[0] + mean, ((shifted - mean) ** 2).sum()])
 
 
 def combine_moments(rows: np.ndarray) -> np.ndarray:
-    """Moments `[3]` of the union, from each part's `[W, 3]` (Chan, Golub and LeVeque's formula)."""
+    """Combine the moments `[W, 3]` of disjoint sets into those of their union, `[3]` (Chan, Golub and LeVeque)."""
     count, mean, squares = 0.0, 0.0, 0.0
+    # in the order of the ranks, so that every rank gets the same bits
     for n, m, s in np.asarray(rows, dtype=np.float64).reshape(-1, 3).tolist():
         if not n:
             continue
@@ -133,15 +131,16 @@ def moments_std(row: np.ndarray) -> float:
 
 
 def has_signal(rewards: np.ndarray) -> np.ndarray:
-    """bool `[N]`: the group's judged rewards `[N, G]` are not all equal, so it moves the policy."""
+    """Find the groups whose judged rewards `[N, G]` differ, bool `[N]`: only these move the policy."""
     rewards = np.asarray(rewards, dtype=np.float64)
+    # a group without a judged member has low = inf, high = −inf: no signal
     low = np.where(np.isnan(rewards), np.inf, rewards).min(axis=1)
     high = np.where(np.isnan(rewards), -np.inf, rewards).max(axis=1)
     return high > low
 
 
 def choose_groups(signal: np.ndarray, count: int) -> np.ndarray:
-    """Dynamic sampling from a fixed reserve: which `count` of the sampled groups a step trains on.
+    """Choose the `count` groups that a step trains on (dynamic sampling from a fixed reserve).
 
     Groups with signal first, in their order; only where these are too few, groups without, in theirs. The choice is a
     function of the rewards alone, and its size never varies, so ranks keep in step.
@@ -158,15 +157,8 @@ def choose_groups(signal: np.ndarray, count: int) -> np.ndarray:
     signal = np.asarray(signal, dtype=bool)
     if count > len(signal):
         raise ValueError(f"{count} groups are wanted of {len(signal)} sampled ones: sample a reserve")
+    # stable: groups of one sort keep their order, on every rank alike; sorted, so that packing sees the sampled order
     return np.sort(np.argsort(~signal, kind="stable")[:count])
-
-
-def pad_groups(rewards: Sequence[Sequence[float] | np.ndarray]) -> np.ndarray:
-    """Groups of unequal sizes as rows of float64 `[N, G_max]`, padded with NaN."""
-    padded = np.full((len(rewards), max(map(len, rewards), default=0)), np.nan)
-    for row, own in zip(padded, rewards, strict=True):
-        row[: len(own)] = own
-    return padded
 
 
 def _checked(rewards: np.ndarray) -> np.ndarray:
@@ -181,9 +173,10 @@ def _checked(rewards: np.ndarray) -> np.ndarray:
 
 
 def _centred(rewards: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(`[N, G]` rewards less their group's mean, 0 for NaN and lone members; `[N, 1]` judged members)."""
+    """Subtract the group's mean: `[N, G]`, 0 for NaN and lone members; with the count of judged members `[N, 1]`."""
     judged = ~np.isnan(rewards)
     count = judged.sum(axis=1, keepdims=True)
+    # argmax finds the first judged member; where there is none it gives member 0, NaN, which the masks drop
     first = np.take_along_axis(rewards, judged.argmax(axis=1)[:, None], axis=1) if rewards.size else rewards[:, :1]
     shifted = np.where(judged, rewards - first, 0.0)
     mean = shifted.sum(axis=1, keepdims=True) / np.maximum(count, 1)

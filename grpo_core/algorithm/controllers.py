@@ -1,45 +1,42 @@
-"""Coefficients that change in the course of a run: β by a schedule or towards a KL, a bonus towards an entropy.
+"""Coefficients that change during a run: β by a schedule or towards a KL, the entropy bonus towards an entropy.
 
 A controller reads a metric of the whole step (the same on every rank) after the step and sets the coefficient of the
-next; its `state_dict` is JSON-able and belongs into the checkpoint.
+next; its `state_dict` is JSON-serialisable and must be saved in the checkpoint.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 from grpo_core.config.options import AlgorithmConfig
 
 
-def beta_schedule(
-    step: int, total_steps: int, start: float, end: float, shape: Literal["constant", "linear", "cosine"] = "linear"
-) -> float:
-    """β of step 0…total_steps − 1: `start` on the first, `end` on the last; constant keeps `start`.
+def beta_schedule(step: int, total_steps: int, start: float, end: float, shape: str = "linear") -> float:
+    """β of step 0…total_steps − 1: `start` on the first, `end` on the last, on a line or half a cosine between them.
 
     Raises:
         ValueError: an unknown shape.
     """
+    # a run that is continued with fewer steps than it has done stays at the end
     progress = min(max(step / max(total_steps - 1, 1), 0.0), 1.0)
-    if shape == "constant":
-        return start
     if shape == "cosine":
         progress = (1 - math.cos(math.pi * progress)) / 2
     elif shape != "linear":
-        raise ValueError(f"unknown shape of the beta schedule {shape!r}: choose constant, linear or cosine")
+        raise ValueError(f"unknown shape of the beta schedule {shape!r}: choose linear or cosine")
     return start + (end - start) * progress
 
 
 @dataclass
 class AdaptiveKL:
-    """β that holds the KL to the reference near a target (Ziegler et al., arXiv 1909.08593, section 2.2).
+    """Adapt β so that the KL to the reference stays near a target (Ziegler et al., arXiv 1909.08593, section 2.2).
 
     After n completions at a KL: `β ← β · (1 + clip(KL / target − 1, −0.2, 0.2) · n / horizon)`.
 
     Attributes:
-        beta: the coefficient now.
-        target: KL to hold, in the unit of the `kl` that `update` is given.
+        beta: current coefficient.
+        target: KL to keep, in the unit of `update`'s argument (nats per token in a run).
         horizon: completions in which β can grow or fall by a fifth.
     """
 
@@ -54,14 +51,15 @@ class AdaptiveKL:
             )
 
     def update(self, kl: float, completions: int) -> float:
-        """The next step's β; a KL that is not finite leaves it."""
-        if math.isfinite(kl):
+        """Set and return the next step's β; a KL that is not finite leaves it as it is."""
+        if math.isfinite(kl):  # a step in which every completion was masked has no KL
             error = min(max(kl / self.target - 1.0, -0.2), 0.2)
+            # a step larger than the horizon would otherwise change β by more than the fifth that the clip allows
             self.beta *= 1.0 + error * min(completions / self.horizon, 1.0)
         return self.beta
 
     def state_dict(self) -> dict[str, float]:
-        """What changes."""
+        """What changes from step to step."""
         return {"beta": self.beta}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
@@ -71,14 +69,15 @@ class AdaptiveKL:
 
 @dataclass
 class AdaptiveEntropy:
-    """A bonus that is paid only while entropy is at or below a target (Skywork-OR1, arXiv 2505.22312).
+    """Adapt the entropy bonus, paid only while entropy is at or below a target (Skywork-OR1, arXiv 2505.22312).
 
     After each step the coefficient grows by `delta` where the entropy is at or below the target, and falls by it
-    elsewhere, within `[minimum, maximum]`.
+    otherwise, within `[minimum, maximum]`.
 
     Attributes:
-        coefficient: now.
+        coefficient: current value, whether or not it is applied.
         target: nats per token.
+        delta: change per step.
         entropy: of the last step; None before the first, in which no bonus is paid.
     """
 
@@ -97,41 +96,45 @@ class AdaptiveEntropy:
 
     @property
     def applied(self) -> float:
-        """The coefficient of the step to come."""
+        """The coefficient of the next step."""
+        # nothing before the first step: its entropy is not known yet
         return self.coefficient if self.entropy is not None and self.entropy <= self.target else 0.0
 
     def update(self, entropy: float) -> float:
-        """Take in a step's mean entropy; gives the coefficient of the next. One that is not finite changes nothing."""
+        """Adapt to a step's mean entropy and return the next step's coefficient; ignore one that is not finite."""
         if math.isfinite(entropy):
-            self.entropy = entropy
+            self.entropy = entropy  # `applied` compares it, so that the bonus stops at once, whatever the coefficient
             change = self.delta if entropy <= self.target else -self.delta
             self.coefficient = min(max(self.coefficient + change, self.minimum), self.maximum)
         return self.applied
 
     def state_dict(self) -> dict[str, float | None]:
-        """What changes."""
+        """What changes from step to step."""
         return {"coefficient": self.coefficient, "entropy": self.entropy}
 
     def load_state_dict(self, state: dict[str, float | None]) -> None:
         """Continue from `state_dict`."""
-        self.coefficient, self.entropy = float(state["coefficient"]), state["entropy"]
+        coefficient = state["coefficient"]
+        assert coefficient is not None  # only the entropy is None, before the first step
+        self.coefficient, self.entropy = float(coefficient), state["entropy"]
 
 
 class Coefficients:
-    """β and the weight of the entropy bonus, as they stand at each step of a run.
+    """β and the weight of the entropy bonus at each step of a run: constant, scheduled or adaptive.
 
     Args:
-        algorithm: constants, a schedule, or targets.
-        max_steps: of the run.
+        algorithm: the options that say which.
+        max_steps: of the run; a schedule ends there.
     """
 
     def __init__(self, algorithm: AlgorithmConfig, max_steps: int):
         self.algorithm, self.max_steps = algorithm, max_steps
-        self._kl = self._entropy = None
+        self._adaptive_kl: AdaptiveKL | None = None
+        self._adaptive_entropy: AdaptiveEntropy | None = None
         if algorithm.kl_target is not None:
-            self._kl = AdaptiveKL(algorithm.beta, algorithm.kl_target, algorithm.kl_horizon)
+            self._adaptive_kl = AdaptiveKL(algorithm.beta, algorithm.kl_target, algorithm.kl_horizon)
         if algorithm.entropy_target is not None:
-            self._entropy = AdaptiveEntropy(
+            self._adaptive_entropy = AdaptiveEntropy(
                 algorithm.entropy_coef,
                 algorithm.entropy_target,
                 algorithm.entropy_coef_delta,
@@ -141,32 +144,33 @@ class Coefficients:
 
     def beta(self, step: int) -> float:
         """β of a step, counted from 0."""
-        a = self.algorithm
-        if self._kl is not None:
-            return self._kl.beta
-        return (
-            a.beta if a.beta_end is None else beta_schedule(step, self.max_steps, a.beta, a.beta_end, a.beta_schedule)
-        )
+        algorithm = self.algorithm
+        if self._adaptive_kl is not None:  # AlgorithmConfig refuses a target and a schedule together
+            return self._adaptive_kl.beta
+        if algorithm.beta_end is None:
+            return algorithm.beta
+        return beta_schedule(step, self.max_steps, algorithm.beta, algorithm.beta_end, algorithm.beta_schedule)
 
     @property
     def entropy(self) -> float:
-        """Weight of the entropy bonus in the step to come."""
-        return self.algorithm.entropy_coef if self._entropy is None else self._entropy.applied
+        """Weight of the entropy bonus in the next step."""
+        return self.algorithm.entropy_coef if self._adaptive_entropy is None else self._adaptive_entropy.applied
 
     def update(self, kl: float | None, entropy: float, completions: int) -> None:
-        """Take in a step's mean KL and entropy, over all ranks."""
-        if self._kl is not None and kl is not None:
-            self._kl.update(kl, completions)
-        if self._entropy is not None:
-            self._entropy.update(entropy)
+        """Adapt to a step's mean KL and entropy, over all ranks: a rank's own would let the ranks drift apart."""
+        if self._adaptive_kl is not None and kl is not None:
+            self._adaptive_kl.update(kl, completions)
+        if self._adaptive_entropy is not None:
+            self._adaptive_entropy.update(entropy)
 
     def state_dict(self) -> dict[str, Any]:
-        """What changes, in JSON's types."""
-        parts = {"kl": self._kl, "entropy": self._entropy}
-        return {name: part.state_dict() for name, part in parts.items() if part is not None}
+        """What changes from step to step, JSON-serialisable."""
+        controllers = {"kl": self._adaptive_kl, "entropy": self._adaptive_entropy}
+        return {name: controller.state_dict() for name, controller in controllers.items() if controller is not None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`."""
-        for name, part in (("kl", self._kl), ("entropy", self._entropy)):
-            if part is not None:
-                part.load_state_dict(state[name])
+        if self._adaptive_kl is not None:
+            self._adaptive_kl.load_state_dict(state["kl"])
+        if self._adaptive_entropy is not None:
+            self._adaptive_entropy.load_state_dict(state["entropy"])

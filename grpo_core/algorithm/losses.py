@@ -1,110 +1,278 @@
-"""Loss types: from log-probabilities and advantages to the loss of each token, and how token losses are averaged."""
+"""Loss types: how a token's loss is made from its ratio and advantage, and how token losses are averaged.
+
+A loss type is a frozen dataclass registered under a name: its fields are its options (`algorithm.loss.…`), its call
+computes the surrogate, and `register_loss` notes its ratio level, its average and its source. docs/algorithms.md has
+the table, and shows how to add one.
+
+Nothing here imports torch when the module is loaded: `--help` and a mistyped key must not wait seconds for it.
+"""
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
-
-import torch
-from torch import Tensor
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, make_dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, get_args
 
 from grpo_core.algorithm.completions import completion_mean
+from grpo_core.config.fields import ConfigSection
+from grpo_core.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 RatioLevel = Literal["token", "sequence", "sequence_token"]
-RATIO_LEVELS = ("token", "sequence", "sequence_token")
-
-
-class LossType(NamedTuple):
-    """What a loss type's name stands for."""
-
-    surrogate: Literal["clip", "cispo", "sapo"]
-    """How a token's loss is made from its ratio and advantage: see `policy_loss`."""
-    ratio: RatioLevel
-    """Whose ratio it is: see `importance_ratio`."""
-    average: Literal["sequence", "token", "constant", "sum"]
-    """How token losses are averaged: see `token_weights`."""
-    clip_range: tuple[float, float] = (0.2, 0.2)
-    """Its paper's ε below and above; a sequence's ratio varies a thousand times less than a token's."""
-
-
-LOSS_TYPES: dict[str, LossType] = {
-    "grpo": LossType("clip", "token", "sequence"),
-    "bnpo": LossType("clip", "token", "token"),
-    "dapo": LossType("clip", "token", "token", (0.2, 0.28)),
-    "dr_grpo": LossType("clip", "token", "constant"),
-    "gspo": LossType("clip", "sequence", "sequence", (3e-4, 4e-4)),
-    "gspo_token": LossType("clip", "sequence_token", "sequence", (3e-4, 4e-4)),
-    "cispo": LossType("cispo", "token", "token"),
-    "sapo": LossType("sapo", "token", "sequence"),
-    "luspo": LossType("clip", "sequence", "sum", (3e-4, 4e-4)),
-}
-"""Sources: grpo DeepSeekMath (arXiv 2402.03300); bnpo TRL's name for averaging over tokens, where TRL counts those of a
-micro-batch and we those of the whole step, which makes it dapo (arXiv 2503.14476); dr_grpo arXiv 2503.20783; gspo and
-gspo_token arXiv 2507.18071; cispo MiniMax-M1 (arXiv 2506.13585); sapo arXiv 2511.20347; luspo (arXiv 2602.05261),
-gspo without the division by length."""
-
-
-def find_loss_type(name: str) -> LossType:
-    """A loss type by name.
-
-    Raises:
-        ValueError: unknown, listing the names there are.
-    """
-    if name not in LOSS_TYPES:
-        raise ValueError(f"unknown loss type {name!r}: choose one of {', '.join(LOSS_TYPES)}")
-    return LOSS_TYPES[name]
-
-
-def token_weights(
-    completion_lengths: Tensor,
-    completion_index: Tensor,
-    loss_type: str,
-    *,
-    total_completions: int,
-    total_tokens: int,
-    max_length: int,
-    completion_weights: Tensor | None = None,
-) -> Tensor:
-    """Weight `[R]` of each token's loss; totals count the whole optimiser step, over micro-batches and ranks.
-
-    By the loss type's `average`, for a token of completion i, of L_i tokens, among M completions and T tokens:
-    sequence `1 / (M · L_i)`; token `1 / T`; constant `1 / (M · L_max)`; sum `1 / M`.
-
-    Args:
-        completion_lengths: int64 `[M_local]`, tokens of each completion in `completion_index`'s numbering.
-        completion_index: int64 `[R]`, the completion that a token belongs to.
-        loss_type: a key of `LOSS_TYPES`.
-        total_completions: M, with those of weight 0.
-        total_tokens: T, without the tokens of completions of weight 0.
-        max_length: L_max, the longest completion that can be sampled.
-        completion_weights: `[M_local]` further factor of all of a completion's tokens: 0 leaves a completion out, as
-            one that was cut off at `max_length` (`mask_truncated_completions`).
-
-    Raises:
-        ValueError: an unknown loss type.
-    """
-    average = find_loss_type(loss_type).average
-    lengths = completion_lengths.double()
-    if average == "sequence":
-        weights = 1.0 / (total_completions * lengths.clamp(min=1.0))
-    else:
-        count = {"token": total_tokens, "constant": total_completions * max_length, "sum": total_completions}[average]
-        weights = torch.full_like(lengths, 1.0 / max(count, 1))
-    if completion_weights is not None:
-        weights = weights * completion_weights
-    return weights.float()[completion_index]
+RATIO_LEVELS: tuple[str, ...] = get_args(RatioLevel)
+Average = Literal["sequence", "token", "constant", "sum"]
+AVERAGES: tuple[str, ...] = get_args(Average)
 
 
 class Surrogate(NamedTuple):
-    """`policy_loss`'s result, all `[R]`."""
+    """Token losses before averaging, all `[R]`."""
 
     loss: Tensor
-    """Token losses, differentiable."""
+    """Differentiable in the log-probs."""
     ratio: Tensor
-    """π / π_old, detached; with a sequence's ratio, that of the token's completion."""
+    """π / π_old, detached; on the sequence levels, that of the token's completion."""
     clipped_low: Tensor
     """bool: the lower clip took the gradient away (ratio < 1 − ε, advantage < 0)."""
     clipped_high: Tensor
     """bool: the upper clip took the gradient away (ratio > 1 + ε, advantage > 0); in cispo, the ratio was capped."""
+
+
+class LossType(Protocol):
+    """A registered loss type: an instance holds its options."""
+
+    ratio_level: ClassVar[RatioLevel]
+    """Whose ratio it takes unless the run says otherwise: see `importance_ratio`."""
+    average: ClassVar[Average]
+    """How token losses are averaged: see `token_weights`."""
+    source: ClassVar[str]
+    """The paper or code that defines it."""
+
+    def __call__(self, logprob: Tensor, ratio: Tensor, advantages: Tensor) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """Token losses `[R]`; with them, where clipping is reported, the bool masks (clipped_low, clipped_high)."""
+
+
+LOSS_TYPES: Registry[Any] = Registry("loss type")
+"""Loss types by name, each a class as `LossType` describes it."""
+
+Loss = TypeVar("Loss", bound=Callable[..., Any])
+
+
+def register_loss(
+    name: str, *, ratio: RatioLevel = "token", average: Average, source: str = ""
+) -> Callable[[Loss], Loss]:
+    """Register the class or function below as loss type `name`.
+
+    A class becomes a frozen dataclass: its fields are its options. A function has none. Either is called as
+    `loss(logprob=…, ratio=…, advantages=…)`, all `[R]`, and returns what `LossType` says.
+
+    Args:
+        ratio: default level of the importance ratio, see `importance_ratio`.
+        average: of the token losses, see `token_weights`.
+        source: the paper that defines it.
+
+    Raises:
+        ValueError: the name or the class is taken, the ratio level or average is unknown, or nothing computes the
+            surrogate.
+    """
+    for option, value, known in (("ratio", ratio, RATIO_LEVELS), ("average", average, AVERAGES)):
+        if value not in known:
+            raise ValueError(f"loss type {name!r}: {option} is {value!r}, choose one of {', '.join(known)}")
+
+    def decorate(loss: Loss) -> Loss:
+        # looked up in the class bodies: every class is callable by itself, to make an instance
+        surrogate = _attribute(loss, "__call__") if isinstance(loss, type) else loss
+        arguments = inspect.signature(surrogate).parameters if surrogate is not None else ()
+        if not {"logprob", "ratio", "advantages"} <= set(arguments):
+            wanted = "__call__(self, logprob, ratio, advantages)"
+            if not isinstance(loss, type):
+                wanted = "its three arguments logprob, ratio and advantages"
+            raise ValueError(f"loss type {name!r} has no surrogate: define {wanted}, which returns the token losses")
+        if "ratio_level" in vars(loss):  # the second name would change the ratio level and average of the first
+            raise ValueError(f"loss type {name!r}: {loss.__name__} is registered already, register a subclass of it")
+        entry: Any = loss
+        if not isinstance(loss, type):
+            body = {"__call__": staticmethod(loss), "__doc__": loss.__doc__, "__module__": loss.__module__}
+            entry = make_dataclass(loss.__name__, [], frozen=True, namespace=body)
+        elif "__dataclass_fields__" not in vars(loss):  # also where a base has them: this class may add options
+            entry = dataclass(frozen=True)(loss)
+        elif not loss.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+            raise ValueError(f"loss type {name!r}: make {loss.__name__} a @dataclass(frozen=True)")
+        LOSS_TYPES.add(name, entry)
+        entry.ratio_level, entry.average, entry.source = ratio, average, source
+        return loss
+
+    return decorate
+
+
+def _attribute(cls: type, name: str) -> Any:
+    return next((vars(base)[name] for base in cls.__mro__ if name in vars(base)), None)
+
+
+# --- the loss types ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Clip(ConfigSection, key="algorithm.loss"):
+    """PPO's clipped surrogate, −min(min(r, δ) · A, clip(r, 1 − ε, 1 + ε_high) · A)."""
+
+    epsilon: float | None = None
+    """Lower clip range: a ratio below 1 − epsilon gives no gradient to a falling advantage. Unset, the range of the
+    loss type's paper."""
+    epsilon_high: float | None = None
+    """Upper clip range; unset, the same as epsilon, or that of the loss type's paper."""
+    delta: float | None = None
+    """Upper cap of the ratio for negative advantages (two-sided clipping); unset, off."""
+
+    paper_range: ClassVar[tuple[float, float]] = (0.2, 0.2)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.epsilon is not None and not 0 < self.epsilon < 1:
+            raise ValueError(f"algorithm.loss.epsilon is {self.epsilon}: set it between 0 and 1, or leave it out")
+        if self.epsilon_high is not None and self.epsilon_high <= 0:
+            raise ValueError(f"algorithm.loss.epsilon_high is {self.epsilon_high}: set it above 0, or leave it out")
+        if self.delta is not None and self.delta <= 1 + self.clip_range[1]:
+            raise ValueError(f"algorithm.loss.delta is {self.delta}: set it above 1 + epsilon_high, or leave it out")
+
+    @property
+    def clip_range(self) -> tuple[float, float]:
+        """(clip_low, clip_high)."""
+        low, high = self.paper_range
+        if self.epsilon is not None:  # both, as in TRL: DAPO's higher upper range is not added to another epsilon
+            low = high = self.epsilon
+        return low, high if self.epsilon_high is None else self.epsilon_high
+
+    def __call__(self, logprob: Tensor, ratio: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        from grpo_kernels import clipped_surrogate  # here, because it imports torch
+
+        clip_low, clip_high = self.clip_range
+        loss = clipped_surrogate(ratio, advantages, clip_low, clip_high, self.delta)
+        ratio = ratio.detach()
+        clipped_low = (ratio < 1.0 - clip_low) & (advantages < 0)
+        return loss, clipped_low, (ratio > 1.0 + clip_high) & (advantages > 0)
+
+
+@register_loss("grpo", average="sequence", source="DeepSeekMath, arXiv 2402.03300")
+class GRPO(Clip):
+    """Clipped ratio, averaged over each completion's tokens, then over completions."""
+
+
+@register_loss("bnpo", average="token", source="TRL")
+class BNPO(Clip):
+    """Clipped ratio, averaged over all tokens; TRL counts those of a micro-batch, we those of the whole step."""
+
+
+@register_loss("dapo", average="token", source="DAPO, arXiv 2503.14476")
+class DAPO(Clip):
+    """Clipped ratio with a higher upper range (0.2, 0.28), averaged over all tokens of the step."""
+
+    paper_range = (0.2, 0.28)
+
+
+@register_loss("dr_grpo", average="constant", source="Dr. GRPO, arXiv 2503.20783")
+class DrGRPO(Clip):
+    """Clipped ratio, summed and divided by completions × rollout.max_new_tokens, so that length has no weight."""
+
+
+@register_loss("gspo", ratio="sequence", average="sequence", source="GSPO, arXiv 2507.18071, eq. 5")
+class GSPO(Clip):
+    """Clipped ratio of whole completions (range 3e-4, 4e-4), averaged over completions."""
+
+    # a sequence's ratio is a mean over its tokens, which varies a thousand times less than a token's
+    paper_range = (3e-4, 4e-4)
+
+
+@register_loss("gspo_token", ratio="sequence_token", average="sequence", source="GSPO, arXiv 2507.18071, eq. 13")
+class GSPOToken(GSPO):
+    """As gspo, with the gradient of each token's own ratio."""
+
+
+@register_loss("cispo", average="token", source="MiniMax-M1, arXiv 2506.13585")
+@dataclass(frozen=True)
+class CISPO(ConfigSection, key="algorithm.loss"):
+    """Log-probs weighted by the capped ratio, so that no token loses its gradient; averaged over all tokens."""
+
+    cispo_cap: float = 5.0  # ScaleRL's, arXiv 2510.13786
+    """Cap of the ratio, absolute as TRL's epsilon_high is for cispo (some engines add 1)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.cispo_cap <= 1:
+            raise ValueError(f"algorithm.loss.cispo_cap is {self.cispo_cap}: set it above 1")
+
+    def __call__(self, logprob: Tensor, ratio: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        from grpo_kernels import cispo_surrogate
+
+        capped = (ratio.detach() > self.cispo_cap) & (advantages > 0)
+        loss = cispo_surrogate(logprob, ratio, advantages, self.cispo_cap)
+        return loss, capped.new_zeros(capped.shape), capped
+
+
+@register_loss("sapo", average="sequence", source="SAPO, arXiv 2511.20347")
+@dataclass(frozen=True)
+class SAPO(ConfigSection, key="algorithm.loss"):
+    """A smooth gate in place of the clip, −(4 / τ) · σ(τ · (r − 1)) · A; averaged as grpo."""
+
+    temperature_pos: float = 1.0
+    """Steepness τ of the gate for positive advantages."""
+    temperature_neg: float = 1.05  # above the positive one: a rising bad token spreads its mass over all others
+    """The same for the others."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("temperature_pos", "temperature_neg"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"algorithm.loss.{name} is {getattr(self, name)}: set it above 0")
+
+    def __call__(self, logprob: Tensor, ratio: Tensor, advantages: Tensor) -> Tensor:
+        temperature = ratio.new_full(ratio.shape, self.temperature_neg)
+        temperature = temperature.masked_fill(advantages > 0, self.temperature_pos)
+        return -4.0 / temperature * (temperature * (ratio - 1.0)).sigmoid() * advantages
+
+
+@register_loss("luspo", ratio="sequence", average="sum", source="LUSPO, arXiv 2602.05261")
+class LUSPO(GSPO):
+    """As gspo, without the division by length."""
+
+
+# --- their use ---------------------------------------------------------------------------------------------------
+
+
+def policy_loss(
+    loss: LossType,
+    logprob: Tensor,
+    old_logprob: Tensor,
+    advantages: Tensor,
+    completion_index: Tensor,
+    num_completions: int,
+    *,
+    ratio_level: RatioLevel | None = None,
+) -> Surrogate:
+    """Losses of tokens under a loss type, before averaging.
+
+    Args:
+        loss: an instance of a registered loss type, `AlgorithmConfig.loss`.
+        logprob: `[R]` log-probability of each token under the policy.
+        old_logprob: `[R]` the same under the policy of the first pass; no gradient flows into it.
+        advantages: `[R]`.
+        completion_index: int64 `[R]`, the completion that a token belongs to, in `[0, num_completions)`.
+        ratio_level: instead of the loss type's own.
+
+    Raises:
+        ValueError: an unknown ratio level.
+    """
+    level = ratio_level or loss.ratio_level
+    ratio = importance_ratio(logprob, old_logprob, completion_index, num_completions, level)
+    result = loss(logprob=logprob, ratio=ratio, advantages=advantages)
+    ratio = ratio.detach()
+    if isinstance(result, tuple):
+        token_loss, clipped_low, clipped_high = result
+        return Surrogate(token_loss, ratio, clipped_low, clipped_high)
+    never = ratio.new_zeros(ratio.shape).bool()
+    return Surrogate(result, ratio, never, never)
 
 
 def importance_ratio(
@@ -134,92 +302,47 @@ def importance_ratio(
         raise ValueError(f"unknown ratio level {level!r}: choose one of {', '.join(RATIO_LEVELS)}")
     sequence = completion_mean(log_ratio, completion_index, num_completions).to(logprob.dtype)[completion_index]
     if level == "sequence_token":
+        # added in log space, where the difference is exactly 0: the value stays the sequence's to the last bit
         sequence = sequence.detach() + (logprob - logprob.detach())
     return sequence.exp()
 
 
-def policy_loss(
-    loss_type: str,
-    logprob: Tensor,
-    old_logprob: Tensor,
-    advantages: Tensor,
+def token_weights(
+    completion_lengths: Tensor,
     completion_index: Tensor,
-    num_completions: int,
+    loss_type: str,
     *,
-    ratio_level: RatioLevel | None = None,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    delta: float | None = None,
-    cispo_cap: float = 5.0,
-    sapo_temperatures: tuple[float, float] = (1.0, 1.05),
-) -> Surrogate:
-    """The loss of each token under a loss type, before averaging; r is its ratio, A its advantage.
+    total_completions: int,
+    total_tokens: int,
+    max_length: int,
+    completion_weights: Tensor | None = None,
+) -> Tensor:
+    """Weight `[R]`, float32, of each token's loss; totals count the whole optimiser step, over micro-batches and ranks.
 
-    ```
-    clip     −min(min(r, δ) · A, clip(r, 1 − ε_low, 1 + ε_high) · A)
-    cispo    −sg(min(r, cap)) · A · logp
-    sapo     −(4 / τ) · σ(τ · (r − 1)) · A,   τ = τ₊ where A > 0, else τ₋
-    ```
+    By the loss type's `average`, for a token of completion i, of L_i tokens, among M completions and T tokens:
+    sequence `1 / (M · L_i)`; token `1 / T`; constant `1 / (M · L_max)`; sum `1 / M`.
 
     Args:
-        loss_type: a key of `LOSS_TYPES`.
-        logprob: `[R]` log-probability of each token under the policy.
-        old_logprob: `[R]` the same under the policy of the first pass; no gradient flows into it.
-        advantages: `[R]`.
-        completion_index: int64 `[R]`, the completion that a token belongs to, in `[0, num_completions)`.
-        ratio_level: instead of the loss type's own.
-        clip_low, clip_high, delta: see `clipped_surrogate`; clip types only.
-        cispo_cap: upper bound of the weight, absolute, as TRL's `epsilon_high` is for cispo (ScaleRL's 5, arXiv
-            2510.13786); some engines add 1.
-        sapo_temperatures: (τ₊, τ₋).
+        completion_lengths: int64 `[M_local]`, tokens of each completion in `completion_index`'s numbering.
+        completion_index: int64 `[R]`, the completion that a token belongs to.
+        loss_type: a name in `LOSS_TYPES`.
+        total_completions: M, with those of weight 0.
+        total_tokens: T, without the tokens of completions of weight 0.
+        max_length: L_max, the longest completion that can be sampled.
+        completion_weights: `[M_local]` further factor of all of a completion's tokens: 0 leaves a completion out, as
+            one that was cut off at `max_length` (`mask_truncated_completions`).
 
     Raises:
-        ValueError: an unknown loss type or ratio level.
+        ValueError: an unknown loss type.
     """
-    kind = find_loss_type(loss_type)
-    ratio = importance_ratio(logprob, old_logprob, completion_index, num_completions, ratio_level or kind.ratio)
-    if kind.surrogate == "clip":
-        return _clip(ratio, advantages, clip_low, clip_high, delta)
-    unclipped = torch.zeros_like(advantages, dtype=torch.bool)
-    if kind.surrogate == "cispo":
-        loss = -ratio.detach().clamp(max=cispo_cap) * advantages * logprob
-        return Surrogate(loss, ratio.detach(), unclipped, (ratio.detach() > cispo_cap) & (advantages > 0))
-    temperature = torch.where(advantages > 0, *sapo_temperatures).to(ratio.dtype)
-    loss = -4.0 / temperature * torch.sigmoid(temperature * (ratio - 1.0)) * advantages
-    return Surrogate(loss, ratio.detach(), unclipped, unclipped)
-
-
-def clipped_surrogate(
-    logprob: Tensor,
-    old_logprob: Tensor,
-    advantages: Tensor,
-    *,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    delta: float | None = None,
-) -> Surrogate:
-    """PPO's clipped surrogate: `−min(r·A, clip(r, 1 − ε_low, 1 + ε_high)·A)` with `r = exp(logp − logp_old)`.
-
-    Args:
-        logprob: `[R]` log-probability of each token under the policy.
-        old_logprob: `[R]` the same under the policy that sampled it; no gradient flows into it.
-        advantages: `[R]`.
-        clip_low, clip_high: ε below and above (clip-higher: DAPO, arXiv 2503.14476, eq. 10).
-        delta: cap on r in the unclipped branch (two-sided clipping, INTELLECT-2, arXiv 2505.07291). Above 1 + ε_high
-            it acts on A < 0 alone and is *dual clip* (arXiv 1912.09729), `−max(min(r·A, clip(r)·A), δ·A)`, in other
-            words.
-    """
-    return _clip(torch.exp(logprob - old_logprob.detach()), advantages, clip_low, clip_high, delta)
-
-
-def _clip(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float, delta: float | None) -> Surrogate:
-    unclipped = ratio if delta is None else ratio.clamp(max=delta)
-    clipped = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
-    loss = -torch.minimum(unclipped * advantages, clipped * advantages)
-    ratio = ratio.detach()
-    return Surrogate(
-        loss,
-        ratio,
-        (ratio < 1.0 - clip_low) & (advantages < 0),
-        (ratio > 1.0 + clip_high) & (advantages > 0),
-    )
+    average = LOSS_TYPES[loss_type].average
+    lengths = completion_lengths.double()
+    if average == "sequence":
+        # a completion without tokens has no weight to give, but its 1 / 0 would still be computed
+        weights = 1.0 / (total_completions * lengths.clamp(min=1.0))
+    else:
+        count = {"token": total_tokens, "constant": total_completions * max_length, "sum": total_completions}[average]
+        weights = lengths.new_full(lengths.shape, 1.0 / max(count, 1))  # a step may be left without tokens
+    if completion_weights is not None:
+        weights = weights * completion_weights
+    return weights.float()[completion_index]

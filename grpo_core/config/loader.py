@@ -1,5 +1,4 @@
-"""Configuration of a program: dataclasses that say what there is, YAML files and command-line overrides that say what
-to use.
+"""Build a config from dataclass defaults, YAML files and command-line overrides; write it as YAML.
 
 A value is text, in YAML and on the command line alike, until the type of its field reads it. So `1e-5` is a number
 wherever a float is wanted (YAML alone would make it a string), `no` is a name wherever a string is, and both sources
@@ -10,37 +9,35 @@ from __future__ import annotations
 
 import difflib
 import sys
+import types
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 
-from grpo_core.config.schema import Option, field_default, help_text, options
-from grpo_core.config.values import (
+from grpo_core.config.fields import (
     ConfigError,
+    Member,
     Raw,
-    mapping_items,
-    parse_inline,
+    is_section,
+    members,
+    no_option,
+    options,
     read_value,
-    read_yaml,
-    to_raw,
     type_name,
 )
+from grpo_core.config.help import help_text
+from grpo_core.config.moved import MOVED_KEYS
+from grpo_core.config.plugins import load_plugin
 
 Config = TypeVar("Config")
 
-
 COMMAND_LINE = "command line"
 
-
-@dataclass(frozen=True)
-class Given:
-    """What a source says about an option, still text."""
-
-    raw: Raw
-    source: str
+# the standard tags of YAML 1.1 that name plain values; all others, `!!python/object` first of all, are refused
+_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "timestamp", "seq", "map")}
 
 
 def load_config(
@@ -50,30 +47,46 @@ def load_config(
     description: str = "",
     default_config: Path | None = None,
     config_folder: Path | None = None,
+    program: str = "",
 ) -> Config:
     """Build a config from its defaults, then `--config FILE.yaml` in the order given, then `--section.key value`.
 
     `section.key=value`, `--section.key=value`, and a bare `--key value` where only one section has that key, are the
-    same; `--flag` alone sets a bool. `--help` prints every key with its type, default and doc.
+    same; `--flag` alone sets a bool. Files of a field made by `plugin_files` (`--plugins FILE.py`, repeatable) are
+    imported before anything is checked. `--help` prints every key with its type, default and doc.
 
     Args:
         cls: a dataclass; its fields are bool, int, float, str, Path, Literal, `X | None`, tuple, list, `dict[str, X]`
-            or dataclasses.
+            or dataclasses, or made by `grpo_core.config.option` and `chosen_by`.
         argv: arguments without the program's name. None takes the process's own and, on a mistake, prints it and
             exits with status 2; with `argv` given, mistakes are raised.
         description: opens the help.
         default_config: the file that is read where no `--config` is given.
         config_folder: where `--config NAME` finds `NAME.yaml`, unless there is a file NAME.
+        program: what the help calls the program; the script's name unless given.
 
     Raises:
         ConfigError: an unknown key, a value of the wrong type, or a combination that the dataclass refuses.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if "--help" in arguments or "-h" in arguments:
-        print(help_text(cls, description, default_config))
-        raise SystemExit(0)
+    wants_help = "--help" in arguments or "-h" in arguments
+    pairs = list(_pairs([argument for argument in arguments if argument not in ("--help", "-h")]))
     try:
-        return _load(cls, arguments, default_config, config_folder)
+        files = [_value(pair) for pair in pairs if pair.name == "config"]
+        if not files and default_config is not None:
+            files = [str(default_config)]
+        nodes = [_read_yaml(_find_config(file, config_folder)) for file in files]
+        sources = _Sources(cls)
+        # before any option is read: an entry that a plug-in registers may be named in a file or on the command line
+        sources.import_plugins(nodes, pairs)
+        for node in nodes:
+            sources.read_file(node)
+        if wants_help:  # the command line is left out: help has to answer beside mistakes too
+            values = {key: sources.value(sources.options[key]) for key in sources.settings}
+            print(help_text(cls, description, default_config, sources.names, values, program))
+            raise SystemExit(0)
+        sources.read_command_line([pair for pair in pairs if pair.name != "config"])
+        return sources.build(cls)
     except ConfigError as error:
         if argv is not None:
             raise
@@ -97,7 +110,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    # YAML's own line breaks beside \n: outside double quotes they are read as spaces
+    # YAML counts these as line breaks beside \n, and reads them as spaces outside double quotes
     style = '"' if any(character in text for character in "\x85\u2028\u2029") else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
@@ -111,19 +124,220 @@ def save_config(config: Any, path: Path) -> None:
     Path(path).write_text(text, encoding="utf-8")
 
 
-def _load(cls: type[Config], arguments: list[str], default_config: Path | None, config_folder: Path | None) -> Config:
-    schema = options(cls)
-    pairs = list(_pairs(arguments, schema))
-    files = [text for key, text in pairs if key == "config"] or ([str(default_config)] if default_config else [])
-    given: dict[str, Given] = {}
-    for file in files:
-        node = read_yaml(_find_config(file, config_folder))
-        if node is not None:
-            _read_section(node, file, "", schema, given)
-    for key, text in pairs:
-        if key != "config":
-            _read_override(key, text, schema, given)
-    return _build(cls, MISSING, "", given)
+@dataclass(frozen=True)
+class _Setting:
+    """What a source says about an option, still text."""
+
+    raw: Raw
+    source: str
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """One argument of the command line, with the value that follows it, if any.
+
+    Attributes:
+        token: as written, `--name=text` without `=text`.
+        text: the value; None for a bare `--flag`, or for a word that is no option.
+    """
+
+    token: str
+    text: str | None
+
+    @property
+    def name(self) -> str:
+        return self.token.removeprefix("--")
+
+
+def _pairs(arguments: list[str]) -> Iterator[_Pair]:
+    rest = list(reversed(arguments))
+    while rest:
+        token, equals, text = rest.pop().partition("=")
+        if equals:
+            yield _Pair(token, text)
+        elif token.startswith("--") and rest and not rest[-1].startswith("--"):
+            yield _Pair(token, rest.pop())
+        else:
+            yield _Pair(token, None)
+
+
+def _value(pair: _Pair) -> str:
+    if pair.text is None and not pair.token.startswith("--"):
+        raise ConfigError(f"{pair.token!r} is no option: write --section.key value, or section.key=value")
+    if pair.text is None:
+        raise ConfigError(f"{pair.token} needs a value")
+    return pair.text
+
+
+class _Sources:
+    """What files and the command line have set so far, later ones over earlier ones.
+
+    Attributes:
+        names: registry entries chosen so far, by key of their selector; what `options` depends on.
+        options: every key that may be set.
+        settings: what is set, by key.
+    """
+
+    def __init__(self, cls: type):
+        self.cls = cls
+        self.names: dict[str, str] = {}
+        self.options = options(cls)
+        self.settings: dict[str, _Setting] = {}
+
+    def import_plugins(self, nodes: list[yaml.MappingNode], pairs: list[_Pair]) -> None:
+        """Import the plug-in files that the sources name; unlike other lists, later sources add to earlier ones."""
+        for key, option in self.options.items():
+            if not option.plugins:
+                continue
+            found = [_Setting(_to_raw(value), _place(value)) for value in _values_at(nodes, key)]
+            named = [pair for pair in pairs if self._complete(pair.name) == key]
+            found += [_Setting(_parse_inline(option.type, _value(pair)), COMMAND_LINE) for pair in named]
+            files: dict[str, None] = {}  # in order, each once
+            for setting in found:
+                for path in self._read(key, setting):
+                    load_plugin(path, f"{key} ({setting.source})")
+                    files[str(path.absolute())] = None  # so that a saved config finds it from another folder
+            if files:
+                self.settings[key] = _Setting(list(files), found[-1].source)
+
+    def read_file(self, node: yaml.MappingNode) -> None:
+        """Take in what a YAML file sets."""
+        for key, option in list(self.options.items()):
+            for value in _values_at([node], key) if option.selects else ():
+                self._choose(key, _Setting(_to_raw(value), _place(value)))
+        self._read_section(node, "")
+
+    def _read_section(self, node: yaml.MappingNode, prefix: str) -> None:
+        for name, value in _items(node):
+            key = prefix + name
+            if key in self.options:
+                if not self.options[key].plugins:  # those are set by `import_plugins`
+                    self.settings[key] = _Setting(_to_raw(value), _place(value))
+            elif not self._is_section(key):
+                raise self._unknown(key, _place(value))
+            elif isinstance(value, yaml.MappingNode):
+                self._read_section(value, f"{key}.")
+            elif _to_raw(value) is not None:  # a section may be empty
+                raise ConfigError(f"{key} ({_place(value)}) is a section: give its keys below it")
+
+    def read_command_line(self, pairs: list[_Pair]) -> None:
+        """Take in what the command line sets."""
+        for pair in pairs:  # choices first: the keys of the others depend on them, in whatever order they come
+            key = self._complete(pair.name)
+            if key in self.options and self.options[key].selects:
+                self._choose(key, _Setting(_value(pair), COMMAND_LINE))
+        for pair in pairs:
+            if pair.text is None and not pair.token.startswith("--"):
+                _value(pair)  # refused as a stray word, even where it is the name of a key
+            key = self._complete(pair.name, strict=True)
+            if key in self.options and self.options[key].type is bool and pair.text is None:
+                self.settings[key] = _Setting("true", COMMAND_LINE)
+            elif key not in self.options or not self.options[key].plugins:
+                self._override(key, _value(pair))
+
+    def _override(self, key: str, text: str) -> None:
+        """Set an option, or one entry of a mapping (`--algorithm.reward_weights.format 0.5`)."""
+        parent, _, entry = key.rpartition(".")
+        if key in self.options:
+            self.settings[key] = _Setting(_parse_inline(self.options[key].type, text), COMMAND_LINE)
+        elif parent in self.options and get_origin(self.options[parent].type) is dict:
+            option = self.options[parent]
+            default = {} if option.default is MISSING else option.default
+            before: Raw = {name: str(item) for name, item in default.items()}
+            if parent in self.settings:
+                before = self.settings[parent].raw
+            if isinstance(before, dict):  # else the file's value is refused when it is read
+                raw = _parse_inline(get_args(option.type)[1], text)
+                self.settings[parent] = _Setting({**before, entry: raw}, COMMAND_LINE)
+        elif self._is_section(key):
+            raise ConfigError(f"{key} ({COMMAND_LINE}) is a section: give its keys below it")
+        else:
+            raise self._unknown(key, COMMAND_LINE)
+
+    def _choose(self, key: str, setting: _Setting) -> None:
+        """Let a source name the entry whose options a section holds."""
+        option = self.options[key]
+        name = self._read(key, setting)
+        if name == self.names.get(key, option.default):
+            return
+        # what an earlier source set are options of the entry that it named, or of the default one
+        for other in [other for other in self.settings if other.startswith(f"{option.selects}.")]:
+            del self.settings[other]
+        self.names[key] = name
+        self.options = options(self.cls, self.names)
+
+    def _complete(self, name: str, strict: bool = False) -> str:
+        """A key from its last part, where only one option has it."""
+        matches = [key for key in self.options if key.rpartition(".")[2] == name]
+        if name in self.options or not matches:
+            return name
+        if len(matches) > 1:
+            if strict:
+                raise ConfigError(f"--{name} may be {' or '.join(f'--{key}' for key in matches)}: write one of them")
+            return name
+        return matches[0]
+
+    def _is_section(self, key: str) -> bool:
+        # a section chosen by a name is one even where that entry has no options
+        return any(other.startswith(f"{key}.") or option.selects == key for other, option in self.options.items())
+
+    def _unknown(self, key: str, source: str) -> ConfigError:
+        """The refusal of a key: where it moved to, which entry lacks it, or the nearest key that exists."""
+        leaf = key.rpartition(".")[2]
+        if key in MOVED_KEYS:
+            return ConfigError(f"{key} ({source}) is now {MOVED_KEYS[key]}")
+        for selector, option in self.options.items():
+            if not option.selects:
+                continue
+            others = {member.name for name in option.choices for member in members(option.choices[name])}
+            if key.startswith(f"{option.selects}.") or key in others:
+                name = self.names.get(selector, option.default)
+                key = f"{option.selects}.{leaf}"
+                return ConfigError(no_option(key, option.name, name, option.choices[name], f" ({source})"))
+        moved = [old for old in MOVED_KEYS if old.rpartition(".")[2] == key]
+        if len(moved) == 1:
+            return ConfigError(f"{moved[0]} ({source}) is now {MOVED_KEYS[moved[0]]}")
+        by_leaf = {name.rpartition(".")[2]: name for name in self.options}
+        near = [by_leaf[leaf]] if leaf in by_leaf else difflib.get_close_matches(key, self.options, 1)
+        near += [by_leaf[other] for other in difflib.get_close_matches(leaf, by_leaf, 1)]
+        hint = f", did you mean {near[0]!r}?" if near else ";"
+        return ConfigError(f"unknown key {key!r} ({source}){hint} --help lists every key")
+
+    def _read(self, key: str, setting: _Setting) -> Any:
+        option = self.options[key]
+        try:
+            return read_value(option.type, setting.raw, option.choices)
+        except ValueError:
+            shown = "null" if setting.raw is None else repr(setting.raw)
+            wanted = type_name(option.type, option.choices)
+            raise ConfigError(f"{key} ({setting.source}) is {shown}: it wants {wanted}") from None
+
+    def value(self, option: Member) -> Any:
+        """An option's value, set or default."""
+        if option.key in self.settings:
+            return self._read(option.key, self.settings[option.key])
+        if option.default is MISSING:
+            wanted = type_name(option.type, option.choices)
+            raise ConfigError(f"{option.key} must be given: add --{option.key} ({wanted}), or set it in a config file")
+        return option.default
+
+    def build(self, cls: type[Config], default: Any = MISSING, prefix: str = "") -> Config:
+        """A dataclass of what is set, and for the rest its defaults or the values of the instance `default`."""
+        arguments = {
+            member.name: self.build(member.type, member.default, f"{member.key}.")
+            if is_section(member.type)
+            else self.value(member)
+            for member in members(cls, default, prefix, self.names)
+        }
+        try:
+            return cls(**arguments)
+        except ConfigError:
+            raise
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+
+# --- YAML --------------------------------------------------------------------------------------------------------
 
 
 def _find_config(name: str, folder: Path | None) -> Path:
@@ -137,113 +351,88 @@ def _find_config(name: str, folder: Path | None) -> Path:
     return folder / f"{name}.yaml"
 
 
-def _pairs(arguments: list[str], schema: dict[str, Option]) -> Iterator[tuple[str, str]]:
-    """Keys and texts of a command line; keys are complete."""
-    rest = list(reversed(arguments))
-    while rest:
-        token = rest.pop()
-        name, equals, text = token.removeprefix("--").partition("=")
-        if not token.startswith("--") and not equals:
-            raise ConfigError(f"{token!r} is no option: write --section.key value, or section.key=value")
-        key = name if name == "config" else _complete(name, schema)
-        if not equals:
-            last = not rest or rest[-1].startswith("--")
-            if last and key in schema and schema[key].type is bool:
-                text = "true"
-            elif last:
-                raise ConfigError(f"--{name} needs a value")
-            else:
-                text = rest.pop()
-        yield key, text
+def _read_yaml(path: Path) -> yaml.MappingNode:
+    """The mapping that a YAML file holds, as nodes that know their place. Nothing is constructed.
 
-
-def _complete(name: str, schema: dict[str, Option]) -> str:
-    """A key from its last part, where that is enough."""
-    matches = [key for key in schema if key.rpartition(".")[2] == name]
-    if name in schema or not matches:
-        return name
-    if len(matches) > 1:
-        raise ConfigError(f"--{name} may be {' or '.join(f'--{key}' for key in matches)}: write one of them")
-    return matches[0]
-
-
-def _read_section(
-    node: yaml.MappingNode, file: str, prefix: str, schema: dict[str, Option], given: dict[str, Given]
-) -> None:
-    """Collect what a YAML mapping sets."""
-    source = f"{file}:{node.start_mark.line + 1}"
+    Raises:
+        ConfigError: the file is missing, cannot be parsed, or holds no mapping.
+    """
     try:
-        for name, value in mapping_items(node):
-            key, source = prefix + name, f"{file}:{value.start_mark.line + 1}"
-            if key in schema:
-                given[key] = Given(to_raw(value), source)
-            elif not any(other.startswith(f"{key}.") for other in schema):
-                raise _unknown(key, source, schema)
-            elif isinstance(value, yaml.MappingNode):
-                _read_section(value, file, f"{key}.", schema, given)
-            elif to_raw(value) is not None:  # a section may be empty
-                raise ConfigError(f"{key} ({source}) is a section: give its keys below it")
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(f"{source}: {error}") from error
+        with path.open(encoding="utf-8") as stream:  # of a stream, and not of text, nodes know the file's name
+            node = yaml.compose(stream, yaml.SafeLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the config file {path}: {error}") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise ConfigError(f"{place}: this is not YAML: {getattr(error, 'problem', None) or error}") from error
+    if node is None:  # an empty file sets nothing
+        return yaml.MappingNode("tag:yaml.org,2002:map", [])
+    if not isinstance(node, yaml.MappingNode):
+        raise ConfigError(f"{path}: a config file is a mapping of keys to values")
+    return node
 
 
-def _read_override(key: str, text: str, schema: dict[str, Option], given: dict[str, Given]) -> None:
-    """Collect what one command-line pair sets: an option, or an entry of a mapping."""
-    parent, _, entry = key.rpartition(".")
-    try:
-        if key in schema:
-            given[key] = Given(parse_inline(schema[key].type, text), COMMAND_LINE)
-        elif parent in schema and get_origin(schema[parent].type) is dict:
-            before = given[parent].raw if parent in given else _as_text(schema[parent].default)
-            if isinstance(before, dict):  # else the file's value is refused when it is read
-                text_of_entry = parse_inline(get_args(schema[parent].type)[1], text)
-                given[parent] = Given({**before, entry: text_of_entry}, COMMAND_LINE)
-        else:
-            raise _unknown(key, COMMAND_LINE, schema)
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(f"{key} ({COMMAND_LINE}): {error}") from error
+def _place(node: yaml.Node) -> str:
+    return f"{node.start_mark.name}:{node.start_mark.line + 1}"
 
 
-def _build(cls: type[Config], default: Any, prefix: str, given: dict[str, Given]) -> Config:
-    """A dataclass from what is given and its defaults, or those of the instance that is its section's default."""
-    hints = get_type_hints(cls)
-    arguments: dict[str, Any] = {}
-    for field in (field for field in fields(cls) if field.init):
-        key, kind = prefix + field.name, hints[field.name]
-        value = field_default(field) if default is MISSING else getattr(default, field.name)
-        if is_dataclass(kind):
-            value = _build(kind, value, f"{key}.", given)
-        elif key in given:
-            try:
-                value = read_value(kind, given[key].raw)
-            except ValueError:
-                shown = "null" if given[key].raw is None else repr(given[key].raw)
-                raise ConfigError(f"{key} ({given[key].source}) is {shown}: it wants {type_name(kind)}") from None
-        elif value is MISSING:
-            raise ConfigError(f"{key} must be given: add --{key} ({type_name(kind)}), or set it in a config file")
-        arguments[field.name] = value
-    try:
-        return cls(**arguments)
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+def _values_at(nodes: Sequence[yaml.Node], key: str) -> list[yaml.Node]:
+    """The nodes at a dotted key, of those that have it."""
+    for name in key.split("."):
+        mappings = [node for node in nodes if isinstance(node, yaml.MappingNode)]
+        nodes = [value for node in mappings for item, value in node.value if item.value == name]
+    return list(nodes)
 
 
-def _as_text(default: Any) -> Raw:
-    """A mapping's default as if it were given, to add entries to."""
-    return {} if default is MISSING else {name: str(value) for name, value in default.items()}
+def _items(node: yaml.MappingNode) -> list[tuple[str, yaml.Node]]:
+    """A YAML mapping's keys and values.
+
+    Raises:
+        ConfigError: a key that is no text, or is given twice. YAML parsers keep the last one silently.
+    """
+    seen: dict[str, yaml.Node] = {}
+    for key, value in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise ConfigError(f"{_place(key)}: a key is a word, not a list or a mapping")
+        if key.value in seen:
+            again = key.start_mark.line + 1
+            raise ConfigError(
+                f"{_place(seen[key.value])}: the key {key.value!r} is given twice (again in line {again})"
+            )
+        seen[key.value] = value
+    return list(seen.items())
 
 
-def _unknown(key: str, source: str, schema: dict[str, Option]) -> ConfigError:
-    """The refusal of a key, with the nearest one that exists."""
-    by_leaf = {name.rpartition(".")[2]: name for name in schema}
-    leaf = key.rpartition(".")[2]
-    near = [by_leaf[leaf]] if leaf in by_leaf else difflib.get_close_matches(key, schema, 1)
-    near += [by_leaf[other] for other in difflib.get_close_matches(leaf, by_leaf, 1)]
-    hint = f", did you mean {near[0]!r}?" if near else ";"
-    return ConfigError(f"unknown key {key!r} ({source}){hint} --help lists every key")
+def _to_raw(node: yaml.Node) -> Raw:
+    """A YAML node's text.
+
+    Raises:
+        ConfigError: a tag such as `!!python/object`, or as `_items`.
+    """
+    if node.tag not in _TAGS:
+        raise ConfigError(f"{_place(node)}: the tag {node.tag} is not read")
+    if isinstance(node, yaml.MappingNode):
+        return {key: _to_raw(value) for key, value in _items(node)}
+    if isinstance(node, yaml.SequenceNode):
+        return [_to_raw(item) for item in node.value]
+    return None if node.tag.endswith(":null") else node.value
+
+
+def _parse_inline(kind: Any, text: str) -> Raw:
+    """A command line's text, split where `kind` wants a list (`a,b` or `[a, b]`) or a mapping (`{a: 1}`); `none` is
+    null. Brackets that cannot be parsed stay text, which the field's type refuses."""
+    alternatives = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    if types.NoneType in alternatives and text.lower() in ("none", "null"):
+        return None
+    origins = {get_origin(alternative) for alternative in alternatives}
+    is_list = bool(origins & {list, tuple})
+    if (text.startswith("[") and is_list) or (text.startswith("{") and dict in origins):
+        try:
+            node = yaml.compose(text, yaml.SafeLoader)
+        except yaml.YAMLError:
+            return text
+        return None if node is None else _to_raw(node)
+    if is_list:
+        return [item.strip() for item in text.split(",")] if text else []
+    return text

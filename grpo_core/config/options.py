@@ -1,18 +1,21 @@
-"""Every option of a run, as dataclasses: what may be set, what it means, and which combinations are refused."""
+"""Every option of a run, as dataclasses: what may be set, what it means, and which combinations are refused.
+
+`--help` prints fields in the order in which they are here: most used first. Nothing here may import torch.
+"""
 
 from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
-from grpo_core.algorithm.losses import LOSS_TYPES
-from grpo_core.algorithm.off_policy import SamplerCorrection
+from grpo_core.algorithm.losses import LOSS_TYPES, RATIO_LEVELS, Clip, LossType, RatioLevel
+from grpo_core.algorithm.off_policy import SAMPLER_CORRECTIONS
+from grpo_core.config.fields import ConfigSection, chosen_by, option, plugin_files
 
 
 @dataclass
-class RolloutConfig:
+class RolloutConfig(ConfigSection, key="rollout"):
     """How completions are sampled."""
 
     group_size: int = 8
@@ -33,6 +36,7 @@ class RolloutConfig:
     """End a completion when its text contains one of these; the end-of-sequence token always ends it."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.group_size < 1:
             raise ValueError(f"rollout.group_size is {self.group_size}: set it to 1 or more")
         if self.max_new_tokens < 1:
@@ -50,47 +54,41 @@ class RolloutConfig:
 
 
 @dataclass
-class AlgorithmConfig:
+class AlgorithmConfig(ConfigSection, key="algorithm"):
     """What is optimised. Formulas and sources: docs/algorithms.md."""
 
-    loss_type: Literal["grpo", "bnpo", "dapo", "dr_grpo", "gspo", "gspo_token", "cispo", "sapo", "luspo"] = "dapo"
+    loss_type: str = option("dapo", choices=LOSS_TYPES)
     """How a token's loss is made from its ratio, and how token losses are averaged; see docs/algorithms.md."""
-    importance_sampling_level: Literal["token", "sequence", "sequence_token"] | None = None
-    """Whose ratio the loss takes: a token's, its completion's, or the completion's value with the token's gradient.
-    Unset, the loss type's own."""
-    scale_rewards: Literal["group", "batch", "none"] = "group"
+    loss: LossType = chosen_by("loss_type")
+    """Options of the loss type."""
+    beta: float = 0.0
+    """Weight of the KL penalty. 0 also skips the reference pass."""
+    kl_estimator: str = option("k3", choices=("k1", "k2", "k3", "full"))
+    """Estimator of KL(policy ‖ reference) from the sampled tokens; full is no estimate but the sum over the
+    vocabulary, with gradient, and needs an LM head that is not trained."""
+    scale_rewards: str = option("group", choices=("group", "batch", "none"))
     """Divide advantages by the standard deviation of their group, of all rewards of the step, or only centre them."""
-    baseline: Literal["mean", "leave_one_out"] = "mean"
+    baseline: str = option("mean", choices=("mean", "leave_one_out"))
     """What a reward is compared with: the mean of its group, or of the group's other members."""
-    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+    reward_weights: dict[str, float] = field(default_factory=dict)
+    """Weight of each reward by name; a reward that is not named weighs 1."""
+    multi_objective_aggregation: str = option(
+        "sum_then_normalize", choices=("sum_then_normalize", "normalize_then_sum")
+    )
     """Sum the weighted rewards before advantages are made, or make advantages of each reward and sum those (GDPO)."""
-    epsilon: float | None = None
-    """Lower clip range: a ratio below 1 − epsilon gives no gradient to a falling advantage. Unset, the
-    loss type's own."""
-    epsilon_high: float | None = None
-    """Upper clip range; unset, the same as epsilon, or the loss type's own."""
-    delta: float | None = None
-    """Upper cap of the ratio for negative advantages (two-sided clipping); unset, off."""
-    cispo_cap: float = 5.0
-    """Cap of the ratio in loss type cispo."""
-    sapo_temperature_pos: float = 1.0
-    """Steepness of loss type sapo's gate for positive advantages."""
-    sapo_temperature_neg: float = 1.05
-    """The same for the others."""
+    num_iterations: int = 1
+    """μ, passes over each rollout."""
+    steps_per_generation: int = 1
+    """Optimiser steps in a pass, each on its own share of the rollout's groups."""
     mask_truncated_completions: bool = False
     """Leave completions that reached rollout.max_new_tokens out of the loss."""
-    top_entropy_quantile: float = 1.0
-    """Share of a step's tokens, the most uncertain ones, whose policy loss counts. 1 is off."""
-    sampler_correction: Literal["none", SamplerCorrection] = "none"
-    """Weigh the loss by how much likelier the trainer finds a token, or a completion, than the sampler did; truncate
-    clamps the weight into the bounds below, mask makes it 0 outside."""
-    sampler_low: float = 0.0
-    """Lower bound of sampler_correction's weight."""
-    sampler_high: float = 3.0
-    """Upper bound of sampler_correction's weight."""
-    off_policy_mask_threshold: float | None = None
-    """Drop completions of negative advantage that have become this much less likely than when they were sampled, in
-    nats a token; unset, off."""
+    dynamic_sampling: bool = False
+    """Train on groups whose rewards differ, as far as reserve_prompts gives enough of them."""
+    reserve_prompts: int = 0
+    """Prompts sampled in a step beyond run.prompts_per_step, over all ranks, for dynamic_sampling to choose from."""
+    importance_sampling_level: str | None = option(None, choices=RATIO_LEVELS)
+    """Whose ratio the loss takes: a token's, its completion's, or the completion's value with the token's gradient.
+    Unset, the loss type's own."""
     entropy_coef: float = 0.0
     """Weight of the mean token entropy, as a bonus; with entropy_target, where the adaptive weight starts."""
     entropy_target: float | None = None
@@ -101,65 +99,58 @@ class AlgorithmConfig:
     """Smallest adaptive weight."""
     entropy_coef_max: float = 1.0
     """Largest adaptive weight."""
-    beta: float = 0.0
-    """Weight of the KL penalty. 0 also skips the reference pass."""
+    top_entropy_quantile: float = 1.0
+    """Share of a step's tokens, the most uncertain ones, whose policy loss counts. 1 is off."""
+    sampler_correction: str = option("none", choices=("none", *SAMPLER_CORRECTIONS))
+    """Weigh the loss by how much likelier the trainer finds a token, or a completion, than the sampler did; truncate
+    clamps the weight into the bounds below, mask makes it 0 outside."""
+    sampler_low: float = 0.0
+    """Lower bound of sampler_correction's weight."""
+    sampler_high: float = 3.0
+    """Upper bound of sampler_correction's weight."""
+    off_policy_mask_threshold: float | None = None
+    """Drop completions of negative advantage that have become this much less likely than when they were sampled, in
+    nats a token; unset, off."""
     beta_end: float | None = None
     """β of the last step, with beta_schedule; unset, β stays."""
-    beta_schedule: Literal["linear", "cosine"] = "linear"
+    beta_schedule: str = option("linear", choices=("linear", "cosine"))
     """Way from beta to beta_end."""
     kl_target: float | None = None
     """Adapt β so that the KL, in nats a token, stays near this; unset, off."""
     kl_horizon: float = 10_000.0
     """Completions in which an adaptive β can grow or fall by a fifth."""
-    kl_in: Literal["loss", "reward"] = "loss"
+    kl_in: str = option("loss", choices=("loss", "reward"))
     """Where the penalty goes: into every token's loss, or off a completion's reward (usually k1 there)."""
-    kl_estimator: Literal["k1", "k2", "k3", "full"] = "k3"
-    """Estimator of KL(policy ‖ reference) from the sampled tokens; full is no estimate but the sum over the
-    vocabulary, with gradient, and needs an LM head that is not trained."""
     unbiased_kl: bool = False
     """Multiply k3 by the ratio, which makes its gradient that of the reverse KL."""
-    reference: Literal["frozen", "adapter_off"] = "frozen"
+    reference: str = option("frozen", choices=("frozen", "adapter_off"))
     """The policy that KL is measured against: the trained parameters as they were when training began (with LoRA, a
     copy of the adapter), or the base model with its adapters off. After a cold start, which lives in the adapter, the
     two differ."""
     reference_offload: bool = False
     """Keep the frozen copy in host memory; for the reference pass it changes places with the policy's weights."""
     ref_model_sync_steps: int = 0
-    """Move the frozen reference towards the policy every so many steps. 0: never."""
+    """Move the frozen reference towards the policy every N steps; 0 disables."""
     ref_model_mixup_alpha: float = 1.0
     """Share of the policy in the moved reference: 1 replaces it, less makes it an exponential moving average."""
-    num_iterations: int = 1
-    """μ, passes over each rollout."""
-    steps_per_generation: int = 1
-    """Optimiser steps in a pass, each on its own part of the rollout's groups."""
-    dynamic_sampling: bool = False
-    """Train on groups whose rewards differ, as far as reserve_prompts gives enough of them."""
-    reserve_prompts: int = 0
-    """Prompts sampled in a step beyond run.prompts_per_step, over all ranks, for dynamic_sampling to choose from."""
-    reward_weights: dict[str, float] = field(default_factory=dict)
-    """Weight of each reward by name; a reward that is not named weighs 1."""
 
     @property
-    def ratio_level(self) -> str:
+    def ratio_level(self) -> RatioLevel:
         """Whose ratio the loss takes."""
-        return self.importance_sampling_level or LOSS_TYPES[self.loss_type].ratio
-
-    @property
-    def clip_range(self) -> tuple[float, float]:
-        """(lower, upper) clip ranges."""
-        low, high = LOSS_TYPES[self.loss_type].clip_range
-        if self.epsilon is not None:
-            low = high = self.epsilon
-        return low, high if self.epsilon_high is None else self.epsilon_high
+        # checked against RATIO_LEVELS, which a type checker cannot see
+        return self.importance_sampling_level or self.loss.ratio_level  # type: ignore[return-value]
 
     @property
     def needs_old_pass(self) -> bool:
-        """Whether log-probs of the policy that sampled are wanted before the first gradient is."""
+        """Whether a pass of its own takes old log-probs, before the first gradient."""
+        # elsewhere the first pass of the update gives them for nothing; but a second optimiser step sees moved weights,
+        # a quantile needs all entropies of the step, and a reward needs its KL before advantages are made
         return (
             self.steps_per_generation > 1 or self.top_entropy_quantile < 1 or (self.beta > 0 and self.kl_in == "reward")
         )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._check_loss()
         self._check_entropy()
         self._check_kl()
@@ -172,6 +163,7 @@ class AlgorithmConfig:
                 f"algorithm.dynamic_sampling is {self.dynamic_sampling} and reserve_prompts {self.reserve_prompts}: "
                 "choosing groups needs a reserve above 0, and a reserve is for nothing else"
             )
+        # GDPO fixes both scales, so another one could only be ignored
         if self.multi_objective_aggregation == "normalize_then_sum" and self.scale_rewards != "group":
             raise ValueError(
                 "algorithm.multi_objective_aggregation normalize_then_sum scales each reward in its group and the sum "
@@ -179,27 +171,17 @@ class AlgorithmConfig:
             )
 
     def _check_loss(self) -> None:
-        if self.epsilon is not None and not 0 < self.epsilon < 1:
-            raise ValueError(f"algorithm.epsilon is {self.epsilon}: set it between 0 and 1, or leave it out")
-        if self.epsilon_high is not None and self.epsilon_high <= 0:
-            raise ValueError(f"algorithm.epsilon_high is {self.epsilon_high}: set it above 0, or leave it out")
-        kind = LOSS_TYPES[self.loss_type]
-        if self.ratio_level != "token" and kind.surrogate == "clip" and max(self.clip_range) > 0.01:
+        if isinstance(self.loss, Clip) and self.ratio_level != "token" and max(self.loss.clip_range) > 0.01:
             warnings.warn(
-                f"algorithm.epsilon is {self.clip_range[0]} with loss_type {self.loss_type}, whose ratio is a mean "
-                "over tokens and hardly moves: its paper has 3e-4 and 4e-4",
-                stacklevel=4,
+                f"algorithm.loss.epsilon is {self.loss.clip_range[0]} with loss_type {self.loss_type}, whose ratio is "
+                "a mean over tokens and hardly moves: its paper has 3e-4 and 4e-4",
+                stacklevel=4,  # whoever makes the config: past this check, __post_init__ and __init__
             )
-        if self.delta is not None and kind.surrogate != "clip":
-            raise ValueError(f"algorithm.delta is set, but loss_type {self.loss_type} does not clip: leave it out")
-        if self.delta is not None and self.delta <= 1 + self.clip_range[1]:
-            raise ValueError(f"algorithm.delta is {self.delta}: set it above 1 + epsilon_high, or leave it out")
-        if self.cispo_cap <= 1:
-            raise ValueError(f"algorithm.cispo_cap is {self.cispo_cap}: set it above 1")
-        if min(self.sapo_temperature_pos, self.sapo_temperature_neg) <= 0:
-            raise ValueError("algorithm.sapo_temperature_pos and sapo_temperature_neg: set both above 0")
-        if self.sampler_low >= self.sampler_high:
-            raise ValueError("algorithm.sampler_low is not below sampler_high")
+        if not 0 <= self.sampler_low < self.sampler_high:
+            raise ValueError(
+                f"algorithm.sampler_low is {self.sampler_low} and sampler_high {self.sampler_high}: set the lower one "
+                "to 0 or above, and below the other"
+            )
 
     def _check_entropy(self) -> None:
         if not 0 < self.top_entropy_quantile <= 1:
@@ -217,6 +199,7 @@ class AlgorithmConfig:
     def _check_kl(self) -> None:
         if self.beta < 0:
             raise ValueError(f"algorithm.beta is {self.beta}: set it to 0 (no reference) or above")
+        # k1 and k2 times the ratio are no better than without; in the reward, only the value counts
         if self.unbiased_kl and (self.kl_estimator != "k3" or self.kl_in == "reward"):
             raise ValueError("algorithm.unbiased_kl multiplies k3 in the loss by the ratio: set kl_estimator to k3")
         if self.kl_in == "reward" and self.kl_estimator == "full":
@@ -234,7 +217,7 @@ class AlgorithmConfig:
             ("ref_model_sync_steps", self.ref_model_sync_steps > 0),
             ("reference_offload", self.reference_offload),
         ):
-            if wanted and self.beta == 0:
+            if wanted and self.beta == 0:  # refused and not ignored: the run would silently have no KL
                 raise ValueError(f"algorithm.{key} is set, but beta is 0, so there is no reference: set beta above 0")
         if self.beta_end is not None and self.beta_end < 0:
             raise ValueError(f"algorithm.beta_end is {self.beta_end}: set it to 0 or above")
@@ -252,7 +235,7 @@ class AlgorithmConfig:
 
 
 @dataclass
-class OptimConfig:
+class OptimConfig(ConfigSection, key="optim"):
     """AdamW and its schedule."""
 
     learning_rate: float = 1e-5
@@ -265,7 +248,7 @@ class OptimConfig:
     """AdamW's ε."""
     max_grad_norm: float = 1.0
     """Clip the global gradient norm to this. 0 is off."""
-    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
+    lr_scheduler: str = option("constant", choices=("constant", "linear", "cosine"))
     """Shape of the learning rate after warm-up; linear and cosine end at 0 on the last step."""
     warmup_steps: int = 0
     """Steps of linear warm-up from 0."""
@@ -273,6 +256,7 @@ class OptimConfig:
     """Tokens packed into one forward and backward; groups are accumulated until the step is whole."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.learning_rate < 0:
             raise ValueError(f"optim.learning_rate is {self.learning_rate}: set it to 0 or above")
         if self.max_tokens_per_micro_batch < 1:
@@ -282,7 +266,7 @@ class OptimConfig:
 
 
 @dataclass
-class RunConfig:
+class RunConfig(ConfigSection, key="run"):
     """Where a run writes, and how often."""
 
     name: str = "run"
@@ -296,14 +280,14 @@ class RunConfig:
     prompts_per_step: int = 16
     """Prompts of one step, over all ranks."""
     eval_steps: int = 0
-    """Evaluate every so many steps. 0: never within training."""
+    """Evaluate every N steps; 0 disables."""
     metric_for_best_model: str = ""
     """Metric of the evaluations, such as eval/f1, higher is better: the best evaluated policy is kept and is what
     training ends with. Unset, the last one is."""
     early_stopping_patience: int = 0
-    """Stop after so many evaluations without a new best. 0: never."""
+    """Stop after N evaluations without a new best; 0 disables."""
     save_steps: int = 0
-    """Write a checkpoint every so many steps. 0: never within training."""
+    """Write a checkpoint every N steps; 0 disables."""
     keep_checkpoints: int = 2
     """Newest checkpoints that are kept."""
     resume: bool = True
@@ -313,6 +297,9 @@ class RunConfig:
     that a gradient is not finite, or that a modality has no effect."""
     tensorboard: bool = False
     """Also write TensorBoard's files (needs the package tensorboard)."""
+    plugins: tuple[Path, ...] = plugin_files()
+    """Python files that register losses, rewards, dataset layouts or model families; imported before options are
+    checked. --plugins FILE.py may be repeated."""
 
     @property
     def folder(self) -> Path:
@@ -320,18 +307,21 @@ class RunConfig:
         return self.output_dir / self.name
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.prompts_per_step < 1:
             raise ValueError(f"run.prompts_per_step is {self.prompts_per_step}: set it to 1 or more")
         if self.early_stopping_patience and not (self.metric_for_best_model and self.eval_steps):
             raise ValueError(
                 "run.early_stopping_patience needs run.metric_for_best_model and run.eval_steps: set both, or 0"
             )
+        # a run that is continued from another folder has to find them
+        self.plugins = tuple(path.absolute() for path in self.plugins)
         if self.keep_checkpoints < 1:
             raise ValueError(f"run.keep_checkpoints is {self.keep_checkpoints}: set it to 1 or more")
 
 
 @dataclass
-class GRPOConfig:
+class GRPOConfig(ConfigSection):
     """A GRPO run."""
 
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
@@ -340,28 +330,36 @@ class GRPOConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        if self.rollout.group_size < 2:
-            raise ValueError("rollout.group_size is 1: an advantage compares members of a group, set it to 2 or more")
-        rollout = self.rollout
-        if rollout.top_p < 1 or rollout.top_k > 0 or rollout.min_p > 0 or rollout.repetition_penalty != 1:
-            raise ValueError(
-                "rollout.top_p, top_k, min_p and repetition_penalty draw from another distribution than the policy's, "
-                "whose log-probs are what ratios and gradients are made of: train with 1, 0, 0 and 1 (evaluation may "
-                "set them)"
-            )
-        parts = self.algorithm.steps_per_generation
-        if self.run.prompts_per_step < parts:
-            raise ValueError(
-                f"algorithm.steps_per_generation is {parts}, but a step has {self.run.prompts_per_step} prompts: raise "
-                "run.prompts_per_step, or lower it"
-            )
-        if self.rollout.temperature == 0:
-            raise ValueError("rollout.temperature is 0: greedy members of a group are all the same, set it above 0")
+        super().__post_init__()
+        check_grpo_options(self.algorithm, self.rollout, self.run)
 
 
 @dataclass
-class SFTConfig:
+class SFTConfig(ConfigSection):
     """A supervised run (the cold start)."""
 
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(weight_decay=0.05))
     run: RunConfig = field(default_factory=RunConfig)
+
+
+def check_grpo_options(algorithm: AlgorithmConfig, rollout: RolloutConfig, run: RunConfig) -> None:
+    """Check what GRPO needs of sections together.
+
+    Raises:
+        ValueError: a group of one, a sampling distribution that is not the policy's, or fewer prompts than steps.
+    """
+    if rollout.group_size < 2:
+        raise ValueError("rollout.group_size is 1: an advantage compares members of a group, set it to 2 or more")
+    if rollout.temperature == 0:
+        raise ValueError("rollout.temperature is 0: greedy members of a group are all the same, set it above 0")
+    # refused in training alone: a sampler may cut its distribution where nobody takes gradients of it
+    if rollout.top_p < 1 or rollout.top_k > 0 or rollout.min_p > 0 or rollout.repetition_penalty != 1:
+        raise ValueError(
+            "rollout.top_p, top_k, min_p and repetition_penalty draw from another distribution than the policy's, "
+            "whose log-probs ratios and gradients are made of: train with 1, 0, 0 and 1 (evaluation may set them)"
+        )
+    if run.prompts_per_step < algorithm.steps_per_generation:
+        raise ValueError(
+            f"algorithm.steps_per_generation is {algorithm.steps_per_generation}, but a step has "
+            f"{run.prompts_per_step} prompts: raise run.prompts_per_step, or lower it"
+        )

@@ -1,4 +1,4 @@
-"""CUDA graphs of decode steps, captured when a kind of step comes for the second time."""
+"""CUDA graphs of decode steps, captured when a step of the same shape is run for the second time."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import torch
 
 
 class StepGraphs:
-    """Runs steps that read and write static memory alone: replayed on a GPU, called on a CPU.
+    """Runs steps that read and write nothing but memory at fixed addresses: replayed on a GPU, called on a CPU.
 
-    A kind of step, named by a key, runs as it is the first time. That step counts, and warms up: kernels are compiled
-    and libraries make their handles. The second time it is captured, on the same side stream, and replayed from then
-    on. All graphs share one pool of memory for what lives within a step, since no two run at once.
+    Steps with the same key launch the same kernels. The first one is called as it is: it counts, and it warms up, as
+    kernels are compiled and libraries make their handles, which a capture may not do. The second is captured, on the
+    same side stream, and replayed from then on. All graphs share one pool of memory for what they allocate within a
+    step, since no two run at once.
     """
 
     def __init__(self, device: torch.device):
@@ -23,12 +24,13 @@ class StepGraphs:
             self._pool = torch.cuda.graph_pool_handle()
 
     def run(self, key: Hashable, step: Callable[[], None]) -> None:
-        """Do one step of the kind `key`."""
+        """Run `step`, or replay the graph of an earlier step with the same key."""
         if not self._cuda:
             step()
             return
         if key not in self._graphs:
             self._graphs[key] = None
+            # on the stream of the capture: cuBLAS keeps a handle and a workspace for each stream
             current = torch.cuda.current_stream()
             self._stream.wait_stream(current)
             with torch.cuda.stream(self._stream):
@@ -39,17 +41,13 @@ class StepGraphs:
         if graph is None:
             graph = torch.cuda.CUDAGraph()
             failure = None
+            # thread_local: other threads (a data loader that pins memory) may call CUDA during the capture
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 try:
                     step()
-                except torch.OutOfMemoryError as error:  # the end of the capture would raise another error over it
+                except torch.OutOfMemoryError as error:  # the end of a failed capture would raise another error over it
                     failure = error
             if failure is not None:
                 raise failure
             self._graphs[key] = graph
         graph.replay()
-
-    @property
-    def captured(self) -> int:
-        """How many kinds of step are replayed."""
-        return sum(graph is not None for graph in self._graphs.values())

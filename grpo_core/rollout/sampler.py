@@ -11,14 +11,13 @@ from tqdm import tqdm
 
 from grpo_core import rng
 from grpo_core.config.options import RolloutConfig
+from grpo_core.families import check_lengths
 from grpo_core.policy import Policy
-from grpo_core.rollout.backends.base import check_lengths, make_decoder
-from grpo_core.rollout.sampling import DrawRules
-from grpo_core.rollout.scheduler import Rollout, timed
-from grpo_core.rollout.stopping import StopConditions
-from grpo_core.types import Completion, Group, Prompt
-
-_CPU_BUDGET = 2 << 30
+from grpo_core.rollout.backends import Decoder, make_decoder
+from grpo_core.rollout.sampling import SamplingParams
+from grpo_core.rollout.scheduler import Scheduler, timed
+from grpo_core.rollout.stopping import StopConditions, Tokenizer
+from grpo_core.types import Completion, FinishReason, Group, Prompt
 
 
 class GroupSampler:
@@ -26,26 +25,29 @@ class GroupSampler:
 
     A completion depends on the seed, the step, its prompt and its index in the group alone: not on what else is in the
     batch, in which order, or on how many ranks. In fp32 on one thread of a CPU with AVX2 that holds bit for bit.
-    Elsewhere rounding may depend on the batch, and a draw within rounding of two tokens may fall on either. Prompts
-    with the same id are the same draw.
+    Elsewhere rounding may depend on the batch, and a draw within rounding of two tokens may give either. Prompts with
+    the same id get the same completions.
 
     Args:
         policy: gives the model and the prompts' embeddings.
-        tokenizer: decodes completions and tells the end-of-sequence token.
+        tokenizer: decodes completions and names the end-of-sequence token.
         seed: of the run.
         forbidden_tokens: ids that are never sampled, such as the placeholders of a multimodal prompt. Ids that the
             tokenizer does not have (spare rows of the head) never are.
-        memory_budget: bytes for caches and logits; unset, 80 % of the device's free memory (2 GiB on a CPU).
+        memory_budget: bytes for caches and logits; None takes 80 % of the device's free memory (2 GiB on a CPU).
 
     Attributes:
         timings: of the last call: seconds of `refresh` (merging adapters), `embed`, `prefill`, `decode` and `text`, and
             the counts `prompt_tokens`, `completion_tokens`, `steps` and `slots` (groups decoded at a time).
+
+    Raises:
+        NotImplementedError: the model would be sampled wrongly; see `grpo_core.families.check_model`.
     """
 
     def __init__(
         self,
         policy: Policy,
-        tokenizer,
+        tokenizer: Tokenizer,
         *,
         seed: int = 0,
         forbidden_tokens: Collection[int] = (),
@@ -55,55 +57,71 @@ class GroupSampler:
         self.forbidden_tokens = tuple(forbidden_tokens)
         self.memory_budget = memory_budget
         self.model = policy.causal_lm
-        self.decoder = make_decoder(self.model)
+        self.decoder: Decoder = make_decoder(self.model)
         self.timings: dict[str, float] = {}
-        self._stops: dict[tuple[str, ...], StopConditions] = {}
+        # kept between calls: with stop strings, one is made by decoding the whole vocabulary
+        self._stop_conditions: dict[tuple[str, ...], StopConditions] = {}
 
     def sample(
         self, prompts: Sequence[Prompt], rollout: RolloutConfig, *, step: int = 0, progress: bool = False
     ) -> list[Group]:
-        """One group per prompt, in the order of the prompts.
+        """Sample one group per prompt, in the order of the prompts.
 
         Args:
             prompts: `[N]`.
             rollout: group size, lengths, temperature, truncation and stop strings.
-            step: the optimiser step that the rollout belongs to; another step draws other completions.
+            step: the optimiser step that the rollout belongs to; another step samples other completions.
             progress: show a bar.
 
         Raises:
             ValueError: a prompt that is too long for the model, or whose embeddings do not fit its tokens.
+            FloatingPointError: the policy's logits are not finite.
         """
         self.timings = dict.fromkeys(("refresh", "embed", "prefill", "decode", "text"), 0.0)
         self.timings |= dict.fromkeys(("prompt_tokens", "completion_tokens", "steps", "slots"), 0)
         if not prompts:
             return []
-        check_lengths(self.model, max(len(prompt.token_ids) for prompt in prompts), rollout.max_new_tokens)
+        # before anything is computed: a prompt that is too long should not cost a rollout first
+        check_lengths(self.model.config, max(len(prompt.token_ids) for prompt in prompts), rollout.max_new_tokens)
+        strings = tuple(rollout.stop_strings)
+        if strings not in self._stop_conditions:
+            self._stop_conditions[strings] = StopConditions(self.model, self.tokenizer, strings)
+        stop = self._stop_conditions[strings]
+        head_rows = self.model.get_output_embeddings().weight.shape[0]
+        params = SamplingParams(
+            rollout=rollout,
+            forbidden_tokens=self.forbidden_tokens,
+            vocabulary=min(len(self.tokenizer), head_rows),
+            end_tokens=stop.end_tokens,
+        )
+        prompt_keys = np.array([rng.prompt_key(prompt.id) for prompt in prompts], dtype=np.uint64)
+        keys = rng.row_key(self.seed, step, prompt_keys[:, None], np.arange(rollout.group_size)).ravel()
+
+        # no_grad, not inference_mode: a policy may cache what it embeds, and inference tensors cannot be in a backward
         with timed(self.timings, "embed"), torch.no_grad():
             embeds = self._embed(prompts)
-        stop = self._stop_conditions(rollout.stop_strings)
         with torch.inference_mode(), tqdm(total=len(prompts), disable=not progress, desc="sample", leave=False) as bar:
             with timed(self.timings, "refresh"):
                 self.decoder.refresh()
-            limit = min(len(self.tokenizer), self.model.get_output_embeddings().weight.shape[0])
-            prompt_keys = np.array([rng.prompt_key(prompt.id) for prompt in prompts], dtype=np.uint64)
-            run = Rollout(
-                self.decoder,
-                embeds,
-                keys=rng.row_key(self.seed, step, prompt_keys[:, None], np.arange(rollout.group_size)).ravel(),
-                rules=DrawRules(rollout, self.forbidden_tokens, limit, stop.end),
-                stop=stop,
-                timings=self.timings,
-                bar=bar,
-            )
-            run.run(self._budget())
+            scheduler = Scheduler(self.decoder, embeds, keys, params, stop, self.timings, bar)
+            # the budget is measured now, after the embeddings and fused weights have taken their memory
+            scheduler.run(self._free_memory() if self.memory_budget is None else self.memory_budget)
+
         with timed(self.timings, "text"):
-            completions = [_completion(run, i) for i in range(len(prompts) * rollout.group_size)]
+            completions = []
+            for i, length in enumerate(scheduler.lengths):
+                token_ids = scheduler.tokens[i, :length].tolist()
+                # a copy, as a view would keep the whole rollout's array alive
+                logprobs = scheduler.logprobs[i, :length].copy()
+                reason: FinishReason = "stop" if scheduler.stopped[i] else "length"
+                completions.append(Completion(tuple(token_ids), logprobs, reason, stop.text(token_ids)))
         self.timings["prompt_tokens"] = sum(map(len, embeds))
-        self.timings["completion_tokens"] = int(run.lengths.sum())
+        self.timings["completion_tokens"] = int(scheduler.lengths.sum())
         size = rollout.group_size
         return [Group(prompt, completions[n * size : (n + 1) * size]) for n, prompt in enumerate(prompts)]
 
     def _embed(self, prompts: Sequence[Prompt]) -> list[Tensor]:
+        """Embed prompts, `[P_n, H]` each, in the policy's dtype and on its device."""
         embeds = list(self.policy.embed(prompts))
         if len(embeds) != len(prompts):
             raise ValueError(f"policy.embed gave {len(embeds)} tensors for {len(prompts)} prompts")
@@ -115,24 +133,12 @@ class GroupSampler:
                 )
         return [embed.detach().to(self.policy.device, self.policy.dtype) for embed in embeds]
 
-    def _stop_conditions(self, strings: Sequence[str]) -> StopConditions:
-        key = tuple(strings)
-        if key not in self._stops:
-            self._stops[key] = StopConditions(self.model, self.tokenizer, key)
-        return self._stops[key]
-
-    def _budget(self) -> int:
-        if self.memory_budget is not None:
-            return self.memory_budget
-        if self.policy.device.type == "cuda":
-            device = self.policy.device
-            unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-            return int(0.8 * (torch.cuda.mem_get_info(device)[0] + unused + self.decoder.held_bytes))
-        return _CPU_BUDGET
-
-
-def _completion(run: Rollout, i: int) -> Completion:
-    length = run.lengths[i]
-    token_ids = run.tokens[i, :length].tolist()
-    reason = "stop" if run.stopped[i] else "length"
-    return Completion(tuple(token_ids), run.logprobs[i, :length].copy(), reason, run.stop.text(token_ids))
+    def _free_memory(self) -> int:
+        """Bytes that caches and logits may take when no budget is set."""
+        device = self.policy.device
+        if device.type != "cuda":
+            return 2 << 30
+        # free for the driver, plus what torch's allocator holds unused, plus the last rollout's caches, which this one
+        # reuses or frees; a fifth is left to activations and fragmentation
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(0.8 * (torch.cuda.mem_get_info(device)[0] + unused + self.decoder.held_bytes))

@@ -1,4 +1,4 @@
-"""One rollout: groups enter the decoder as others leave, rows leave it when they have ended."""
+"""Continuous batching of a rollout: groups enter the decoder as others leave, sequences leave when they have ended."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from grpo_core.rollout.backends.base import Decoder
+from grpo_core.rollout.backends import Decoder
 from grpo_core.rollout.cache import fill_holes
-from grpo_core.rollout.sampling import Drawer, Drawn, DrawRules
+from grpo_core.rollout.sampling import PendingTokens, SamplingBackend, SamplingParams
 from grpo_core.rollout.stopping import StopConditions
 
 
@@ -28,27 +28,27 @@ def timed(timings: dict[str, float], phase: str) -> Iterator[None]:
         timings[phase] += time.perf_counter() - start
 
 
-class Rollout:
-    """Draws G completions for each of N prompts.
+class Scheduler:
+    """Samples G completions for each of N prompts.
 
-    Completion n·G + g is member g of prompt n. Row i of the decoder draws completion `owner[i]`; random numbers go by
-    (prompt, member, token), so the order of rows and what shares their batch leave no trace.
+    Completion n·G + g is member g of prompt n. The decoder's sequence i is completion `running[i]`. Random numbers are
+    keyed by (prompt, member, token), so neither the order of sequences nor what shares their batch changes a result.
 
     Args:
         decoder: holds the caches.
         embeds: `[P_n, H]` of each prompt.
         keys: uint64 `[N * G]`, the completions' random keys (`rng.row_key`).
-        rules: what tokens are drawn by.
+        params: what tokens may be sampled, and how.
         stop: when completions end.
         timings: `prefill`, `decode`, `steps` and `slots` are added here.
-        bar: counts whole groups.
+        bar: counts finished groups.
 
     Attributes:
         tokens: int64 `[N * G, max_new_tokens]`.
         logprobs: float32, the same shape.
         lengths: int64 `[N * G]`.
         stopped: bool `[N * G]`, ended by a stop condition and not by length.
-        steps_per_read: how many steps are asked for at a time; unset, what the decoder likes.
+        steps_per_read: the number of steps to decode at a time; None takes the decoder's.
     """
 
     def __init__(
@@ -56,123 +56,130 @@ class Rollout:
         decoder: Decoder,
         embeds: Sequence[Tensor],
         keys: np.ndarray,
-        rules: DrawRules,
+        params: SamplingParams,
         stop: StopConditions,
         timings: dict[str, float],
         bar: tqdm,
     ):
-        self.decoder, self.embeds, self.keys, self.rules, self.rollout = decoder, embeds, keys, rules, rules.rollout
+        self.decoder, self.embeds, self.keys, self.params = decoder, embeds, keys, params
         self.stop, self.timings, self.bar = stop, timings, bar
+        self.group_size, self.max_new_tokens = params.rollout.group_size, params.rollout.max_new_tokens
         self.steps_per_read: int | None = None
-        total = len(embeds) * self.rollout.group_size
-        self.tokens = np.zeros((total, self.rollout.max_new_tokens), dtype=np.int64)
-        self.logprobs = np.zeros((total, self.rollout.max_new_tokens), dtype=np.float32)
+        total = len(embeds) * self.group_size
+        # by completion, not by the decoder's sequence: sequences are renumbered whenever some are dropped
+        self.tokens = np.zeros((total, self.max_new_tokens), dtype=np.int64)
+        self.logprobs = np.zeros((total, self.max_new_tokens), dtype=np.float32)
         self.lengths = np.zeros(total, dtype=np.int64)
         self.stopped = np.zeros(total, dtype=bool)
         self._ended = np.zeros(total, dtype=bool)
-        self._drawn = np.zeros(total, dtype=np.int64)  # tokens asked for, those not yet read included
-        self._groups_done = 0
+        # tokens asked of the decoder, with those not yet read: `lengths` lags behind by what is pending
+        self._requested = np.zeros(total, dtype=np.int64)
+        self._groups_reported = 0
 
     def run(self, budget: int) -> None:
-        """Draw every completion within `budget` bytes of caches and logits. When memory runs out all the same, the
-        groups that are not whole start again, half as many at a time."""
-        sizes = (self.rollout.group_size, max(map(len, self.embeds)), self.rollout.max_new_tokens)
+        """Sample every completion within `budget` bytes of caches and logits.
+
+        If memory runs out all the same, the groups that have not finished start again, half as many at a time.
+        """
+        sizes = (self.group_size, max(map(len, self.embeds)), self.max_new_tokens)
         slots = self.decoder.plan(len(self.embeds), *sizes, budget)
         while True:
             self.timings["slots"] = slots
             done = False
             try:
                 self.decoder.reserve(slots, *sizes)
-                self._draw_all(self.decoder.drawer(self.rules), slots)
+                self._sample_all(self.decoder.start_sampling(self.params), slots)
                 done = True
                 return
             except RuntimeError as error:
-                if slots == 1 or not _is_out_of_memory(error):
+                # on a CPU a failed allocation is a plain RuntimeError, for which torch has no class
+                out_of_memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+                if slots == 1 or not out_of_memory:
                     raise
             finally:
+                # after a failure everything is freed: the next attempt allocates smaller caches
                 self.decoder.release(reuse=done)
-            self._restart_unfinished()
+            # a completion that starts again draws the same numbers, so it comes out as it would have
+            unfinished = np.repeat(~self._finished_groups(), self.group_size)
+            for state in (self.lengths, self.stopped, self._ended, self._requested):
+                state[unfinished] = 0
             slots //= 2
 
-    def _draw_all(self, drawer: Drawer, slots: int) -> None:
-        self.drawer = drawer
-        self.owner = np.zeros(0, dtype=np.int64)
-        self._unread: deque[tuple[np.ndarray, Drawn]] = deque()
-        # long prompts first: prompts of like length share the cache, so little of it is padding
+    def _sample_all(self, backend: SamplingBackend, slots: int) -> None:
+        """Sample all unfinished groups, at most `slots` at a time."""
+        self.backend = backend
+        self.running = np.zeros(0, dtype=np.int64)
+        self._pending: deque[tuple[np.ndarray, PendingTokens]] = deque()
+        # long prompts first: prompts of similar length share the cache, so little of it is padding
         waiting = np.argsort([-len(embed) for embed in self.embeds], kind="stable")
-        waiting = waiting[~self._whole()[waiting]]
-        while len(waiting) or len(self.owner):
-            free = slots - len(np.unique(self.owner // self.rollout.group_size)) if len(waiting) else 0
+        waiting = waiting[~self._finished_groups()[waiting]]
+        while len(waiting) or len(self.running):
+            # a slot is free once none of its group's sequences is in the decoder; refill before decoding on, since a
+            # step over a full batch takes hardly longer than one over a half-empty batch
+            free = slots - len(np.unique(self.running // self.group_size)) if len(waiting) else 0
             if free:
                 with timed(self.timings, "prefill"):
-                    self._admit(waiting[:free])
+                    self._prefill(waiting[:free])
                 waiting = waiting[free:]
             else:
                 with timed(self.timings, "decode"):
-                    self._advance()
+                    self._decode()
             with timed(self.timings, "decode"):
                 self._drop_ended(refill=len(waiting) > 0)
 
-    def _admit(self, groups: np.ndarray) -> None:
-        """Prefill groups and draw the first token of their rows."""
-        size = self.rollout.group_size
-        owner = (groups[:, None] * size + np.arange(size)).ravel()
-        drawn = self.drawer.admit([self.embeds[n] for n in groups], self.keys[owner])
-        self.owner = np.r_[self.owner, owner]
-        self._drawn[owner] = 1
-        self._read_later(owner, drawn)
+    def _prefill(self, groups: np.ndarray) -> None:
+        """Prefill groups and sample the first token of their completions."""
+        completions = (groups[:, None] * self.group_size + np.arange(self.group_size)).ravel()
+        pending = self.backend.prefill([self.embeds[n] for n in groups], self.keys[completions])
+        self.running = np.r_[self.running, completions]
+        self._requested[completions] = 1
+        self._pending.append((completions, pending))
+        self._read(max_pending=self.backend.max_pending)
 
-    def _advance(self) -> None:
-        """Decode a few tokens: reading each one back would stall a GPU."""
-        going = self._drawn[self.owner[~self._ended[self.owner]]]
-        steps = min(self.steps_per_read or self.drawer.steps_per_read, self.rollout.max_new_tokens - going.max())
-        if steps == 0:  # the next row to end has all its tokens, still unread
-            self._record(*self._unread.popleft())
+    def _decode(self) -> None:
+        """Sample some tokens for every running sequence. Several at a time, as each read would stall a GPU."""
+        # no further than the longest unfinished sequence can go: the cache has no columns after max_new_tokens (ended
+        # sequences may be asked for more, they overwrite their last column)
+        requested = self._requested[self.running[~self._ended[self.running]]]
+        steps = min(self.steps_per_read or self.backend.steps_per_read, self.max_new_tokens - int(requested.max()))
+        if steps == 0:  # a sequence has all its tokens, but the last of them are still pending
+            self._read(max_pending=len(self._pending) - 1)
             return
-        self._drawn[self.owner] += steps
-        self._read_later(self.owner, self.drawer.advance(int(steps)))
-        self.timings["steps"] += int(steps)
+        self._requested[self.running] += steps
+        self._pending.append((self.running, self.backend.decode(steps)))
+        self.timings["steps"] += steps
+        self._read(max_pending=self.backend.max_pending)
 
-    def _read_later(self, owner: np.ndarray, drawn: Drawn) -> None:
-        """Note what rows draw, as soon as steps enough are under way to keep the device busy meanwhile."""
-        self._unread.append((owner, drawn))
-        while len(self._unread) > self.drawer.lag:
-            self._record(*self._unread.popleft())
-
-    def _record(self, owner: np.ndarray, drawn: Drawn) -> None:
-        """Note the tokens and log-probs of the completions `owner`; what a row drew after its end is dropped."""
-        for new_tokens, new_logprobs in zip(*drawn(), strict=True):
-            alive = ~self._ended[owner]
-            rows, fresh = owner[alive], new_tokens[alive]
-            if not np.isfinite(new_logprobs[alive]).all():
-                raise FloatingPointError("the policy's logits are not finite: its weights have diverged")
-            self.tokens[rows, self.lengths[rows]] = fresh
-            self.logprobs[rows, self.lengths[rows]] = new_logprobs[alive]
-            self.lengths[rows] += 1
-            self.stopped[rows] = self.stop.check(fresh, self.tokens, rows, self.lengths)
-            self._ended[rows] = self.stopped[rows] | (self.lengths[rows] == self.rollout.max_new_tokens)
+    def _read(self, max_pending: int) -> None:
+        """Read the oldest results until at most `max_pending` are left, which keep the device busy meanwhile."""
+        while len(self._pending) > max_pending:
+            running, pending = self._pending.popleft()
+            for step_tokens, step_logprobs in zip(*pending(), strict=True):
+                # a sequence may have ended in an earlier step of this read: what it sampled after its end is dropped
+                alive = ~self._ended[running]
+                completions, tokens, logprobs = running[alive], step_tokens[alive], step_logprobs[alive]
+                # checked here, where numbers are on the host anyway: on the device it would be another wait
+                if not np.isfinite(logprobs).all():
+                    raise FloatingPointError("the policy's logits are not finite: its weights have diverged")
+                self.tokens[completions, self.lengths[completions]] = tokens
+                self.logprobs[completions, self.lengths[completions]] = logprobs
+                self.lengths[completions] += 1  # before the check, which reads each completion up to its length
+                self.stopped[completions] = self.stop.check(tokens, self.tokens, completions, self.lengths)
+                at_limit = self.lengths[completions] == self.max_new_tokens
+                self._ended[completions] = self.stopped[completions] | at_limit
 
     def _drop_ended(self, refill: bool) -> None:
-        """Take ended rows out of the decoder once that makes its steps cheaper, or a whole group's slot is wanted."""
-        ended = self._ended[self.owner]
-        whole = int(self._whole().sum())
-        if (refill and whole > self._groups_done) or self.drawer.shrinks(len(ended), int((~ended).sum())):
-            rows = fill_holes(~ended)
-            self.drawer.keep(rows)
-            self.owner = self.owner[rows]
-        self.bar.update(whole - self._groups_done)
-        self._groups_done = whole
+        """Remove ended sequences once that makes steps cheaper, or, to `refill`, once a group's slot can be reused."""
+        ended = self._ended[self.running]
+        finished = int(self._finished_groups().sum())
+        slot_freed = finished > self._groups_reported
+        if (refill and slot_freed) or self.backend.worth_dropping(len(ended), int((~ended).sum())):
+            order = fill_holes(~ended)
+            self.backend.keep(order)
+            self.running = self.running[order]
+        self.bar.update(finished - self._groups_reported)
+        self._groups_reported = finished
 
-    def _whole(self) -> np.ndarray:
-        """Which groups have all their completions, bool `[N]`."""
-        return self._ended.reshape(len(self.embeds), -1).all(axis=1)
-
-    def _restart_unfinished(self) -> None:
-        unfinished = np.repeat(~self._whole(), self.rollout.group_size)
-        for state in (self.lengths, self.stopped, self._ended, self._drawn):
-            state[unfinished] = 0
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an allocation failed, on a GPU or on a CPU (for which torch has no exception class)."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    def _finished_groups(self) -> np.ndarray:
+        """Tell which groups have all their completions, bool `[N]`."""
+        return np.all(self._ended.reshape(len(self.embeds), self.group_size), axis=1)

@@ -1,12 +1,14 @@
-"""A decoder's weights in the form that decoding reads: fused matrices with adapters merged, at addresses that stay.
+"""A model's weights as the fused decoders read them: fused matrices with adapters merged, at addresses that stay.
 
 Parameters that FSDP2 has sharded are gathered as they are copied, one matrix at a time: all ranks refresh together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -15,54 +17,63 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from grpo_core.families import get_family
+from grpo_core.rollout.cache import CacheShape
+
 
 class FusedLinear:
     """Several linear layers that read the same input, side by side in one matrix `[in, sum of out]`.
 
     Args:
         modules: the layers, plain or wrapped by PEFT.
-        packed: keep the matrix as oneDNN's kernels read it (see `can_pack`) and not as `weight`. MKL has kernels of
-            their own for few rows, which are slow where no cache holds the matrix and give other bits than those for a
-            batch; here a row's product does not depend on the rows beside it (under AVX2; not measured elsewhere).
+        packed: keep the matrix in the form that oneDNN's kernels read (see `can_pack`) instead of as `weight`. MKL
+            switches to other kernels for few rows; these are slow where no cache holds the matrix, and round otherwise
+            than those for a batch. oneDNN's give a row the same bits whatever rows are beside it (under AVX2; not
+            measured elsewhere).
 
     Attributes:
-        weight: the matrix, in memory as the layers' own (output-major), at an address that stays; None if packed.
+        weight: the matrix, output-major in memory like the layers' own, at an address that stays; None if packed.
         bias: `[sum of out]`, or None.
     """
 
     def __init__(self, modules: Sequence[nn.Module], packed: bool = False):
         self.modules = list(modules)
-        bases = [_base(module) for module in self.modules]
-        self.widths = [base.out_features for base in bases]
-        self._shape = (sum(self.widths), bases[0].in_features)
-        self._kind = {"dtype": bases[0].weight.dtype, "device": bases[0].weight.device}
-        self.weight = None if packed else self._empty()
+        layers = [_base_layer(module) for module in self.modules]
+        self.widths = [layer.out_features for layer in layers]
+        # one matrix, one GEMM: for the few rows of a decode step a GEMM costs its launch and the read of its weights.
+        # [out, in] in memory, as nn.Linear has it, so that copies are contiguous
+        self._shape = (sum(self.widths), layers[0].in_features)
+        self._dtype, self._device = layers[0].weight.dtype, layers[0].weight.device
+        self.weight = None if packed else torch.empty(self._shape, dtype=self._dtype, device=self._device).t()
         self._packed: Tensor | None = None
-        has_bias = any(base.bias is not None for base in bases)
-        self.bias = torch.zeros(self._shape[0], **self._kind) if has_bias else None
-        self._seen: list[tuple | None] = [None] * len(bases)
+        has_bias = any(layer.bias is not None for layer in layers)
+        # zeros: where only some of the layers have a bias (q, k and v may differ), the others' columns add nothing
+        self.bias = torch.zeros(self._shape[0], dtype=self._dtype, device=self._device) if has_bias else None
+        self._copied: list[tuple[int, int] | None] = [None] * len(layers)
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Copy the layers' present weights, adapters merged. Frozen layers that have not changed are skipped."""
         states = [_frozen_state(module) for module in self.modules]
-        stale = [state is None or state != seen for state, seen in zip(states, self._seen, strict=True)]
+        stale = [state is None or state != copied for state, copied in zip(states, self._copied, strict=True)]
         if not any(stale):
             return
         weight = self.weight
-        if weight is None:
-            weight, stale = self._empty(), [True] * len(stale)
+        if weight is None:  # a packed matrix cannot be changed in part: fill a plain one, pack it, drop it
+            weight = torch.empty(self._shape, dtype=self._dtype, device=self._device).t()
+            stale = [True] * len(stale)
         biases = self.bias.split(self.widths) if self.bias is not None else [None] * len(self.modules)
-        columns = weight.split(self.widths, dim=1)
-        for module, column, bias, write in zip(self.modules, columns, biases, stale, strict=True):
+        for module, columns, bias, write in zip(
+            self.modules, weight.split(self.widths, dim=1), biases, stale, strict=True
+        ):
             if write:
-                _write_merged(module, column, bias)
+                _write_merged(module, columns, bias)
         if self.weight is None:
             self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.t())
-        self._seen = states
+        self._copied = states
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """`x @ weight + bias (+ residual)`, `[rows, in]` → `[rows, out]`."""
+        """`x @ weight + bias (+ residual)`, `[rows, in]` → `[rows, sum of out]`."""
         if self.weight is None:
             linear = torch.ops.mkldnn._linear_pointwise
             if residual is None:
@@ -70,11 +81,9 @@ class FusedLinear:
             return linear.binary(x, residual, self._packed, self.bias, "add")
         if residual is None:
             return x @ self.weight if self.bias is None else torch.addmm(self.bias, x, self.weight)
+        # addmm adds one of the two within the GEMM; few models have both (a bias in o or down)
         out = torch.addmm(residual, x, self.weight)
         return out if self.bias is None else out.add_(self.bias)
-
-    def _empty(self) -> Tensor:
-        return torch.empty(self._shape, **self._kind).t()
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -83,140 +92,181 @@ def can_pack(weight: Tensor) -> bool:
         weight.device.type == "cpu"
         and weight.dtype == torch.float32
         and torch.backends.mkldnn.is_available()
+        # operators of torch.compile's CPU backend; not a public API, so their absence only means slower products
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
 
 
-class CopiedVector:
-    """A norm's weight, `[width]`."""
+class FusedNorm:
+    """A copy of a norm's weight, `[width]`, at an address that stays."""
 
     def __init__(self, module: nn.Module):
         self.module = module
-        self.weight = torch.empty(module.weight.shape, dtype=module.weight.dtype, device=module.weight.device)
+        parameter = cast(Tensor, module.weight)
+        self.weight = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
 
     @torch.no_grad()
     def refresh(self) -> None:
-        self.weight.copy_(_gathered(self.module.weight))
+        """Copy the norm's present weight."""
+        self.weight.copy_(_gathered(cast(Tensor, self.module.weight)))
 
 
 @dataclass
-class FlatLayer:
-    """One decoder layer."""
+class FusedLayer:
+    """The weights of one decoder layer."""
 
-    input_norm: CopiedVector
+    input_norm: FusedNorm
     qkv: FusedLinear
-    q_norm: CopiedVector | None
-    k_norm: CopiedVector | None
+    q_norm: FusedNorm | None
+    k_norm: FusedNorm | None
     out: FusedLinear
-    mlp_norm: CopiedVector
+    mlp_norm: FusedNorm
     gate_up: FusedLinear
     down: FusedLinear
 
 
-class FlatWeights:
-    """The weights of a Qwen2, Qwen3, Llama or Mistral causal LM. Embeddings are the model's own unless sharded.
+class FusedModel:
+    """The weights and sizes of a causal LM of a registered family.
 
     Args:
-        model: the LM; its linear layers may be wrapped by PEFT.
+        model: the causal LM without its outer PEFT wrapper; adapters inside are merged at `refresh`.
         packed: see `FusedLinear`.
+
+    Attributes:
+        layers, norm, head: copies of the model's weights, filled by `refresh`.
+        cache_shape: what the caches hold of each token.
+
+    Raises:
+        ValueError: the model's family is not registered; see `grpo_core.families`.
     """
 
     def __init__(self, model: PreTrainedModel, packed: bool = False):
-        def linear(*modules: nn.Module) -> FusedLinear:
-            return FusedLinear(modules, packed)
+        config, decoder, family = model.config, model.base_model, get_family(model.config.model_type)
 
-        def head_norm(attention: nn.Module, name: str) -> CopiedVector | None:
-            return CopiedVector(getattr(attention, name)) if hasattr(attention, name) else None
+        def linear(layer: nn.Module, *names: str) -> FusedLinear:
+            return FusedLinear([attrgetter(name)(layer) for name in names], packed)
 
-        decoder = model.base_model
-        self._embedding = model.get_input_embeddings()
-        self._table: Tensor | None = None
+        def norm(module: nn.Module, name: str | None) -> FusedNorm | None:
+            return None if name is None else FusedNorm(attrgetter(name)(module))
+
         self.layers = [
-            FlatLayer(
-                input_norm=CopiedVector(layer.input_layernorm),
-                qkv=linear(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
-                q_norm=head_norm(layer.self_attn, "q_norm"),
-                k_norm=head_norm(layer.self_attn, "k_norm"),
-                out=linear(layer.self_attn.o_proj),
-                mlp_norm=CopiedVector(layer.post_attention_layernorm),
-                gate_up=linear(layer.mlp.gate_proj, layer.mlp.up_proj),
-                down=linear(layer.mlp.down_proj),
+            FusedLayer(
+                input_norm=FusedNorm(attrgetter(family.input_norm)(layer)),
+                # in this order: queries and keys are rotated as one block, keys and values cached as one
+                qkv=linear(layer, family.q, family.k, family.v),
+                q_norm=norm(layer, family.q_norm),
+                k_norm=norm(layer, family.k_norm),
+                out=linear(layer, family.o),
+                mlp_norm=FusedNorm(attrgetter(family.mlp_norm)(layer)),
+                gate_up=linear(layer, family.gate, family.up),
+                down=linear(layer, family.down),
             )
-            for layer in decoder.layers
+            for layer in attrgetter(family.layers)(decoder)
         ]
-        self.norm = CopiedVector(decoder.norm)
-        self.head = linear(model.get_output_embeddings())
+        self.norm = FusedNorm(attrgetter(family.final_norm)(decoder))
+        self.head = FusedLinear([cast(nn.Module, model.get_output_embeddings())], packed)
+        self._copies: list[FusedLinear | FusedNorm] = [self.norm, self.head]
+        for layer in self.layers:
+            self._copies += [copy for copy in vars(layer).values() if copy is not None]
+        self._embedding = cast(nn.Embedding, model.get_input_embeddings())
+        self._gathered_embedding: Tensor | None = None
+        self._rotary = attrgetter(family.rotary)(decoder)
+
+        self.dtype, self.device = self.norm.weight.dtype, self.norm.weight.device
+        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        # configs older than head_dim leave it out, some set it to None; both mean an even split of the hidden size
+        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.eps = config.rms_norm_eps
+        self.vocabulary = config.vocab_size
+        self.cache_shape = CacheShape(len(self.layers), self.num_kv_heads, self.head_dim, self.dtype)
 
     def refresh(self) -> None:
         """Bring every copy up to date with the model."""
-        for part in self._parts():
-            part.refresh()
+        for copy in self._copies:
+            copy.refresh()
+        # the embedding is the largest tensor and is only looked up, so it is read where it is unless sharded
         weight = self._embedding.weight
-        if isinstance(weight, DTensor) and self._table is None:
-            self._table = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-        if self._table is not None:
+        if isinstance(weight, DTensor) and self._gathered_embedding is None:
+            self._gathered_embedding = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+        if self._gathered_embedding is not None:
             with torch.no_grad():
-                self._table.copy_(_gathered(weight))
+                self._gathered_embedding.copy_(_gathered(weight))
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Token embeddings `[B, H]` of int64 `[B]`."""
-        return self._embedding(tokens) if self._table is None else F.embedding(tokens, self._table)
+        """Look up token embeddings `[B, H]` of int64 `[B]`."""
+        if self._gathered_embedding is not None:
+            return F.embedding(tokens, self._gathered_embedding)
+        return self._embedding(tokens)
 
     @property
     def embedding_address(self) -> int:
-        """Where the table of embeddings lies: the one part that a model may move."""
-        return (self._embedding.weight if self._table is None else self._table).data_ptr()
+        """Address of the embedding table, the one tensor here that the model may move (a captured graph must know)."""
+        table = self._embedding.weight if self._gathered_embedding is None else self._gathered_embedding
+        return table.data_ptr()
 
-    def _parts(self) -> Iterator[FusedLinear | CopiedVector]:
-        for layer in self.layers:
-            yield from (layer.input_norm, layer.qkv, layer.out, layer.mlp_norm, layer.gate_up, layer.down)
-            if layer.q_norm is not None:
-                yield from (layer.q_norm, layer.k_norm)
-        yield from (self.norm, self.head)
+    def rotary_tables(self, positions: int) -> tuple[Tensor, Tensor]:
+        """Compute cosines and sines `[positions, D / 2]` of the model's own rotary module for positions from 0 on."""
+        # through the model's module: scaled rotations need no code here, and values are rounded to the weights' dtype
+        # as in the model's forward. Its first argument only tells dtype and device
+        cos, sin = self._rotary(self.norm.weight, torch.arange(positions, device=self.device)[None])
+        # transformers repeats the angles for both halves of a head; one half is enough
+        half = self.head_dim // 2
+        return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
 
 
 def _gathered(parameter: Tensor) -> Tensor:
-    """A parameter whole, on every rank of those that share it."""
+    """Gather a sharded parameter on every rank of those that share it; any other is returned as it is."""
+    # a collective: ranks must refresh the same parameters in the same order
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """A linear layer that computes what `nn.Linear` does; FSDP2 gives those it wraps a class of their own."""
+    """Whether a layer computes what `nn.Linear` does. By its forward: FSDP2 gives the modules it wraps new classes."""
     return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
-def _base(module: nn.Module) -> nn.Module:
-    """The plain layer inside PEFT's wrappers, for its shape."""
+def _base_layer(module: nn.Module) -> nn.Linear:
+    """Unwrap PEFT's wrappers, to read a layer's shape."""
     while True:
         if hasattr(module, "modules_to_save"):
-            module = module.original_module
+            module = cast(nn.Module, module.original_module)
         elif hasattr(module, "get_base_layer"):
-            module = module.get_base_layer()
+            module = cast(LoraLinear, module).get_base_layer()
         else:
-            return module
+            return cast(nn.Linear, module)
 
 
-def _frozen_state(module: nn.Module) -> tuple | None:
-    """Identifies the weights of a plain layer that nothing trains; None for any other, which is always copied."""
-    if not _is_plain(module) or module.weight.requires_grad:
+def _frozen_state(module: nn.Module) -> tuple[int, int] | None:
+    """Address and version of a frozen plain layer's weight; None for any other layer, which is always copied."""
+    if not _is_plain(module) or cast(Tensor, module.weight).requires_grad:
         return None
-    weight = module.weight.to_local() if isinstance(module.weight, DTensor) else module.weight
-    return weight.data_ptr(), weight._version
+    weight = cast(Tensor, module.weight)
+    local = weight.to_local() if isinstance(weight, DTensor) else weight
+    return local.data_ptr(), local._version  # every in-place write counts the version up
 
 
 def _write_merged(module: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
-    """Write what `module` computes into `weight` `[in, out]` and `bias` `[out]`."""
+    """Write the affine map that `module` computes into `weight` `[in, out]` and `bias` `[out]`."""
     if _is_plain(module):
-        weight.copy_(_gathered(module.weight).t())
-        if bias is not None and module.bias is not None:
-            bias.copy_(_gathered(module.bias))
+        linear = cast(nn.Linear, module)
+        weight.copy_(_gathered(linear.weight).t())  # a view: writes into its columns of the fused matrix
+        if bias is not None and linear.bias is not None:
+            bias.copy_(_gathered(linear.bias))
         return
-    if type(module) is LoraLinear and _is_plain(module.base_layer) and _is_plain_lora(module):
+    # by exact type: subclasses compute something else. Variants (DoRA) and adapter biases are not W + scaling · B A
+    if (
+        type(module) is LoraLinear
+        and _is_plain(module.base_layer)
+        and not module.lora_variant
+        and all(b.bias is None for b in module.lora_B.values())
+    ):
         _write_merged(module.base_layer, weight, bias)
         if not module.merged and not module.disable_adapters:
             for name in module.active_adapters:
                 if name in module.lora_A:
-                    a, b = (_gathered(part[name].weight).float() for part in (module.lora_A, module.lora_B))
+                    # in float32 whatever the dtype: the product of two half-precision factors loses most of a delta
+                    a = _gathered(cast(Tensor, module.lora_A[name].weight)).float()
+                    b = _gathered(cast(Tensor, module.lora_B[name].weight)).float()
                     if weight.dtype == torch.float32:
                         weight.addmm_(a.t(), b.t(), alpha=module.scaling[name])
                     else:
@@ -225,25 +275,21 @@ def _write_merged(module: nn.Module, weight: Tensor, bias: Tensor | None) -> Non
     _write_probed(module, weight, bias)
 
 
-def _is_plain_lora(module: LoraLinear) -> bool:
-    """No DoRA-like variant and no adapter bias: the layer is W + scaling · B A."""
-    return not module.lora_variant and all(b.bias is None for b in module.lora_B.values())
-
-
 def _write_probed(module: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
-    """Read any affine layer (another adapter type, a quantised base) off its answers to 0 and to unit vectors."""
+    """Read any affine layer (another adapter type, a quantised base) off its outputs for 0 and for unit vectors."""
     if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
         raise NotImplementedError(
             f"{type(module).__name__} is sharded by FSDP2 and cannot be merged for sampling: use plain linear layers "
             "or plain LoRA adapters, or leave this layer unsharded"
         )
     was_training = module.training
-    module.eval()
-    zero = torch.zeros(1, weight.shape[0], dtype=weight.dtype, device=weight.device)
-    offset = module(zero)
-    for start in range(0, weight.shape[0], 1024):
-        rows = slice(start, min(start + 1024, weight.shape[0]))
-        unit = torch.zeros(rows.stop - start, weight.shape[0], dtype=weight.dtype, device=weight.device)
+    module.eval()  # adapters have dropout
+    in_features = weight.shape[0]
+    offset = module(torch.zeros(1, in_features, dtype=weight.dtype, device=weight.device))
+    # 1024 unit vectors at a time: the identity of a wide layer would be as large as the layer
+    for start in range(0, in_features, 1024):
+        rows = slice(start, min(start + 1024, in_features))
+        unit = torch.zeros(rows.stop - start, in_features, dtype=weight.dtype, device=weight.device)
         unit[:, rows].fill_diagonal_(1.0)
         weight[rows] = module(unit) - offset
     if bias is not None:

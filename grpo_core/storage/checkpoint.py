@@ -4,7 +4,6 @@ A checkpoint is a folder `step-000123`:
 
     trainer_state.json       step, metric, the trainer's own state, optimiser options; size and SHA-256 of the others
     optimizer.safetensors    `<parameter name>/<state name>`, e.g. `layers.0.weight/exp_avg`
-    rng.safetensors          torch's generator states
     model/                   whatever `save_model(folder)` writes
 
 It is written under a hidden name, flushed to the disk, and renamed: a kill at any moment leaves the earlier ones
@@ -31,8 +30,6 @@ from grpo_core.storage.optimizer_state import (
     NamedParameters,
     flatten_optimizer,
     restore_optimizer,
-    rng_state,
-    set_rng_state,
 )
 
 STATE_FILE = "trainer_state.json"
@@ -50,13 +47,12 @@ class CheckpointManager:
     In a run of several processes only the main one saves; all of them may load.
     """
 
-    def __init__(self, root: Path, keep_last: int = 2, keep_best: int = 1, higher_is_better: bool = True) -> None:
+    def __init__(self, root: Path, keep_last: int = 2, keep_best: int = 1) -> None:
         """Keep the `keep_last` ≥ 1 newest checkpoints and, of those with a metric, the `keep_best` ≥ 0 best."""
         if keep_last < 1 or keep_best < 0:
             raise ValueError(f"keep_last must be ≥ 1 and keep_best ≥ 0, got {keep_last} and {keep_best}")
         self.root = Path(root)
         self.keep_last, self.keep_best = keep_last, keep_best
-        self.higher_is_better = higher_is_better
 
     def save(
         self,
@@ -90,7 +86,6 @@ class CheckpointManager:
         save_model(temporary / "model")
         tensors, groups = flatten_optimizer(optimizer, named_parameters)
         save_file(tensors, temporary / "optimizer.safetensors")
-        save_file(rng_state(), temporary / "rng.safetensors")
         manifest = {
             "step": step,
             "metric": None if metric is None or math.isnan(metric) else float(metric),
@@ -136,10 +131,6 @@ class CheckpointManager:
         except ValueError as error:
             raise CheckpointError(f"{folder} does not fit the model: {error}") from error
 
-    def load_rng_state(self, folder: Path) -> None:
-        """Put torch's generators where they were when the checkpoint was written."""
-        set_rng_state(load_file(folder / "rng.safetensors"))
-
     def _folders(self) -> list[Path]:
         """All finished checkpoints, oldest first; of two of a step the replaced one first."""
         found = [(match, path) for path in self.root.glob("step-*") if (match := _FOLDER.fullmatch(path.name))]
@@ -154,8 +145,9 @@ class CheckpointManager:
             except CheckpointError:
                 continue
             if metric is not None:
-                scored.append((-metric if self.higher_is_better else metric, folder))
-        return [folder for _, folder in sorted(scored, key=lambda item: item[0])]
+                scored.append((metric, folder))
+        # stable: of equal metrics the earliest checkpoint comes first
+        return [folder for _, folder in sorted(scored, key=lambda item: -item[0])]
 
     def _prune(self, step: int) -> None:
         """Delete what is neither among the last nor the best, and what a run that went back to `step` left behind."""

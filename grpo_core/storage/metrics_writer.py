@@ -1,8 +1,8 @@
-"""The metric files of a run folder: `metrics.jsonl`, `completions.jsonl`, and TensorBoard's on request."""
+"""Writes `metrics.jsonl` of a run folder, and TensorBoard's files on request."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +45,3 @@ class MetricsWriter:
         self._lines.close()
         if self._board is not None:
             self._board.close()
-
-
-class CompletionsWriter(JsonLines):
-    """Writes `completions.jsonl` of a run folder, one flat row a completion: `pandas.read_json(path, lines=True)`."""
-
-    def __init__(self, run_dir: Path, resume_step: int | None = None) -> None:
-        super().__init__(Path(run_dir) / "completions.jsonl", resume_step)
-
-    def write(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Add a step's completions, such as `{"prompt_id": …, "text": …, "reward": …}`."""
-        self.append({"step": step, **row} for row in rows)

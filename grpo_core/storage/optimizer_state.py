@@ -1,4 +1,4 @@
-"""An optimiser's state and torch's generators as named tensors and plain options: a checkpoint needs no pickle."""
+"""An optimiser's state as named tensors and plain options: a checkpoint needs no pickle."""
 
 from __future__ import annotations
 
@@ -76,21 +76,6 @@ def restore_optimizer(
             moved = {k: v if k == "step" and not counts_on_device else v.to(parameter.device) for k, v in state.items()}
             if moved:
                 optimizer.state[parameter] = moved
-
-
-def rng_state() -> dict[str, Tensor]:
-    """States of torch's CPU generator (`cpu`) and, where CUDA is in use, of this process's CUDA generator (`cuda`)."""
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def set_rng_state(state: dict[str, Tensor]) -> None:
-    """Undo what was drawn since `rng_state()`. A CUDA state is passed over where there is no CUDA."""
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
 
 
 def _described(parameters: Iterable[Tensor], names: dict[Tensor, str]) -> list[list]:

@@ -1,10 +1,12 @@
-"""Accumulates a step's metrics on the device and reduces them over all ranks in one packed collective."""
+"""Collects a step's metrics and phase times on the device, and reduces them over all ranks in one collective."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from hashlib import blake2b
 from typing import Literal
 
@@ -12,14 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grpo_core.distributed.collectives import Distributed, gather_rows
+from grpo_core.distributed import Distributed, gather_rows
 
 Kind = Literal["mean", "sum", "max", "min"]
+Values = Tensor | np.ndarray | float
 # Metrics in a step. The packed row has this size whatever a rank registered, so ranks that disagree can still say so.
 CAPACITY = 256
 
 
-class StepMetrics:
+class MetricAccumulator:
     """Accumulates a step's metrics where their values are computed, and reduces them over all ranks at once.
 
     `mean`, `sum`, `max` and `min` never wait for the device; `reduce` makes one collective and one copy to the host.
@@ -36,36 +39,54 @@ class StepMetrics:
         self._entries: dict[str, tuple[Kind, Tensor, Tensor]] = {}  # name → kind, value, weight; float64 scalars
 
     def register(self, kind: Kind, *names: str) -> None:
-        """Announce metrics that this rank may have no data for."""
-        for name in names:
-            self._entry(kind, name)
+        """Announce metrics that this rank may have no data for.
 
-    def mean(self, name: str, values: Tensor | np.ndarray | float, weights: Tensor | np.ndarray | None = None) -> None:
+        Raises:
+            ValueError: a name of another kind already, or more than `CAPACITY` names.
+        """
+        start = {"max": -math.inf, "min": math.inf}.get(kind, 0.0)
+        for name in names:
+            zero = torch.zeros((), dtype=torch.float64)
+            registered, _, _ = self._entries.setdefault(name, (kind, zero + start, zero))
+            if registered != kind:
+                raise ValueError(f"metric {name!r} is a {registered} and cannot be a {kind} too: give it another name")
+        if len(self._entries) > CAPACITY:
+            raise ValueError(f"more than {CAPACITY} metrics in a step: raise grpo_core.training.accumulator.CAPACITY")
+
+    def mean(self, name: str, values: Values, weights: Tensor | np.ndarray | None = None) -> None:
         """Mean over everything added by any rank; `weights` (or a mask) have the values' shape.
 
         A value of weight 0 is left out even if it is NaN.
         """
-        self._entry("mean", name)
-        values = _float64(values)
-        if weights is None:
-            self._add(name, values.sum(), values.numel())
-        else:
-            weights = _float64(weights).to(values.device)
-            self._add(name, torch.where(weights == 0, 0.0, values * weights).sum(), weights.sum())
+        self._add("mean", name, values, weights)
 
-    def sum(self, name: str, values: Tensor | np.ndarray | float) -> None:
+    def sum(self, name: str, values: Values) -> None:
         """Sum over everything added by any rank."""
-        self._entry("sum", name)
-        values = _float64(values)
-        self._add(name, values.sum(), values.numel())
+        self._add("sum", name, values)
 
-    def max(self, name: str, values: Tensor | np.ndarray | float) -> None:
+    def max(self, name: str, values: Values) -> None:
         """Maximum over everything added by any rank; NaN if any value is."""
-        self._extreme("max", name, values)
+        self._add("max", name, values)
 
-    def min(self, name: str, values: Tensor | np.ndarray | float) -> None:
+    def min(self, name: str, values: Values) -> None:
         """Minimum over everything added by any rank; NaN if any value is."""
-        self._extreme("min", name, values)
+        self._add("min", name, values)
+
+    def _add(self, kind: Kind, name: str, values: Values, weights: Tensor | np.ndarray | None = None) -> None:
+        self.register(kind, name)
+        values = torch.as_tensor(values).detach().to(torch.float64)
+        _, so_far, weight = self._entries[name]
+        if kind in ("max", "min"):
+            if not values.numel():
+                return
+            both = torch.stack([_on(values.device, so_far), values.amax() if kind == "max" else values.amin()])
+            self._entries[name] = (kind, both.amax() if kind == "max" else both.amin(), weight + values.numel())
+        elif weights is None:
+            self._entries[name] = (kind, so_far + values.sum(), weight + values.numel())
+        else:
+            weights = torch.as_tensor(weights).detach().to(values.device, torch.float64)
+            weighted = torch.where(weights == 0, 0.0, values * weights).sum()  # 0 · NaN would be NaN
+            self._entries[name] = (kind, so_far + weighted, weight + weights.sum())
 
     def reduce(self) -> dict[str, float]:
         """All metrics over all ranks, in the order of registration, and a fresh start. One collective, one host copy.
@@ -74,10 +95,13 @@ class StepMetrics:
             RuntimeError: ranks registered different metrics.
         """
         names = sorted(self._entries)  # packed by name, so ranks may register in any order
+        # 52 bits that identify names and kinds: exact in float64, so they travel in the same row as the values
+        text = json.dumps([(name, self._entries[name][0]) for name in names])
+        signature = float(int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little") >> 12)
         row = torch.zeros(1 + 2 * CAPACITY, dtype=torch.float64, device=self.dist.device)
-        row[0] = self._signature()
+        row[0] = signature
         if names:
-            packed = [_on(row.device, part) for name in names for part in self._entries[name][1:]]
+            packed = [_on(row.device, scalar) for name in names for scalar in self._entries[name][1:]]
             row[1 : 1 + len(packed)] = torch.stack(packed)
         rows = gather_rows(row, self.dist).cpu().numpy()
         if (rows[:, 0] != rows[0, 0]).any():
@@ -87,44 +111,24 @@ class StepMetrics:
                 f"{', '.join(names)}. Register every metric on every rank, with no data where there is none"
             )
         table = rows[:, 1:].reshape(len(rows), CAPACITY, 2)
-        reduced = {name: _combine(self._entries[name][0], *table[:, i].T) for i, name in enumerate(names)}
+        reduced = {}
+        for name, (numbers, weights) in zip(names, table.transpose(1, 2, 0), strict=False):  # by rank
+            kind = self._entries[name][0]
+            if kind == "sum":
+                reduced[name] = float(numbers.sum())
+            elif not weights.any():
+                reduced[name] = math.nan
+            elif kind == "mean":
+                reduced[name] = float(numbers.sum() / weights.sum())
+            else:
+                reduced[name] = float(numbers.max() if kind == "max" else numbers.min())
         values = {name: reduced[name] for name in self._entries}
         self._entries = {}
         return values
 
-    def _entry(self, kind: Kind, name: str) -> None:
-        start = {"max": -math.inf, "min": math.inf}.get(kind, 0.0)
-        zero = torch.zeros((), dtype=torch.float64)
-        registered = self._entries.setdefault(name, (kind, zero + start, zero))
-        if registered[0] != kind:
-            raise ValueError(f"metric {name!r} is a {registered[0]} and cannot be a {kind} too: give it another name")
-        if len(self._entries) > CAPACITY:
-            raise ValueError(f"more than {CAPACITY} metrics in a step: raise grpo_core.training.accumulator.CAPACITY")
-
-    def _add(self, name: str, value: Tensor, weight: Tensor | float) -> None:
-        kind, total, weights = self._entries[name]
-        self._entries[name] = (kind, total + value, weights + weight)
-
-    def _extreme(self, kind: Literal["max", "min"], name: str, values: Tensor | np.ndarray | float) -> None:
-        self._entry(kind, name)
-        values = _float64(values)
-        if values.numel():
-            _, extreme, count = self._entries[name]
-            both = torch.stack([_on(values.device, extreme), values.amax() if kind == "max" else values.amin()])
-            self._entries[name] = (kind, both.amax() if kind == "max" else both.amin(), count + values.numel())
-
-    def _signature(self) -> float:
-        """A number of 52 bits that names the registered metrics: exact in float64."""
-        text = json.dumps(sorted((name, entry[0]) for name, entry in self._entries.items()))
-        return float(int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little") >> 12)
-
-
-def _float64(values: Tensor | np.ndarray | float) -> Tensor:
-    return torch.as_tensor(values).detach().to(torch.float64)
-
 
 def _on(device: torch.device, scalar: Tensor) -> Tensor:
-    """A scalar on a device; one of the host is filled in there, because a copy from pageable memory would wait."""
+    """Move a scalar to a device; one of the host is filled in there, because a copy from pageable memory would wait."""
     if scalar.device == device:
         return scalar
     if scalar.device.type == "cpu":
@@ -132,17 +136,43 @@ def _on(device: torch.device, scalar: Tensor) -> Tensor:
     return scalar.to(device)
 
 
-def _combine(kind: Kind, values: np.ndarray, weights: np.ndarray) -> float:
-    """One metric from its rank values and weights `[world_size]`."""
-    if kind == "sum":
-        return float(values.sum())
-    if not weights.any():
-        return math.nan
-    if kind == "mean":
-        return float(values.sum() / weights.sum())
-    return float(values.max() if kind == "max" else values.min())
-
-
 def postfix(values: Mapping[str, float], names: Iterable[str]) -> dict[str, str]:
     """The chosen metrics, short enough for tqdm's `set_postfix`; names that were not reported are left out."""
     return {name.rsplit("/", 1)[-1]: f"{values[name]:.3g}" for name in names if name in values}
+
+
+class PhaseClock:
+    """Seconds of a step's phases. On CUDA these are the device's, from events that wait for nothing until `read`.
+
+    Args:
+        phases: their names, in order.
+        device: where the work is done.
+    """
+
+    def __init__(self, phases: Sequence[str], device: torch.device):
+        self.phases, self.on_device = tuple(phases), device.type == "cuda"
+        self._seconds = dict.fromkeys(self.phases, 0.0)
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to a phase."""
+        if self.on_device:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            yield
+            end.record()
+            self._events.append((name, start, end))
+        else:
+            began = time.perf_counter()
+            yield
+            self._seconds[name] += time.perf_counter() - began
+
+    def read(self) -> dict[str, float]:
+        """Seconds of every phase since the last call, and a fresh start. On CUDA it waits for the last phase's end."""
+        if self._events:
+            self._events[-1][2].synchronize()
+        for name, start, end in self._events:
+            self._seconds[name] += start.elapsed_time(end) / 1000
+        seconds, self._seconds, self._events = self._seconds, dict.fromkeys(self.phases, 0.0), []
+        return seconds

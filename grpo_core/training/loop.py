@@ -1,10 +1,9 @@
-"""What every training loop needs around its step: progress, metrics, evaluation, early stopping, checkpoints."""
+"""Base of the training loops: what surrounds a step, from progress and evaluation to early stopping and checkpoints."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from grpo_core.config.options import OptimConfig, RunConfig
-from grpo_core.distributed.collectives import (
+from grpo_core.distributed import (
     Distributed,
-    all_reduce_gradients,
     barrier,
     broadcast_parameters,
     require_same,
@@ -24,9 +22,8 @@ from grpo_core.distributed.collectives import (
 from grpo_core.policy import Policy
 from grpo_core.storage.checkpoint import CheckpointError, CheckpointManager, read_manifest
 from grpo_core.storage.metrics_writer import MetricsWriter
-from grpo_core.training.accumulator import StepMetrics, postfix
-from grpo_core.training.optim import learning_rate, make_optimizer, optimizer_step
-from grpo_core.training.timing import PhaseClock
+from grpo_core.training.accumulator import MetricAccumulator, PhaseClock, postfix
+from grpo_core.training.optim import make_optimizer
 
 TRAINED_FILE = "trained.safetensors"
 
@@ -44,7 +41,7 @@ class TrainingLoop:
 
     phases: tuple[str, ...] = ()
     shown: tuple[str, ...] = ()
-    """Metrics in the progress bar."""
+    """Metrics in the progress bar, beside `run.metric_for_best_model`."""
 
     def __init__(
         self,
@@ -61,7 +58,7 @@ class TrainingLoop:
         self.save_model, self.evaluate = save_model, evaluate
         self.parameters = policy.named_parameters()
         self.optimizer = make_optimizer(self.parameters, optim)
-        self.metrics = StepMetrics(self.dist)
+        self.metrics = MetricAccumulator(self.dist)
         self.clock = PhaseClock(self.phases, policy.device)
         self.step_index = 0
         self.best: float | None = None
@@ -69,6 +66,7 @@ class TrainingLoop:
         self.checkpoints = CheckpointManager(
             run.folder / "checkpoints", keep_last=run.keep_checkpoints, keep_best=int(bool(run.metric_for_best_model))
         )
+        # Fresh adapters are drawn from a seed, but on several kinds of device: rank 0's values are everyone's.
         broadcast_parameters(self.parameters.values(), self.dist)
 
     def step(self) -> dict[str, float]:
@@ -83,66 +81,54 @@ class TrainingLoop:
         run, main = self.run, self.dist.main_process
         if run.resume:
             self.resume()
-        self.writer = self.open_writer(self.step_index or None) if main else None
+        writer = self.open_writer(self.step_index or None) if main else None
         bar = tqdm(total=run.max_steps, initial=self.step_index, desc=run.name, unit="step", disable=not main)
         while self.step_index < run.max_steps and not self.out_of_patience:
             values = self.step()
             metric = None
-            if run.eval_steps and self.evaluate and self.step_index % run.eval_steps == 0:
+            if self.evaluate is not None and run.eval_steps and self.step_index % run.eval_steps == 0:
                 values |= self.evaluate()
-                metric = self.compare_with_best(values)
-            if main:
-                self.writer.write(self.step_index, values)
-                bar.set_postfix(postfix(values, self.shown))
+                metric = self.follow_best(values)
+            if writer is not None:
+                writer.write(self.step_index, values)
+                bar.set_postfix(postfix(values, (*self.shown, run.metric_for_best_model)))
                 bar.update()
+            # Every evaluated model is saved, since it may turn out to be the best one; older ones are pruned.
             finished = self.step_index >= run.max_steps or self.out_of_patience
             if metric is not None or (run.save_steps and (self.step_index % run.save_steps == 0 or finished)):
                 self.save(metric)
         bar.close()
-        if main:
-            self.writer.close()
+        if writer is not None:
+            writer.close()
         if run.metric_for_best_model and (best := self.checkpoints.best()):
             self.load_trained(best)
 
     def open_writer(self, resume_step: int | None) -> MetricsWriter:
-        """The run's metrics file, on the main process."""
+        """Open the run's metrics file, on the main process."""
         return MetricsWriter(self.run.folder, resume_step, tensorboard=self.run.tensorboard)
 
-    def state(self) -> dict[str, Any]:
+    def extra_state(self) -> dict[str, Any]:
         """What else a resumed run needs, in JSON's types."""
         return {}
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from `state`."""
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Continue from `extra_state`."""
 
-    def more_tensors(self) -> dict[str, dict[str, Tensor]]:
-        """What a resumed run needs beside the trained parameters: tensors by file and name, filled in place."""
+    def extra_tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """Tensors that a resumed run needs beside the trained parameters, by file and name; filled in place."""
         return {}
-
-    def optimizer_step(self, schedule_step: int, schedule_length: int) -> None:
-        """Sum gradients over ranks, clip, and step with the scheduled learning rate."""
-        all_reduce_gradients(self.parameters.values(), self.dist)
-        lr = learning_rate(schedule_step, schedule_length, self.optim)
-        norm = optimizer_step(self.optimizer, self.parameters.values(), lr, self.optim.max_grad_norm)
-        self.metrics.mean("grad_norm", norm)
-        self.metrics.mean("learning_rate", lr)
-
-    def phase(self, name: str) -> AbstractContextManager[None]:
-        """Add the seconds spent inside to a phase."""
-        return self.clock.phase(name)
-
-    def report_phases(self) -> None:
-        """Put the step's phase times, those of the slowest rank, among its metrics."""
-        for name, value in self.clock.read().items():
-            self.metrics.max(f"time/{name}", value)
 
     @property
     def out_of_patience(self) -> bool:
         """Early stopping: the metric has not risen for `run.early_stopping_patience` evaluations."""
         return 0 < self.run.early_stopping_patience <= self.evaluations_since_best
 
-    def compare_with_best(self, values: dict[str, float]) -> float | None:
-        """Note whether this evaluation is the best so far; returns its metric, None where none is followed."""
+    def follow_best(self, values: Mapping[str, float]) -> float | None:
+        """Note whether this evaluation is the best so far; returns its metric, None where none is followed.
+
+        Raises:
+            ValueError: the evaluation lacks the metric that the run follows.
+        """
         name = self.run.metric_for_best_model
         if not name:
             return None
@@ -157,34 +143,36 @@ class TrainingLoop:
     def save(self, metric: float | None = None) -> None:
         """Write a checkpoint of this step, on the main process."""
 
-        def save_model(folder: Path) -> None:
-            trained = {name: p.detach().contiguous() for name, p in self.parameters.items()}
-            save_file(trained, folder / TRAINED_FILE)
-            for name, tensors in self.more_tensors().items():
-                save_file({key: t.contiguous() for key, t in tensors.items()}, folder / name)
+        def write_model(folder: Path) -> None:
+            files = {TRAINED_FILE: self.parameters, **self.extra_tensors()}
+            for name, tensors in files.items():
+                save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, folder / name)
             if self.save_model:
                 self.save_model(folder)
 
         if self.dist.main_process:
             self.checkpoints.save(
                 self.step_index,
-                save_model=save_model,
+                save_model=write_model,
                 optimizer=self.optimizer,
                 named_parameters=self.parameters.items(),
                 state={
                     "best": self.best,
                     "evaluations_since_best": self.evaluations_since_best,
-                    "loop": self.state(),
+                    "loop": self.extra_state(),
                 },
                 metric=metric,
             )
-        barrier(self.dist)
+        barrier(self.dist)  # no rank may look for a checkpoint that is still being written
 
     def resume(self) -> None:
-        """Take up the newest whole checkpoint of this run, when there is one.
+        """Take up the newest whole checkpoint of this run, if there is one.
+
+        Random numbers need no restoring: sampling, data order and dropout are keyed by seed and step.
 
         Raises:
             CheckpointError: it is of another model.
+            RuntimeError: ranks see different checkpoints (a folder that is not shared).
         """
         folder = self.checkpoints.latest()
         require_same("the newest checkpoint", folder and folder.name, self.dist)
@@ -196,9 +184,9 @@ class TrainingLoop:
         self.step_index = manifest["step"]
         self.best = manifest["state"]["best"]
         self.evaluations_since_best = manifest["state"]["evaluations_since_best"]
-        self.load_state(manifest["state"]["loop"])
-        for name, tensors in self.more_tensors().items():
-            _fill(tensors, folder / "model" / name)
+        self.load_extra_state(manifest["state"]["loop"])
+        for name, tensors in self.extra_tensors().items():
+            _load_into(tensors, folder / "model" / name)
 
     def load_trained(self, folder: Path) -> None:
         """Give the trained parameters the values of a checkpoint.
@@ -206,11 +194,11 @@ class TrainingLoop:
         Raises:
             CheckpointError: names or shapes differ.
         """
-        _fill(self.parameters, folder / "model" / TRAINED_FILE)
+        _load_into(self.parameters, folder / "model" / TRAINED_FILE)
 
 
 @torch.no_grad()
-def _fill(tensors: Mapping[str, Tensor], path: Path) -> None:
+def _load_into(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Give tensors the values that a file holds under their names."""
     saved = load_file(path)
     if {n: t.shape for n, t in saved.items()} != {n: t.shape for n, t in tensors.items()}:

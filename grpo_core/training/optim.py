@@ -1,4 +1,4 @@
-"""AdamW, its schedule and gradient clipping."""
+"""One optimiser step: gradients summed over ranks, clipping, AdamW and its learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo_core.config.options import OptimConfig
+from grpo_core.distributed import Distributed, all_reduce_gradients
 
 
 def make_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
@@ -37,17 +38,32 @@ def learning_rate(step: int, max_steps: int, config: OptimConfig) -> float:
 
 
 def optimizer_step(
-    optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], lr: float, max_grad_norm: float
-) -> Tensor:
-    """Clip, step and clear; returns the gradient's global norm before clipping, on its device.
+    optimizer: torch.optim.Optimizer,
+    parameters: Iterable[nn.Parameter],
+    config: OptimConfig,
+    dist: Distributed,
+    step: int,
+    max_steps: int,
+) -> tuple[Tensor, float]:
+    """Sum gradients over ranks, clip, step with the scheduled learning rate, and clear.
 
     A gradient that is not finite is dropped whole: the parameters stay as they were, and the norm says so.
+
+    Args:
+        step: optimiser steps made before, of `max_steps` in the run.
+
+    Returns:
+        The gradient's global norm before clipping, a scalar on its device, and the learning rate.
     """
-    parameters = [p for p in parameters if p.grad is not None]
-    norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm if max_grad_norm > 0 else math.inf)
+    parameters = list(parameters)
+    all_reduce_gradients(parameters, dist)
+    lr = learning_rate(step, max_steps, config)
     for group in optimizer.param_groups:
         group["lr"] = lr
+    with_gradient = [p for p in parameters if p.grad is not None]
+    norm = nn.utils.clip_grad_norm_(with_gradient, config.max_grad_norm if config.max_grad_norm > 0 else math.inf)
+    # A wait for the device that cannot be saved: a NaN must not reach the weights.
     if torch.isfinite(norm):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return norm
+    return norm, lr

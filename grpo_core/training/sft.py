@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from grpo_core.config.options import SFTConfig
-from grpo_core.data import by_token_budget, step_items
-from grpo_core.distributed.collectives import Distributed, all_reduce_sum, shard
+from grpo_core.distributed import Distributed, all_reduce_sum, shard
 from grpo_core.layout import GroupLayout
 from grpo_core.policy import Policy
 from grpo_core.rng import row_key
+from grpo_core.training.batch import check_enough_items, split_by_tokens, step_items
 from grpo_core.training.loop import TrainingLoop
+from grpo_core.training.optim import optimizer_step
 from grpo_core.types import Prompt
 
 
@@ -32,10 +33,13 @@ class SFTTrainer(TrainingLoop):
     """Minimises the mean negative log-likelihood of target tokens, averaged over all tokens of a step.
 
     Dropout, if the policy has any, is on, and seeded by step and rank: a resumed run draws what it would have drawn.
+
+    Raises:
+        ValueError: fewer examples than a step needs.
     """
 
     phases = ("forward", "backward", "optimizer")
-    shown = ("loss", "eval/f1")
+    shown = ("loss",)
 
     def __init__(
         self,
@@ -47,40 +51,43 @@ class SFTTrainer(TrainingLoop):
         save_model: Callable[[Path], Any] | None = None,
         evaluate: Callable[[], dict[str, float]] | None = None,
     ):
+        check_enough_items(len(examples), config.run.prompts_per_step)
         super().__init__(policy, config.optim, config.run, dist=dist, save_model=save_model, evaluate=evaluate)
-        step_items(examples, 0, config.run.prompts_per_step, config.run.seed)
         self.examples = examples
 
     def step(self) -> dict[str, float]:
-        """One optimiser step over `run.prompts_per_step` examples."""
-        start = time.perf_counter()
+        """Make one optimiser step over `run.prompts_per_step` examples."""
+        started = time.perf_counter()
         examples = step_items(self.examples, self.step_index, self.run.prompts_per_step, self.run.seed)
         examples = shard(examples, self.dist.rank, self.dist.world_size)
         counts = torch.tensor([sum(len(example.target_ids) for example in examples)], device=self.policy.device)
-        total = max(all_reduce_sum(counts, self.dist).item(), 1)
+        total_tokens = max(all_reduce_sum(counts, self.dist).item(), 1)
+        # seeds dropout; a key of 64 bits, less one for the sign
         torch.manual_seed(int(row_key(self.run.seed, self.step_index, 0, self.dist.rank)) >> 1)
         self.policy.module.train()
         self.metrics.register("sum", "loss")
-        for part in self.micro_batches(examples):
+        sizes = [len(example.prompt.token_ids) + len(example.target_ids) for example in examples]
+        for micro_batch in split_by_tokens(examples, sizes, self.optim.max_tokens_per_micro_batch):
+            prompts = [example.prompt for example in micro_batch]
             layout = GroupLayout.pack(
-                [example.prompt.token_ids for example in part],
-                [[example.target_ids] for example in part],
+                [prompt.token_ids for prompt in prompts],
+                [[example.target_ids] for example in micro_batch],
                 self.policy.device,
             )
-            with self.phase("forward"):
-                loss = -self.policy.logprobs(layout, [example.prompt for example in part]).logprob.sum() / total
-            with self.phase("backward"):
+            with self.clock.phase("forward"):
+                loss = -self.policy.logprobs(layout, prompts).logprob.sum() / total_tokens
+            with self.clock.phase("backward"):
                 loss.backward()
             self.metrics.sum("loss", loss)
         self.policy.module.eval()
-        with self.phase("optimizer"):
-            self.optimizer_step(self.step_index, self.run.max_steps)
+        with self.clock.phase("optimizer"):
+            grad_norm, lr = optimizer_step(
+                self.optimizer, self.parameters.values(), self.optim, self.dist, self.step_index, self.run.max_steps
+            )
         self.step_index += 1
-        self.metrics.max("step_time", time.perf_counter() - start)
-        self.report_phases()
+        self.metrics.mean("grad_norm", grad_norm)
+        self.metrics.mean("learning_rate", lr)
+        self.metrics.max("step_time", time.perf_counter() - started)
+        for name, seconds in self.clock.read().items():
+            self.metrics.max(f"time/{name}", seconds)
         return self.metrics.reduce()
-
-    def micro_batches(self, examples: Sequence[Example]) -> Iterator[list[Example]]:
-        """Consecutive examples of together at most `optim.max_tokens_per_micro_batch` tokens."""
-        lengths = [len(example.prompt.token_ids) + len(example.target_ids) for example in examples]
-        return by_token_budget(examples, lengths, self.optim.max_tokens_per_micro_batch)

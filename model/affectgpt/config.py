@@ -1,25 +1,39 @@
-"""Options of an emotion run: the model, the clips, how they are shown and judged, and the stages of training."""
+"""Options of an emotion run: the model, the clips, how they are shown and judged, and the stages of training.
+
+Importing this module needs neither torch nor transformers, so that `--help` and a mistyped key answer at once.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+from affectgpt.data.datasets import LAYOUTS, Layout
 from affectgpt.emotion_wheel import EmotionWheel
-from affectgpt.prompts import AnswerForm, Mode, Template
-from affectgpt.rewards import RewardConfig, make_rewards
-from grpo_core.config.options import AlgorithmConfig, GRPOConfig, OptimConfig, RolloutConfig, RunConfig, SFTConfig
-from grpo_core.rewards import Reward
+from affectgpt.prompts import FACE_OR_FRAME, AnswerForm, Mode, Template
+from affectgpt.rewards import RewardConfig, check_rewards, make_rewards
+from grpo_core.config.fields import ConfigSection, chosen_by, option
+from grpo_core.config.moved import MOVED_KEYS
+from grpo_core.config.options import GRPOConfig, OptimConfig, RolloutConfig, RunConfig, SFTConfig
+
+if TYPE_CHECKING:
+    from grpo_core.rewards import Reward
+
+
+MOVED_KEYS.update(
+    {"data.subtitle_language": "data.layout.subtitle_language", "data.synthetic_clips": "data.layout.clips"}
+)
 
 
 @dataclass
-class DataConfig:
+class DataConfig(ConfigSection, key="data"):
     """Where the clips and their labels are."""
 
-    format: Literal["mer2025", "mer2026", "ovmerd_plus", "folder", "jsonl", "synthetic"] = "mer2025"
-    """Layout on disk, see docs/data.md; synthetic is the embedded default: clips, and tiny models unless some are
-    named, that the program makes from run.seed (MER2025's layout)."""
+    format: str = option("mer2025", choices=LAYOUTS)
+    """Layout on disk, see docs/data.md; synthetic is the embedded default, which the program makes itself."""
+    layout: Layout = chosen_by("format")
+    """Options of the layout."""
     root: Path | None = None
     """Folder of the dataset (for jsonl: the file). For synthetic, where to make it, or to find it made."""
     labels: str = "track2_train_ovmerd.csv"
@@ -28,38 +42,35 @@ class DataConfig:
     """Label table of held-out samples, scored before and after training; unset, none are."""
     reasons: str | None = None
     """Table of descriptions, relative to root, that think mode learns from."""
-    subtitle_language: Literal["english", "chinese"] = "english"
-    """Which column of the MER subtitle table is read."""
     validation_fraction: float = 0.0
-    """Share of the samples that is held back from training and evaluated in its course."""
+    """Share of the samples that is held back from training and scored while it runs."""
     cache_dir: Path = Path("runs/features")
     """Encoder outputs are kept here, keyed by the files' content, and used by every run."""
-    synthetic_clips: tuple[int, int] = (400, 450)
-    """Training and held-out clips that format synthetic makes."""
     face_channel_order: Literal["rgb", "bgr"] = "rgb"
     """Channel order of the face files; look at the skin if in doubt."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(f"data.validation_fraction is {self.validation_fraction}: set it in [0, 1)")
 
 
 @dataclass
-class PromptConfig:
+class PromptConfig(ConfigSection, key="prompt"):
     """What the model is shown and asked."""
 
     template: Template = "upstream"
     """AffectGPT's own `###Human: … ###Assistant: `, or the tokenizer's chat template."""
     mode: Mode = "no_think"
     """Answer at once, or after a think block."""
-    face_or_frame: str = "multiface_audio_face_text"
+    face_or_frame: str = option("multiface_audio_face_text", choices=tuple(FACE_OR_FRAME))
     """Which modalities the prompt shows; the names are upstream's, see docs/data.md."""
     answer_form: AnswerForm = "list"
     """Form of no-think answers: a bare list of words, or upstream's sentence."""
 
 
 @dataclass
-class ModelConfig:
+class ModelConfig(ConfigSection, key="model"):
     """The model that training starts from: a saved AffectGPT, or fresh adapters over three Hugging Face folders."""
 
     path: Path | None = None
@@ -83,7 +94,7 @@ class ModelConfig:
 
 
 @dataclass
-class MetricConfig:
+class MetricConfig(ConfigSection, key="metric"):
     """The emotion wheel, and how evaluations use it."""
 
     emotion_wheel: Path | None = None
@@ -92,13 +103,17 @@ class MetricConfig:
     """Ring of the wheels that evaluations compare."""
 
     def wheel(self) -> EmotionWheel:
-        """The tables that the config names."""
+        """Read the tables that the config names.
+
+        Raises:
+            TablesError: the published tables are missing or damaged.
+        """
         return EmotionWheel.default() if self.emotion_wheel is None else EmotionWheel.from_published(self.emotion_wheel)
 
 
 @dataclass
-class TaskConfig:
-    """What every recipe needs: a model, clips, how they are shown and judged, and where to write."""
+class TaskConfig(ConfigSection):
+    """What every command needs: a model, clips, how they are shown and judged, and where to write."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -109,40 +124,53 @@ class TaskConfig:
 
 
 @dataclass
-class ColdStartConfig:
+class SupervisedConfig(TaskConfig):
+    """Supervised training: what `affectgpt sft` runs."""
+
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(weight_decay=0.05))
+
+
+@dataclass
+class PredictConfig(TaskConfig):
+    """Prediction: what `affectgpt predict` runs."""
+
+    output: Path = Path("predictions.csv")
+    """The csv to write."""
+
+
+@dataclass
+class ColdStartConfig(ConfigSection, key="cold_start"):
     """Supervised training of fresh adapters, before GRPO."""
 
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(weight_decay=0.05))
     """AdamW of this stage."""
     max_steps: int = 0
-    """Optimiser steps at most. 0: none, model.path is trained already."""
+    """Optimiser steps at most. 0 skips the cold start: model.path is trained already."""
     prompts_per_step: int = 16
     """Examples of one step, over all ranks."""
     eval_steps: int = 50
-    """Score the validation samples every so many steps; the best model is what GRPO starts from."""
+    """Score the validation samples every N steps; GRPO starts from the best model."""
     early_stopping_patience: int = 5
-    """Stop after so many evaluations without a new best."""
+    """Stop after this many evaluations without a new best."""
 
 
 @dataclass
-class R1Config(TaskConfig):
-    """AffectGPT-R1: what recipes/affectgpt_r1.py runs."""
+class R1Config(GRPOConfig, TaskConfig):
+    """AffectGPT-R1: what `affectgpt train` runs. It checks what any GRPO run checks, and its own sections."""
 
     cold_start: ColdStartConfig = field(default_factory=ColdStartConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
-    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
     controls: bool = False
     """Also train the control, supervised training for as long as GRPO, and score GRPO's model on swapped clips."""
 
     def __post_init__(self) -> None:
-        GRPOConfig(self.algorithm, self.rollout, self.optim, self.run)  # refuses what GRPO refuses
-        self.rewards(EmotionWheel.default())  # refuses what the rewards refuse, before any table is read
+        super().__post_init__()
+        check_rewards(self.reward.names, self.prompt.mode, self.reward, max_length=self.rollout.max_new_tokens)
         if (self.cold_start.max_steps or self.controls) and not self.data.validation_fraction:
             raise ValueError("cold_start and controls stop by validation samples: set data.validation_fraction above 0")
 
     def rewards(self, wheel: EmotionWheel) -> list[Reward]:
-        """The run's rewards.
+        """Make the run's rewards: imports those that are named by import path, and loads the judge's processor.
 
         Raises:
             ValueError: as `make_rewards`.
@@ -151,7 +179,12 @@ class R1Config(TaskConfig):
         return make_rewards(self.reward.names, wheel, self.prompt.mode, self.reward, max_length=limit)
 
     def supervised(self, name: str, max_steps: int, patience: int) -> SFTConfig:
-        """A supervised stage within this run, in a folder of its own, that ends with its best validated model."""
+        """Configure a supervised stage inside this run: it has its own folder and ends with its best validated model.
+
+        Args:
+            name: of the stage's folder within the run's.
+            patience: evaluations without a new best after which it stops; 0 never stops early.
+        """
         cold = self.cold_start
         run = replace(
             self.run,

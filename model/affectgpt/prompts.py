@@ -1,22 +1,23 @@
-"""From a sample to a prompt and a target, and from a completion to its answer: templates, modes, modality choices."""
+"""Prompt templates and their inverse: samples to prompts and targets, completions to answers."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from affectgpt.emotion_wheel import parse_labels
-from grpo_core.types import Prompt
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
     from affectgpt.data.datasets import Sample
     from affectgpt.modeling.fusion import Branch
+    from grpo_core.types import Prompt
+
+Value = TypeVar("Value")
 
 Template = Literal["upstream", "chat"]
 Mode = Literal["no_think", "think"]
@@ -33,7 +34,7 @@ PLACEHOLDERS: dict[str, Branch] = {
 
 
 def placeholder_features(placeholder: str, available: Collection[str]) -> tuple[str, ...]:
-    """Names of the features that make a placeholder's vector.
+    """List the features that a placeholder's vector is made of.
 
     `<MultiHere>` joins the audio with faces where the prompt has them, else with frames: `build_prompt` hands a prompt
     only the features its `face_or_frame` needs, and every multiframe one is without faces.
@@ -45,7 +46,7 @@ def placeholder_features(placeholder: str, available: Collection[str]) -> tuple[
 
 @dataclass(frozen=True)
 class Modalities:
-    """What a `face_or_frame` value puts before the model: clauses in prompt order, features, subtitle or not."""
+    """What a `face_or_frame` value shows the model: clauses in prompt order, features, subtitle or not."""
 
     clauses: tuple[str, ...]
     features: frozenset[str]
@@ -112,6 +113,16 @@ def stop_strings(template: Template) -> tuple[str, ...]:
     return _lookup({"upstream": ("###",), "chat": ()}, template, "template")
 
 
+def check_mode(mode: str) -> None:
+    """Refuse an unknown mode.
+
+    Raises:
+        ValueError: listing the modes there are.
+    """
+    if mode not in get_args(Mode):
+        raise ValueError(f"unknown mode {mode!r}: choose one of {', '.join(get_args(Mode))}")
+
+
 def question_text(mode: Mode, answer_form: AnswerForm = "list") -> str:
     """The default question of a mode."""
     return _lookup(_QUESTIONS, (mode, answer_form), "mode and answer form")
@@ -128,7 +139,7 @@ def build_prompt(
     answer_form: AnswerForm = "list",
     question: str | None = None,
 ) -> Prompt:
-    """The prompt of a sample: text with placeholder tokens, and exactly the features these stand for.
+    """Build a sample's prompt: text with placeholder tokens, and exactly the features these stand for.
 
     No bos token is put before it. Upstream trains with one and infers without: here the prompt is tokenised apart from
     what follows, so its ids are the same in supervised training, in sampling and in evaluation.
@@ -150,6 +161,8 @@ def build_prompt(
         ValueError: an unknown name, a missing feature, a tokenizer without placeholders or chat template, or a question
             that holds placeholders.
     """
+    from grpo_core.types import Prompt  # torch: options are read without
+
     modalities = _lookup(FACE_OR_FRAME, face_or_frame, "face_or_frame")
     if missing := sorted(modalities.features - features.keys()):
         raise ValueError(
@@ -174,7 +187,7 @@ def build_prompt(
 
 
 def target_text(sample: Sample, mode: Mode = "no_think", answer_form: AnswerForm = "list") -> str:
-    """What supervised training teaches the model to answer, without its end.
+    """Write the answer that supervised training teaches, without its end token.
 
     no_think: `happy, sad`, or as a sentence in upstream's form. think: `<think> {reason} </think> <answer> happy, sad
     </answer>`. An empty label list reads `neutral`, as upstream's loaders have it.
@@ -190,7 +203,7 @@ def target_text(sample: Sample, mode: Mode = "no_think", answer_form: AnswerForm
     labels = ", ".join(dict.fromkeys(label.lower() for label in parse_labels(sample.labels, "strict"))) or "neutral"
     if mode == "no_think":
         return _lookup({"list": "{labels}", "sentence": _SENTENCE}, answer_form, "answer form").format(labels=labels)
-    question_text(mode, answer_form)  # refuses an unknown mode
+    check_mode(mode)
     if not (sample.reason or "").strip():
         raise ValueError(f"sample {sample.name!r} has no reason, which think mode learns: use mode no_think")
     reason = re.sub(r"#{3,}", "#", re.sub(r"</?(think|answer)>", "", sample.reason)).strip()
@@ -217,12 +230,12 @@ def build_target(
 
 
 def answer_text(completion: str, mode: Mode = "no_think") -> str:
-    """The part of a completion that names emotions; an empty string if there is none.
+    """Cut out the part of a completion that names emotions; an empty string if there is none.
 
-    no_think: the whole text. think: what stands in the last closed `<answer>…</answer>`, the model's final word; an
-    answer that was cut off before its end tag counts as none.
+    no_think: the whole text. think: the text of the last closed `<answer>…</answer>`, the model's final word; an
+    answer that was cut off before its end tag does not count.
     """
-    question_text(mode)  # refuses an unknown mode
+    check_mode(mode)
     if mode == "no_think":
         return completion.strip()
     answers = re.findall(r"<answer>((?:(?!<answer>).)*?)</answer>", completion, re.DOTALL)
@@ -230,7 +243,7 @@ def answer_text(completion: str, mode: Mode = "no_think") -> str:
 
 
 def neutralise(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """`text` without anything that templates, placeholders or the tokenizer's special tokens could be made of."""
+    """Make foreign text harmless: break up everything that could be read as template, placeholder or special token."""
     text = re.sub(r"#{3,}", "#", text.replace("<", "‹").replace(">", "›"))
     for token in tokenizer.added_tokens_decoder.values():
         if token.special:
@@ -252,7 +265,7 @@ def _frame(body: str, template: Template, mode: Mode, tokenizer: PreTrainedToken
     )
 
 
-def _lookup(table: Mapping, key: object, what: str):
+def _lookup(table: Mapping[Any, Value], key: object, what: str) -> Value:
     """`table[key]`, or an error that lists what there is."""
     if key not in table:
         raise ValueError(f"unknown {what} {key!r}: choose one of {', '.join(map(str, table))}")

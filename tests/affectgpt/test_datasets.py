@@ -105,7 +105,7 @@ def test_tables_that_are_missing_or_wrong_are_named(mer2025):
     for text, words in (
         ("name,labels\na,happy\n", "no column openset. It has name, labels; wanted are name, openset."),
         ("", "no column name, openset. It has none; wanted are name, openset."),
-        ("name,openset\na,x\nb,y\na,z\n", "'a' stands there twice"),
+        ("name,openset\na,x\nb,y\na,z\n", "'a' appears twice"),
         ("name,openset\n,x\n", "a row without a name"),
     ):
         path = write(mer2025 / "bad.csv", text)
@@ -137,7 +137,7 @@ def test_a_folder_of_clips_with_whatever_lies_beside_them(tmp_path):
     with pytest.raises(ValueError, match=r"labels\.csv: it labels 'c', but .* holds no such clip"):
         load_folder(tmp_path, "labels.csv")
     write(tmp_path / "a.avi", "")
-    with pytest.raises(ValueError, match="'a' stands there twice"):
+    with pytest.raises(ValueError, match="'a' appears twice"):
         load_folder(tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no clip there"):
@@ -168,7 +168,7 @@ def test_a_jsonl_names_each_part_relative_to_itself(tmp_path):
         ('{"name": "b", "vidio": "b.mp4"}', "line 2: unknown key 'vidio'. Known are name, video, audio, face"),
         ('{"name": "b", "subtitle": 3}', "line 2: subtitle is 3; a string is needed"),
         ('{"name": "b", "labels": ["x", 1]}', "line 2: labels is ['x', 1]; a string is needed"),
-        ('{"name": "a"}', "'a' stands there twice"),
+        ('{"name": "a"}', "'a' appears twice"),
     ],
 )
 def test_a_bad_jsonl_line_is_named(tmp_path, line, words):

@@ -42,7 +42,7 @@ from affectgpt.rewards import Comparison, RewardConfig, judge, make_rewards, per
 from affectgpt.rewards.judge import ModelJudge
 from affectgpt.synthetic import make_dataset
 from grpo_core.config.loader import ConfigError, load_config
-from grpo_core.distributed.collectives import Distributed
+from grpo_core.distributed import Distributed
 from grpo_core.types import Prompt
 
 TEXT = {
@@ -574,7 +574,7 @@ def test_a_run_with_all_five_rewards_and_a_judge_goes_on_as_if_uninterrupted(
     options = {
         "data.root": clips,
         "data.cache_dir": tmp_path / "features",
-        "data.synthetic_clips": "[8, 2]",
+        "data.layout.clips": "[8, 2]",
         "model.llm": tiny_llm_folder,
         "model.visual_encoder": tiny_clip_folder,
         "model.audio_encoder": tiny_hubert_folder,

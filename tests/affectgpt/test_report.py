@@ -5,7 +5,10 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import re
+import subprocess
+import sys
 from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,6 +16,8 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from jinja2 import UndefinedError
+from markupsafe import Markup
 from PIL import Image
 
 from affectgpt.data.datasets import Sample
@@ -21,9 +26,12 @@ from affectgpt.emotion_wheel.tables import Tables
 from affectgpt.evaluation import score_answers
 from affectgpt.report import compare, figures, write_report
 from affectgpt.report.__main__ import main
+from affectgpt.report.formatting import number, printable, shorten, tone
+from affectgpt.report.page import SECTIONS, template_environment
 from affectgpt.report.run import Curves, read_run
 from grpo_core.storage.jsonl import jsonable
 
+ROOT = Path(__file__).parents[2]
 SECTORS = [
     ("mad", "disgusted", "sad", "happy", "surprised", "scared"),
     ("fearful", "angry", "disgusted", "sad", "surprised", "happy", "bad"),
@@ -185,6 +193,7 @@ class Reader(HTMLParser):
         self.tags: list[str] = []
         self.ids: list[str] = []
         self.links: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
         self.text = ""
         self.feed(page)
         self.close()
@@ -194,6 +203,7 @@ class Reader(HTMLParser):
         self.tags.append(tag)
         if tag not in self.VOID:
             self.open.append(tag)
+        self.attributes += attributes
         for name, value in attributes:
             if name == "id":
                 self.ids.append(str(value))
@@ -467,6 +477,84 @@ def test_hostile_text_stays_text(tmp_path: Path, wheel: EmotionWheel) -> None:
     assert not {"script", "odd<b>"} & set(reader.tags)
     assert "\x00" not in page
     assert reader.text.count('<script>alert("x")</script>') >= 8
+
+
+def test_hostile_names_stay_inside_their_attributes(tmp_path: Path) -> None:
+    evil = 'x" onload="alert(1)\'><script>\x01$\\1$'
+    clean = evil.replace("\x01", "\ufffd")
+    tables = Tables(
+        names=(evil,),
+        sectors=(((evil, "sad"),), ((evil, "sad"),)),
+        words=("happy", "sad"),
+        clusters=np.array([[[0, 1]], [[0, 1]]], np.int8),
+        base=np.ones(2, bool),
+    )
+    wheel = EmotionWheel(tables)
+    folder = bare_run(tmp_path / evil.replace("\x01", ""))
+    (folder / "evaluations").mkdir()
+    for model, said in (("cold_start", "sad"), ("grpo", "happy")):
+        evaluation = evaluate(wheel, [("clip", ["happy"], [said])])
+        (folder / "evaluations" / f"{model}.json").write_text(json.dumps(evaluation))
+    samples = {"clip": Sample("clip", tmp_path / f"{evil}.mp4".replace("\x01", "\x7f"), None, None)}
+    page = write_report(folder, samples=samples, wheel=wheel).read_text("utf-8")
+    reader = Reader(page)
+    assert "script" not in reader.tags
+    assert not [name for name, _ in reader.attributes if name.startswith("on")]
+    values = [value or "" for name, value in reader.attributes if name in ("title", "aria-label")]
+    assert sum(clean in value for value in values) == 2  # the error of the decoder, the alternative text of the wheel
+    # The wheel's title twice, with its first letter capital, and the sector in the drawing.
+    assert reader.text.count(clean[1:]) == 3
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", page)
+
+
+def test_every_expression_of_a_template_is_escaped_and_filtered() -> None:
+    environment = template_environment()
+    template = environment.from_string('<a title="{{ text }}">{{ text }}</a>{{ text | shorten(3) }}{{ svg }}')
+    page = template.render(text="<\x1b&\"'\udc00\t\n", svg=Markup("<svg>\x02</svg>"))
+    escaped = "&lt;\ufffd&amp;&#34;&#39;\ufffd\t\n"
+    assert page == f'<a title="{escaped}">{escaped}</a>&lt;\ufffd…<svg>\ufffd</svg>'
+    with pytest.raises(UndefinedError):
+        environment.from_string("{{ misspelt }}").render()
+
+
+def test_nothing_but_a_figure_skips_the_escape() -> None:
+    folder = ROOT / "model/affectgpt/report"
+    templates = sorted((folder / "templates").iterdir())
+    assert {path.name for path in templates} >= {f"{anchor}.html.j2" for anchor in SECTIONS} | {"page.html.j2"}
+    for path in templates:
+        code = "".join(re.findall(r"{[{%].*?[}%]}", path.read_text("utf-8"), flags=re.DOTALL))
+        assert not re.search(r"\b(safe|autoescape|Markup)\b", code), path.name
+    unescaped = {path.name for path in folder.glob("*.py") if re.search(r"\bMarkup\(", path.read_text("utf-8"))}
+    assert unescaped == {"figures.py", "formatting.py"}
+
+
+def test_texts_of_numbers() -> None:
+    assert [number(value) for value in (1.005, -0.001, -2, None, float("nan"), float("-inf"), "3")] == [
+        "1.00", "0.00", "−2.00", "–", "–", "–", "–",
+    ]  # fmt: skip
+    assert [number(value, 1, sign=True) for value in (0.25, -0.25, -0.01)] == ["+0.2", "−0.2", "0.0"]
+    assert [tone(value) for value in (0.006, -0.006, 0.004, float("nan"))] == ["good", "bad", "", ""]
+    assert shorten("abc def", 5) == "abc…"
+    assert printable("a\tb\n\r\x00\x7f\ud83d") == "a\tb\n\ufffd\ufffd\ufffd\ufffd"
+
+
+def test_an_installed_package_brings_its_templates(tmp_path: Path, run_dir: Path) -> None:
+    build = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path / "site")]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    code = (
+        "import sys, affectgpt.report as report; from affectgpt.emotion_wheel import EmotionWheel; "
+        "print(report.__file__); report.write_report(sys.argv[1], samples={}, wheel=EmotionWheel.default())"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    bare_run(tmp_path / "run")
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "run")],
+        cwd=tmp_path, env=environment, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == str(tmp_path / "site/affectgpt/report/__init__.py")
+    page = (tmp_path / "run/report.html").read_bytes()
+    assert page == write_report(tmp_path / "run", samples={}, wheel=EmotionWheel.default()).read_bytes()
+    assert sections_of(page.decode()) == {"training", "settings"}
 
 
 def test_clips_that_cannot_be_shown_get_a_placeholder(tmp_path: Path, wheel: EmotionWheel) -> None:

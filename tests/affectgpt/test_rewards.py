@@ -30,6 +30,7 @@ from affectgpt.rewards import (
     bradley_terry,
     has_think_answer_format,
     make_rewards,
+    register_reward,
     split_think_answer,
     wordnet_lemmas,
 )
@@ -432,13 +433,42 @@ def test_rewards_by_name():
     judge = Ranking()
     rewards = make_rewards(list(REWARDS), WHEEL, "think", RewardConfig(), max_length=64, judge=judge)
     assert [reward.name for reward in rewards] == list(REWARDS)
-    with pytest.raises(ValueError, match=r"unknown reward 'speed': choose among accuracy, format, alignment, dual"):
+    with pytest.raises(
+        ValueError,
+        match=r"unknown reward 'speed': choose among .*accuracy, .*alignment, .*or name your own by import path",
+    ):
         make_rewards(["speed"], WHEEL, "think", RewardConfig(), max_length=64)
     for name in ("format", "alignment", "dual"):
         with pytest.raises(ValueError, match=r"set prompt\.mode to think"):
             make_rewards([name], WHEEL, "no_think", RewardConfig(), max_length=64)
     with pytest.raises(ValueError, match="named twice"):
         make_rewards(["accuracy", "accuracy"], WHEEL, "think", RewardConfig(), max_length=64)
+    with pytest.raises(ValueError, match=r"reward\.overlong_cache is 16 tokens of 8"):
+        make_rewards(["overlong"], WHEEL, "think", RewardConfig(), max_length=8)
+
+
+def test_your_own_rewards_stand_beside_the_built_in_ones(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def accuracy(completion): return 0\n"
+        "def hits(completions, labels, **kwargs): return [float(c in t) for c, t in zip(completions, labels)]\n"
+    )
+    mine = f"{tmp_path}/mine.py"
+    built_in, hits = make_rewards(["accuracy", f"{mine}:hits"], WHEEL, "no_think", RewardConfig(), max_length=8)
+    assert (built_in.name, hits.name) == ("accuracy", "hits")
+    assert hits([group("[happy, proud]", "proud", "sad")]).tolist() == [[1, 0]]
+    with pytest.raises(ValueError, match=r"rewards accuracy and .*mine\.py:accuracy are both called 'accuracy'"):
+        make_rewards(["accuracy", f"{mine}:accuracy"], WHEEL, "no_think", RewardConfig(), max_length=8)
+
+
+def test_a_class_registers_itself_and_says_what_it_needs():
+    needs = {"think": {"format", "alignment", "dual"}, "judge": {"perception"}}
+    for need, names in needs.items():
+        assert {name for name in REWARDS if REWARDS[name].needs == need} == names
+    assert all(REWARDS[name].name == name and REWARDS.doc(name) for name in REWARDS)
+    with pytest.raises(ValueError, match="'format' is registered already"):
+        register_reward("format")(FormatReward)
+    with pytest.raises(ValueError, match="give int a classmethod from_config"):
+        register_reward("new")(int)
 
 
 def test_unknown_options_list_the_valid_ones():

@@ -6,15 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
-from affectgpt.config import R1Config
+from affectgpt.config import DataConfig, R1Config
 from affectgpt.data.datasets import Sample
 from affectgpt.emotion_wheel import EmotionWheel
 from affectgpt.evaluation import score_answers
 from affectgpt.pipeline import open_run, split_samples
 from affectgpt.rewards import AccuracyReward, FormatReward, RewardConfig, has_think_answer_format
+from grpo_core.config.loader import to_dict
 from grpo_core.config.options import RunConfig
-from grpo_core.distributed.collectives import Distributed
+from grpo_core.distributed import Distributed
 from grpo_core.types import Completion, Group, Prompt
 
 WHEEL = EmotionWheel.default()
@@ -71,7 +73,7 @@ def test_format_is_one_think_block_and_one_answer_block(text, valid):
 
 
 def test_unknown_and_impossible_rewards_are_refused_with_the_config():
-    with pytest.raises(ValueError, match="unknown reward 'speed': choose among accuracy, format"):
+    with pytest.raises(ValueError, match=r"unknown reward 'speed': choose among .*accuracy"):
         R1Config(reward=RewardConfig(names=("speed",)))
     with pytest.raises(ValueError, match="judges think and answer tags"):
         R1Config(reward=RewardConfig(names=("accuracy", "format")))
@@ -123,3 +125,25 @@ def test_a_run_goes_on_in_its_folder_and_another_one_moves_it_aside(tmp_path):
     (folder / "progress").write_text("half")
     open_run(replace(config(seed=1), run=replace(config(seed=1).run, resume=False)), Distributed())
     assert (previous / "progress").exists()
+
+
+def test_a_run_whose_config_an_earlier_version_saved_goes_on(tmp_path):
+    config = R1Config(
+        data=DataConfig(format="synthetic", layout={"clips": (8, 2)}), run=RunConfig(name="r", output_dir=tmp_path)
+    )
+    saved = to_dict(config)
+    # as it was saved: options of all layouts and of all loss types beside the others, no plug-ins
+    del saved["data"]["layout"], saved["algorithm"]["loss"], saved["run"]["plugins"]
+    saved["data"] |= {"subtitle_language": "english", "synthetic_clips": [8, 2]}
+    saved["algorithm"] |= {"epsilon": None, "epsilon_high": None, "delta": None, "cispo_cap": 5.0}
+    folder = tmp_path / "r"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump(saved))
+    (folder / "progress").write_text("half")
+    open_run(config, Distributed())
+    assert (folder / "progress").read_text() == "half"
+    assert yaml.safe_load((folder / "config.yaml").read_text())["data"]["layout"] == {"clips": [8, 2]}
+    saved["data"]["synthetic_clips"] = [9, 2]
+    (folder / "config.yaml").write_text(yaml.safe_dump(saved))
+    open_run(config, Distributed())
+    assert not (folder / "progress").exists()

@@ -17,9 +17,13 @@ from grpo_core.storage.checkpoint import CheckpointError, CheckpointManager, rea
 
 
 class Run:
-    """A small training run with dropout, two parameter groups and a parameter that never has a gradient."""
+    """A small training run with dropout, two parameter groups and a parameter that never has a gradient.
+
+    Random numbers are keyed by the step, as in the engine's loops.
+    """
 
     def __init__(self):
+        self.steps = 0
         torch.manual_seed(3)
         self.model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 1))
         self.model.register_parameter("unused", torch.nn.Parameter(torch.ones(2)))
@@ -30,6 +34,8 @@ class Run:
 
     def train(self, steps):
         for _ in range(steps):
+            torch.manual_seed(self.steps)
+            self.steps += 1
             self.optimizer.param_groups[0]["lr"] *= 0.9
             self.model(torch.randn(5, 4)).square().mean().backward()
             self.optimizer.step()
@@ -46,7 +52,7 @@ class Run:
     def load(self, manager, folder):
         self.model.load_state_dict(load_file(folder / "model" / "model.safetensors"))
         manager.load_optimizer(folder, self.optimizer, self.model.named_parameters())
-        manager.load_rng_state(folder)
+        self.steps = read_manifest(folder)["step"]
 
     def fingerprint(self):
         tensors, groups = training_state.flatten_optimizer(self.optimizer, self.model.named_parameters())
@@ -77,14 +83,15 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(manager):
 
 
 @pytest.mark.gpu
-def test_fused_optimizer_and_generator_on_cuda_resume_bit_for_bit(manager):
+def test_a_fused_optimizer_on_cuda_resumes_bit_for_bit(manager):
     def run():
         torch.manual_seed(0)
         model = torch.nn.Linear(8, 8, device="cuda")
         return model, torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
 
     def train(model, optimizer, steps):
-        for _ in range(steps):
+        for step in range(steps):
+            torch.manual_seed(step)
             model(torch.randn(4, 8, device="cuda")).square().sum().backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -102,7 +109,6 @@ def test_fused_optimizer_and_generator_on_cuda_resume_bit_for_bit(manager):
     resumed, optimizer = run()
     resumed.load_state_dict(load_file(folder / "model" / "model.safetensors"))
     manager.load_optimizer(folder, optimizer, resumed.named_parameters())
-    manager.load_rng_state(folder)
     train(resumed, optimizer, 2)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
 
@@ -130,7 +136,7 @@ def test_no_file_is_a_pickle(manager):
     run.train(1)
     folder = run.save(manager, 1)
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    assert files == {"trainer_state.json", "optimizer.safetensors", "rng.safetensors", "model/model.safetensors"}
+    assert files == {"trainer_state.json", "optimizer.safetensors", "model/model.safetensors"}
 
 
 class Killed(BaseException):
@@ -216,8 +222,6 @@ def test_the_last_and_the_best_are_kept(manager):
         run.save(manager, step, metric=metric)
     assert names(manager) == ["step-000002", "step-000005", "step-000006"]
     assert manager.best().name == "step-000002"
-    lowest = CheckpointManager(manager.root, higher_is_better=False)
-    assert lowest.best().name == "step-000005"
 
 
 def test_the_best_is_a_whole_one(manager):
@@ -285,4 +289,4 @@ def test_manifest_describes_every_file(manager):
     folder = Run().save(manager, 1)
     files = json.loads((folder / "trainer_state.json").read_text())["files"]
     assert {name: size for name, (size, _) in files.items()} == {name: (folder / name).stat().st_size for name in files}
-    assert len(files) == 3
+    assert len(files) == 2

@@ -3,7 +3,7 @@
 import math
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,8 +11,24 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from grpo_core.config.loader import load_config, save_config, to_dict
-from grpo_core.config.values import ConfigError
+from grpo_core.algorithm.losses import LOSS_TYPES
+from grpo_core.config import (
+    MOVED_KEYS,
+    AlgorithmConfig,
+    ConfigError,
+    ConfigSection,
+    GRPOConfig,
+    OptimConfig,
+    RunConfig,
+    chosen_by,
+    load_config,
+    option,
+    plugin_files,
+    save_config,
+    to_dict,
+    translate_saved_config,
+)
+from grpo_core.registry import Registry
 
 
 @dataclass
@@ -307,3 +323,291 @@ def test_to_dict_holds_yaml_types_only():
     plain = to_dict(Config())
     assert plain["data"] | {"root": Path("clips"), "stop": ()} == asdict(Config())["data"]
     assert (plain["data"]["root"], plain["data"]["stop"], plain["optim"]["betas"]) == ("clips", [], [0.9, 0.999])
+
+
+# --- options chosen by a name ------------------------------------------------------------------------------------
+
+LAYOUTS: Registry[Any] = Registry("layout")
+
+
+@LAYOUTS.register("folder")
+@dataclass(frozen=True)
+class FolderLayout:
+    """Clips in folders."""
+
+    pattern: str = "*.mp4"
+    """Which files are clips."""
+
+
+@LAYOUTS.register("table")
+@dataclass(frozen=True)
+class TableLayout:
+    """Clips in a table."""
+
+    language: str = option("english", choices=("english", "chinese"))
+    """Column of the text."""
+    limit: int | None = None
+    header: bool = False
+    widths: tuple[int, ...] = ()
+
+
+@LAYOUTS.register("bare")
+@dataclass(frozen=True)
+class BareLayout:
+    pass
+
+
+@LAYOUTS.register("sheet")
+class SheetLayout(TableLayout):
+    """Clips in a spreadsheet."""
+
+
+@dataclass
+class Source(ConfigSection, key="source"):
+    """Where clips are."""
+
+    format: str = option("folder", choices=LAYOUTS)
+    layout: object = chosen_by("format")
+    root: Path = Path("clips")
+    share: float = 1.0
+    sizes: tuple[int, int] = (1, 2)
+
+
+@dataclass
+class Clips(ConfigSection):
+    source: Source = field(default_factory=Source)
+    seed: int = 0
+    plugins: tuple[Path, ...] = plugin_files()
+
+
+@pytest.mark.parametrize(
+    ("values", "layout"),
+    [
+        ({}, FolderLayout()),
+        ({"format": "table"}, TableLayout()),
+        ({"format": "bare"}, BareLayout()),
+        ({"format": "table", "layout": {"language": "chinese", "widths": [1]}}, TableLayout("chinese", widths=(1,))),
+        ({"format": "table", "layout": TableLayout(limit=3)}, TableLayout(limit=3)),
+    ],
+)
+def test_from_python_a_named_entry_brings_its_options(values, layout):
+    assert Source(**values).layout == layout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "layout"),
+    [
+        ([], FolderLayout()),
+        (["--source.layout.pattern", "*.avi"], FolderLayout("*.avi")),
+        (["--pattern", "*.avi"], FolderLayout("*.avi")),
+        (["--format", "table"], TableLayout()),
+        (["--source.layout.limit", "3", "--header", "--source.format", "table"], TableLayout(limit=3, header=True)),
+        (["source.format=table", "widths=4,5"], TableLayout(widths=(4, 5))),
+        (["--format", "bare"], BareLayout()),
+    ],
+)
+def test_from_the_command_line_a_named_entry_brings_its_options(arguments, layout):
+    assert load_config(Clips, arguments).source.layout == layout
+
+
+def test_from_yaml_a_named_entry_brings_its_options_and_another_name_drops_them(write):
+    table = write("source: {layout: {limit: 3}, format: table}\n", "table.yaml")
+    assert load_config(Clips, ["--config", table]).source.layout == TableLayout(limit=3)
+    assert load_config(Clips, ["--config", table, "--limit", "4"]).source.layout == TableLayout(limit=4)
+    assert load_config(Clips, ["--config", table, "--format", "folder"]).source.layout == FolderLayout()
+    again = write("source: {format: table, layout: {header: true}}\n", "again.yaml")
+    assert load_config(Clips, ["--config", table, "--config", again]).source.layout == TableLayout(limit=3, header=True)
+    empty = write("source: {format: bare, layout: }\n", "empty.yaml")
+    assert load_config(Clips, ["--config", empty]).source.layout == BareLayout()
+
+
+def test_an_option_of_another_entry_is_refused_with_those_there_are(write):
+    expected = "source.layout.limit{} is no option of format folder: it has pattern"
+    for arguments in (["--source.layout.limit", "3"], ["--limit", "3"]):
+        assert refusal(*arguments, cls=Clips) == expected.format(" (command line)")
+    path = write("source:\n  layout:\n    limit: 3\n")
+    assert refusal("--config", path, cls=Clips) == expected.format(f" ({path}:3)")
+    with pytest.raises(ValueError, match=r"^source\.layout\.limit is no option of format folder: it has pattern$"):
+        Source(layout={"limit": 3})
+    assert refusal("--format", "bare", "--pattern", "x", cls=Clips).endswith("no option of format bare: it has none")
+    assert refusal("--source.layout", "x", cls=Clips) == (
+        "source.layout (command line) is a section: give its keys below it"
+    )
+
+
+def test_replace_takes_the_defaults_of_a_new_name_but_loses_no_option_that_was_set():
+    assert replace(Source(), format="table").layout == TableLayout()
+    assert replace(Source(), share=0.5) == Source(share=0.5)
+    assert replace(Source(format="table"), layout={"limit": 3}).layout == TableLayout(limit=3)
+    with pytest.raises(ValueError, match=r"source\.layout is FolderLayout\(pattern='\*\.avi'\): format table wants"):
+        replace(Source(layout={"pattern": "*.avi"}), format="table")
+
+
+@pytest.mark.parametrize("layout", [FolderLayout("a"), TableLayout("chinese", 3, True, (1,)), BareLayout()])
+def test_a_saved_config_with_named_entries_is_read_back_equal(layout, tmp_path):
+    (name,) = (name for name in LAYOUTS if LAYOUTS[name] is type(layout))
+    config = Clips(Source(name, layout))
+    assert to_dict(config)["source"]["layout"] == to_dict(layout)
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(Clips, ["--config", str(tmp_path / "config.yaml")]) == config
+
+
+def test_help_has_a_block_for_each_entry_and_shows_what_files_set(write, capsys):
+    path = write("source: {format: table, layout: {limit: 3}}\nseed: 7\n")
+    with pytest.raises(SystemExit):
+        load_config(Clips, ["--config", path, "--help"])
+    text = capsys.readouterr().out
+    for part in (
+        "  --seed  an integer\n      (default: 7)\n",
+        "  --source.format  one of folder, table, bare, sheet\n      (default: table)\n",
+        "\nsource.layout for format folder: Clips in folders.\n"
+        "  --source.layout.pattern  text\n      Which files are clips. (default: *.mp4)\n",
+        "\nsource.layout for format table: Clips in a table.\n"
+        "  --source.layout.language  one of english, chinese\n      Column of the text. (default: english)\n"
+        "  --source.layout.limit  an integer or none\n      (default: 3)\n",
+        "\nsource.layout for format bare\n",
+    ):
+        assert part in text
+
+
+def test_entries_with_the_same_options_share_their_lines_in_the_help(capsys):
+    with pytest.raises(SystemExit):
+        load_config(Clips, ["--help"])
+    shared = "source.layout for format sheet: Clips in a spreadsheet.\n  the options of table\n"
+    assert shared in capsys.readouterr().out
+
+
+# --- checks of values from Python --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cls", "values", "message"),
+    [
+        (OptimConfig, {"lr_scheduler": "cosin"}, "optim.lr_scheduler is 'cosin': it wants one of constant, linear"),
+        (AlgorithmConfig, {"loss_type": "gpro"}, "algorithm.loss_type is 'gpro': it wants one of grpo, bnpo, dapo"),
+        (AlgorithmConfig, {"kl_in": "rewards"}, "algorithm.kl_in is 'rewards': it wants one of loss, reward"),
+        (AlgorithmConfig, {"baseline": "loo"}, "algorithm.baseline is 'loo': it wants one of mean, leave_one_out"),
+        (AlgorithmConfig, {"sampler_correction": "tis"}, "algorithm.sampler_correction is 'tis': it wants one of none"),
+        (AlgorithmConfig, {"multi_objective_aggregation": "sum"}, "algorithm.multi_objective_aggregation is 'sum'"),
+        (AlgorithmConfig, {"scale_rewards": True}, "algorithm.scale_rewards is True: it wants one of group, batch"),
+        (AlgorithmConfig, {"importance_sampling_level": "word"}, "one of token, sequence, sequence_token or none"),
+        (AlgorithmConfig, {"reference": "base"}, "algorithm.reference is 'base': it wants one of frozen, adapter_off"),
+        (AlgorithmConfig, {"beta_schedule": "step"}, "algorithm.beta_schedule is 'step': it wants one of linear, cos"),
+        (AlgorithmConfig, {"kl_estimator": "k4"}, "algorithm.kl_estimator is 'k4': it wants one of k1, k2, k3, full"),
+        (AlgorithmConfig, {"loss": 3}, "algorithm.loss is 3: loss_type dapo wants DAPO, or a mapping of its options"),
+        (AlgorithmConfig, {"reward_weights": {"a": "much"}}, r"it wants a mapping \(name to a number\)"),
+        (OptimConfig, {"learning_rate": "1e-5"}, "optim.learning_rate is '1e-5': it wants a number"),
+        (OptimConfig, {"learning_rate": math.nan}, "optim.learning_rate is nan: it wants a number"),
+        (OptimConfig, {"warmup_steps": 1.5}, "optim.warmup_steps is 1.5: it wants an integer"),
+        (OptimConfig, {"betas": (0.9,)}, r"optim.betas is \(0.9,\): it wants a list of 2"),
+        (RunConfig, {"seed": True}, "run.seed is True: it wants an integer"),
+        (RunConfig, {"output_dir": 3}, "run.output_dir is 3: it wants a path"),
+        (Source, {"format": "table", "layout": {"limit": "3"}}, "source.layout.limit is '3': it wants an integer or"),
+        (Source, {"format": "table", "layout": TableLayout("latin")}, "source.layout.language is 'latin'"),
+        (GRPOConfig, {"algorithm": {"beta": 0.1}}, "algorithm is {'beta': 0.1}: it wants AlgorithmConfig"),
+    ],
+)
+def test_a_wrong_value_from_python_is_refused_with_key_and_what_is_valid(cls, values, message):
+    with pytest.raises(ValueError, match=message):
+        cls(**values)
+
+
+def test_values_that_python_writes_in_another_type_become_the_field_s():
+    source = Source(root="a/b", share=1, sizes=[3, 4])
+    assert (source.root, source.share, source.sizes) == (Path("a/b"), 1, (3, 4))
+
+
+# --- plug-ins ----------------------------------------------------------------------------------------------------
+
+PLUGIN = """
+from pathlib import Path
+
+from grpo_core.algorithm.losses import register_loss
+
+with Path(__file__).with_suffix(".log").open("a") as log:
+    log.write("imported\\n")
+
+
+@register_loss({name!r}, average="token")
+class Mine:
+    '''Of {name}.'''
+
+    slope: float = 2.0
+    '''How steep.'''
+
+    def __call__(self, logprob, ratio, advantages):
+        return -self.slope * ratio * advantages
+"""
+
+
+def test_a_plugin_is_imported_once_before_options_are_checked_and_saved_with_its_full_path(
+    write, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(LOSS_TYPES, "_entries", dict(LOSS_TYPES._entries))  # what plug-ins add is undone
+    first, second = write(PLUGIN.format(name="mine"), "mine.py"), write(PLUGIN.format(name="other"), "other.py")
+    monkeypatch.chdir(tmp_path)
+    file = write("algorithm: {loss_type: mine, loss: {slope: 3}}\nrun: {plugins: [mine.py]}\n")
+    config = load_config(GRPOConfig, ["--config", file, "--plugins", "other.py", "--plugins", first])
+    assert config.algorithm.loss.slope == 3
+    assert config.run.plugins == (Path(first), Path(second))
+    monkeypatch.chdir("/")
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(GRPOConfig, ["--config", str(tmp_path / "config.yaml")]) == config
+    assert load_config(GRPOConfig, ["--plugins", second, "--loss_type", "other"]).algorithm.loss.slope == 2
+    with pytest.raises(SystemExit):
+        load_config(GRPOConfig, ["--plugins", second, "--help"])
+    shown = "loss_type mine: Of mine.\n  --algorithm.loss.slope  a number\n      How steep. (default: 2.0)\n"
+    assert shown in capsys.readouterr().out
+    assert [Path(path).with_suffix(".log").read_text() for path in (first, second)] == ["imported\n"] * 2
+
+
+def test_a_plugin_that_is_missing_or_raises_is_named_with_the_exception(write):
+    assert refusal("--plugins", "/nowhere/x.py", cls=Clips) == "plugins (command line): there is no file /nowhere/x.py"
+    path = write("import math\nmath.nothing\n", "broken.py")
+    assert refusal("--plugins", path, cls=Clips) == (
+        f"plugins (command line): {path} raises AttributeError: module 'math' has no attribute 'nothing'"
+    )
+    assert refusal("--plugins", cls=Clips) == "--plugins needs a value"
+    file = write("plugins: mine.py\n")
+    assert refusal("--config", file, cls=Clips) == f"plugins ({file}:1) is 'mine.py': it wants a list (a path each)"
+
+
+# --- keys that moved ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("old", [key for key in MOVED_KEYS if key.startswith("algorithm.")])
+def test_a_key_that_moved_is_refused_with_its_new_name(old, write):
+    assert refusal(f"--{old}", "1", cls=GRPOConfig) == f"{old} (command line) is now {MOVED_KEYS[old]}"
+    path = write(f"algorithm:\n  {old.partition('.')[2]}: 1\n")
+    assert refusal("--config", path, cls=GRPOConfig) == f"{old} ({path}:2) is now {MOVED_KEYS[old]}"
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "loss"),
+    [
+        ("dapo", {"epsilon": 0.1, "epsilon_high": None, "delta": 2.0}),
+        ("cispo", {"cispo_cap": 3.0}),
+        ("sapo", {"temperature_pos": 1.0, "temperature_neg": 1.2}),
+    ],
+)
+def test_a_config_saved_before_keys_moved_is_today_s_config_of_the_same_run(loss_type, loss):
+    config = GRPOConfig(AlgorithmConfig(loss_type, loss, beta=0.1), run=RunConfig("old"))
+    saved = to_dict(config)
+    old = {"epsilon": 0.1, "epsilon_high": None, "delta": 2.0, "cispo_cap": 3.0}
+    old |= {"sapo_temperature_pos": 1.0, "sapo_temperature_neg": 1.2}
+    del saved["algorithm"]["loss"], saved["run"]["plugins"]
+    saved["algorithm"] |= old
+    before = str(saved)
+    assert translate_saved_config(saved, GRPOConfig) == to_dict(config)
+    assert str(saved) == before
+    assert translate_saved_config(to_dict(config), GRPOConfig) == to_dict(config)
+
+
+def test_options_and_help_of_a_run_need_no_torch():
+    code = (
+        "import contextlib, sys\nfrom grpo_core.config import GRPOConfig, load_config\n"
+        "with contextlib.suppress(SystemExit):\n    load_config(GRPOConfig, ['--help'])\n"
+        "load_config(GRPOConfig, ['--loss_type', 'sapo'])\nprint('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("\nFalse\n")

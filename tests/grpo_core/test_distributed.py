@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from grpo_core import distributed
-from grpo_core.distributed.collectives import Distributed
+from grpo_core.distributed import Distributed
 
 
 @pytest.fixture(scope="module")

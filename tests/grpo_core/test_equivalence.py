@@ -7,19 +7,19 @@ import json
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from grpo_core.distributed.collectives import all_reduce_gradients
 from grpo_core.policy import LogProbs, Policy
-from grpo_core.training.grpo import GRPOTrainer, Rollout
-from grpo_core.types import Group
+from grpo_core.training.batch import Experience, OldPass, make_minibatches
+from grpo_core.training.grpo import GRPOTrainer
+from grpo_core.types import Completion, Group, Prompt
 
-from .toy import make_trainer
+from .toy import loss_and_gradient, make_trainer
 
 OPTIONS = {
     "beta": 0.05,
@@ -33,52 +33,44 @@ GOLDEN = Path(__file__).with_name("golden_curve.json")
 CURVE = ("loss", "reward", "kl", "grad_norm", "entropy")
 
 
-def prepare(trainer: GRPOTrainer, live_reference: bool = False, dense: bool = False) -> Rollout:
-    """A rollout ready for its update, and a policy that has moved since it was sampled, as in a later pass.
+def prepare(trainer: GRPOTrainer, live_reference: bool = False, dense: bool = False) -> Experience:
+    """Experience ready for its update, and a policy that has moved since it was sampled, as in a later pass.
 
     So ratios are not 1, some are clipped, and the KL is not 0. The move is a fixed draw, the same everywhere.
     """
-    groups = trainer.sample(trainer.next_prompts())
-    trainer.score(groups)
-    rollout = trainer.pack(groups)
-    trainer.compare(groups, rollout)
+    experience = trainer.collect()
     if dense:
-        rollout = [[trainer.micro_batch(copies(groups), 20, rollout[0][0].total_tokens)]]
-        for batch in rollout[0]:
-            batch.advantages = batch.layout.per_token(np.concatenate([group.advantages for group in batch.groups]))
-    for batch in rollout[0]:
-        with torch.no_grad():
-            batch.old_logprob = trainer.policy.logprobs(batch.layout, batch.prompts, temperature=0.8).logprob
+        experience = copies(trainer, experience)
+    batches = [batch for minibatch in experience.minibatches for batch in minibatch]
+    with torch.no_grad():
+        logprobs = [trainer.policy.logprobs(b.layout, b.prompts, temperature=0.8).logprob for b in batches]
+    experience = experience._replace(old={b: OldPass(l) for b, l in zip(batches, logprobs, strict=True)})
     if not live_reference:
-        trainer.reference(rollout)
+        experience = experience._replace(reference=trainer.reference_values(experience.minibatches))
     generator = torch.manual_seed(1)
     with torch.no_grad():
         for parameter in trainer.parameters.values():
             parameter += 0.03 * torch.randn(parameter.shape, generator=generator)
     if live_reference:
-        trainer.reference(rollout)
-    return rollout
+        experience = experience._replace(reference=trainer.reference_values(experience.minibatches))
+    return experience
 
 
-def copies(groups: list[Group]) -> list[Group]:
+def copies(trainer: GRPOTrainer, experience: Experience) -> Experience:
     """Every completion as a group of its own, with its own copy of the prompt and its group's verdict."""
-    return [
-        Group(group.prompt, [completion], advantages=group.advantages[i : i + 1])
-        for group in groups
-        for i, completion in enumerate(group.completions)
-    ]
+    groups = [Group(group.prompt, [completion]) for group in experience.groups for completion in group.completions]
+    config = replace(trainer.config, optim=replace(trainer.config.optim, max_tokens_per_micro_batch=10**6))
+    minibatches = make_minibatches(groups, config, trainer.dist, trainer.policy.device)
+    scores = replace(experience.scores, total=experience.scores.total.reshape(-1, 1))
+    scores = replace(scores, by_reward=scores.by_reward.reshape(len(scores.names), -1, 1))
+    advantages = experience.advantages.reshape(-1, 1)
+    return experience._replace(groups=groups, scores=scores, minibatches=minibatches, advantages=advantages)
 
 
-def step(trainer: GRPOTrainer, rollout: Rollout) -> tuple[float, float, torch.Tensor]:
-    """Loss, gradient norm and gradient of the rollout's update, over all ranks."""
-    trainer.optimizer_step = lambda *_: all_reduce_gradients(trainer.parameters.values(), trainer.dist)
-    trainer.update(rollout[0], 0)
-    return trainer.report(0.0)["loss"], *gradient(trainer)
-
-
-def gradient(trainer: GRPOTrainer) -> tuple[float, torch.Tensor]:
-    flat = torch.cat([p.grad.flatten() for p in trainer.parameters.values()])
-    return flat.norm().item(), flat
+def step(trainer: GRPOTrainer, experience: Experience) -> tuple[float, float, torch.Tensor]:
+    """Loss, gradient norm and gradient of the experience's update, over all ranks."""
+    loss, flat = loss_and_gradient(trainer, experience)
+    return loss, flat.norm().item(), flat
 
 
 def assert_same(result, expected) -> None:
@@ -92,9 +84,9 @@ def assert_same(result, expected) -> None:
 def usual(tmp_path_factory):
     """The step in one process and one micro-batch."""
     trainer = make_trainer(tmp_path_factory.mktemp("usual"), **OPTIONS)
-    rollout = prepare(trainer)
-    assert [len(batch.groups) for batch in rollout[0]] == [5]
-    result = step(trainer, rollout)
+    experience = prepare(trainer)
+    assert [len(batch.groups) for batch in experience.minibatches[0]] == [5]
+    result = step(trainer, experience)
     assert abs(result[0]) > 1e-2
     assert result[1] > 1e-2
     return result
@@ -103,9 +95,9 @@ def usual(tmp_path_factory):
 @pytest.mark.parametrize(("budget", "count"), [(1, 5), (80, 3)])
 def test_micro_batches_and_accumulation(tmp_path, usual, budget, count):
     trainer = make_trainer(tmp_path, max_tokens_per_micro_batch=budget, **OPTIONS)
-    rollout = prepare(trainer)
-    assert len(rollout[0]) == count
-    assert_same(step(trainer, rollout), usual)
+    experience = prepare(trainer)
+    assert len(experience.minibatches[0]) == count
+    assert_same(step(trainer, experience), usual)
 
 
 WORKER = """
@@ -143,24 +135,27 @@ def test_ranks(tmp_path, usual, ranks):
 def test_packed_with_shared_prompts_and_separate_padded_sequences(tmp_path, usual):
     """Transformers' own attention over padded sequences, plain log-softmax, and the loss as its papers write it."""
     trainer = make_trainer(tmp_path, **OPTIONS)
-    (batch,) = prepare(trainer)[0]
-    members = copies(batch.groups)
+    experience = prepare(trainer)
+    ((batch,),) = experience.minibatches
+    members = [(batch.groups[n].prompt, c) for n in range(5) for c in batch.groups[n].completions]
     logprob, entropy = padded(trainer.policy.causal_lm, members, temperature=0.8)
-    ratio = (logprob - batch.old_logprob).exp()
-    advantage = torch.cat([torch.full((len(m.completions[0].token_ids),), float(m.advantages[0])) for m in members])
-    low, high = trainer.algorithm.clip_range
+    ratio = (logprob - experience.old[batch].logprob).exp()
+    verdicts = zip(members, experience.advantages.ravel(), strict=True)
+    advantage = torch.cat([torch.full((len(completion.token_ids),), float(a)) for (_, completion), a in verdicts])
+    low, high = trainer.config.algorithm.loss.clip_range
     surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
     assert (surrogate < ratio * advantage).any()  # some tokens are clipped
-    log_ratio = batch.reference_logprob - logprob
+    log_ratio = experience.reference[batch] - logprob
     kl = log_ratio.exp() - log_ratio - 1
     loss = (-surrogate + 0.05 * kl).mean() - 0.01 * entropy.mean()
     loss.backward()
-    assert_same((loss.item(), *gradient(trainer)), usual)
+    flat = torch.cat([p.grad.flatten() for p in trainer.parameters.values()])
+    assert_same((loss.item(), flat.norm().item(), flat), usual)
 
 
-def padded(model, members: list[Group], temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+def padded(model, members: list[tuple[Prompt, Completion]], temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs and entropies `[R]` of right-padded sequences, each with its own prompt."""
-    rows = [(m.prompt.token_ids, m.completions[0].token_ids) for m in members]
+    rows = [(prompt.token_ids, completion.token_ids) for prompt, completion in members]
     width = max(len(prompt) + len(completion) for prompt, completion in rows)
     ids = torch.tensor([[*p, *c] + [0] * (width - len(p) - len(c)) for p, c in rows])
     mask = torch.tensor([[1] * (len(p) + len(c)) + [0] * (width - len(p) - len(c)) for p, c in rows])
@@ -175,9 +170,10 @@ def padded(model, members: list[Group], temperature: float) -> tuple[torch.Tenso
 
 def test_shared_prompts_and_a_copy_for_every_completion(tmp_path, usual):
     trainer = make_trainer(tmp_path, **OPTIONS)
-    rollout = prepare(trainer, dense=True)
-    assert rollout[0][0].layout.num_completions == len(rollout[0][0].groups) == 20
-    assert_same(step(trainer, rollout), usual)
+    experience = prepare(trainer, dense=True)
+    ((batch,),) = experience.minibatches
+    assert batch.layout.num_completions == len(batch.groups) == 20
+    assert_same(step(trainer, experience), usual)
 
 
 def test_reference_before_and_after_the_policy_moved(tmp_path, usual):

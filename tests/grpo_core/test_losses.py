@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from grpo_core.algorithm.entropy import entropy_bonus, entropy_histogram, entropy_threshold
 from grpo_core.algorithm.kl import completion_kl, kl_penalty
-from grpo_core.algorithm.losses import LOSS_TYPES, clipped_surrogate, importance_ratio, policy_loss, token_weights
+from grpo_core.algorithm.losses import LOSS_TYPES, importance_ratio, policy_loss, register_loss, token_weights
 from grpo_core.algorithm.off_policy import off_policy_mask, sampler_correction
 
 LENGTHS = [7, 0, 1, 23, 12, 4]  # a completion without tokens among them
@@ -31,11 +31,17 @@ def random_completions(seed: int = 0):
     return logprob, old, advantages[: len(LENGTHS)][INDEX]
 
 
+def surrogate(name, logprob, old, advantages, **options):
+    """The token losses of a loss type, of tokens that belong to `LENGTHS` or to one completion."""
+    index = INDEX if len(old) == len(INDEX) else torch.zeros(len(old)).long()
+    return policy_loss(LOSS_TYPES[name](**options), logprob, old, advantages, index, len(LENGTHS))
+
+
 @pytest.mark.parametrize("delta", [None, 1.6])
 @pytest.mark.parametrize(("low", "high"), [(0.2, 0.2), (0.2, 0.28)])
 def test_surrogate_is_the_clipped_minimum(low, high, delta):
     logprob, old, advantages = random_tokens()
-    result = clipped_surrogate(logprob, old, advantages, clip_low=low, clip_high=high, delta=delta)
+    result = surrogate("grpo", logprob, old, advantages, epsilon=low, epsilon_high=high, delta=delta)
     for t in range(len(old)):
         ratio = math.exp(logprob[t].item() - old[t].item())
         advantage = advantages[t].item()
@@ -51,14 +57,14 @@ def test_delta_above_the_clip_range_is_dual_clip():
     ratio = (logprob - old).exp().detach()
     ordinary = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.28) * advantages)
     dual = torch.where(advantages < 0, torch.maximum(ordinary, 1.6 * advantages), ordinary)
-    result = clipped_surrogate(logprob, old, advantages, clip_low=0.2, clip_high=0.28, delta=1.6)
+    result = surrogate("dapo", logprob, old, advantages, delta=1.6)
     assert (dual != ordinary).any()
     torch.testing.assert_close(result.loss.detach(), -dual, atol=1e-12, rtol=0)
 
 
 def test_a_clipped_token_gives_no_gradient_and_a_free_one_gives_ratio_times_advantage():
     logprob, old, advantages = random_tokens()
-    result = clipped_surrogate(logprob, old, advantages)
+    result = surrogate("grpo", logprob, old, advantages)
     result.loss.sum().backward()
     clipped = result.clipped_low | result.clipped_high
     assert clipped.any()
@@ -82,11 +88,11 @@ def written_out(name: str, logprob: list[float], old: list[float], advantages: l
                 weight = min(r, options["cispo_cap"])
                 loss, by_logprob = -weight * a * logprob[t], -weight * a
             elif name == "sapo":
-                tau = options["sapo_temperatures"][0 if a > 0 else 1]
+                tau = options["temperature_pos" if a > 0 else "temperature_neg"]
                 gate = 1 / (1 + math.exp(-tau * (r - 1)))
                 loss, by_logprob = -4 / tau * gate * a, -4 * gate * (1 - gate) * a * r
             else:
-                low, high = 1 - options["clip_low"], 1 + options["clip_high"]
+                low, high = 1 - options["epsilon"], 1 + options["epsilon_high"]
                 loss = -min(r * a, max(low, min(r, high)) * a)
                 by_logprob = 0.0 if (a > 0 and r > high) or (a < 0 and r < low) else -r * a
             w = {
@@ -105,8 +111,9 @@ def written_out(name: str, logprob: list[float], old: list[float], advantages: l
 @pytest.mark.parametrize("name", LOSS_TYPES)
 def test_loss_and_gradient_are_the_written_out_ones(name):
     logprob, old, advantages = random_completions()
-    options = {"clip_low": 0.1, "clip_high": 0.15, "cispo_cap": 1.3, "sapo_temperatures": (1.0, 1.4)}
-    result = policy_loss(name, logprob, old, advantages, INDEX, len(LENGTHS), **options)
+    options = {"epsilon": 0.1, "epsilon_high": 0.15}
+    options = {"cispo": {"cispo_cap": 1.3}, "sapo": {"temperature_pos": 1.0, "temperature_neg": 1.4}}.get(name, options)
+    result = surrogate(name, logprob, old, advantages, **options)
     weights = token_weights(torch.tensor(LENGTHS), INDEX, name, **TOTALS).double()
     loss = (weights * result.loss).sum()
     loss.backward()
@@ -118,7 +125,7 @@ def test_loss_and_gradient_are_the_written_out_ones(name):
 @pytest.mark.parametrize("name", LOSS_TYPES)
 def test_on_policy_every_ratio_is_one_and_nothing_is_clipped(name):
     logprob, _, advantages = random_completions()
-    result = policy_loss(name, logprob, logprob.detach(), advantages, INDEX, len(LENGTHS))
+    result = surrogate(name, logprob, logprob.detach(), advantages)
     assert (result.ratio == 1).all()
     assert not result.clipped_low.any()
     assert not result.clipped_high.any()
@@ -128,7 +135,7 @@ def test_on_policy_every_ratio_is_one_and_nothing_is_clipped(name):
 
 def test_cispo_caps_the_weight_at_the_cap_itself_and_keeps_the_gradient():
     logprob, old, advantages = random_completions()
-    result = policy_loss("cispo", logprob, old, advantages, INDEX, len(LENGTHS), cispo_cap=1.5)
+    result = surrogate("cispo", logprob, old, advantages, cispo_cap=1.5)
     result.loss.sum().backward()
     capped = result.ratio > 1.5
     assert capped.any()
@@ -137,9 +144,8 @@ def test_cispo_caps_the_weight_at_the_cap_itself_and_keeps_the_gradient():
 
 def test_gspo_clips_whole_completions_and_gspo_token_agrees_in_value():
     logprob, old, advantages = random_completions()
-    options = {"clip_low": 3e-4, "clip_high": 4e-4}
-    sequence = policy_loss("gspo", logprob, old, advantages, INDEX, len(LENGTHS), **options)
-    token = policy_loss("gspo_token", logprob, old, advantages, INDEX, len(LENGTHS), **options)
+    sequence = surrogate("gspo", logprob, old, advantages)
+    token = surrogate("gspo_token", logprob, old, advantages)
     torch.testing.assert_close(sequence.loss, token.loss)
     clipped = sequence.clipped_low | sequence.clipped_high
     for i in INDEX.unique():
@@ -156,7 +162,7 @@ def test_a_micro_batch_at_a_time_the_losses_add_up_to_the_whole():
             index = torch.searchsorted(keep, INDEX[tokens])
             parts = (x[tokens] for x in (logprob, old, advantages))
             weights = token_weights(lengths[keep], index, name, **TOTALS)
-            return (weights * policy_loss(name, *parts, index, len(keep)).loss).sum()
+            return (weights * policy_loss(LOSS_TYPES[name](), *parts, index, len(keep)).loss).sum()
 
         whole = loss(torch.arange(6))
         torch.testing.assert_close(loss(torch.tensor([0, 1, 2])) + loss(torch.tensor([3, 4, 5])), whole)
@@ -324,15 +330,72 @@ def test_the_bonus_is_the_mean_entropy_over_micro_batches():
     torch.testing.assert_close(sum(parts), entropy[mask].mean())
 
 
+# --- registration ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """Losses registered by a test are gone after it."""
+    monkeypatch.setattr(LOSS_TYPES, "_entries", dict(LOSS_TYPES._entries))
+
+
+def test_a_registered_function_or_class_computes_the_policy_loss(registry):
+    @register_loss("reinforce", average="token")
+    def reinforce(logprob, ratio, advantages):
+        """Plain policy gradient."""
+        return -advantages * logprob
+
+    @register_loss("power", ratio="sequence", average="sum", source="here")
+    class Power:
+        """A power of the ratio."""
+
+        exponent: float = 2.0
+
+        def __call__(self, logprob, ratio, advantages):
+            return -advantages * ratio**self.exponent, ratio < 0.9, ratio > 1.1
+
+    logprob, old, advantages = random_completions()
+    plain = surrogate("reinforce", logprob, old, advantages)
+    assert torch.equal(plain.loss, -advantages * logprob)
+    assert not (plain.clipped_low | plain.clipped_high).any()
+    result = surrogate("power", logprob, old, advantages, exponent=3.0)
+    ratio = importance_ratio(logprob, old, INDEX, len(LENGTHS), "sequence")
+    assert torch.equal(result.loss, -advantages * ratio**3.0)
+    assert torch.equal(result.clipped_high, ratio > 1.1)
+    assert (LOSS_TYPES["power"].average, LOSS_TYPES["power"].source) == ("sum", "here")
+    assert LOSS_TYPES.doc("reinforce") == "Plain policy gradient."
+    weights = token_weights(torch.tensor(LENGTHS), INDEX, "reinforce", **TOTALS)
+    assert torch.equal(weights, token_weights(torch.tensor(LENGTHS), INDEX, "dapo", **TOTALS))
+
+
+def test_a_loss_that_cannot_be_computed_is_not_registered(registry):
+    class Options:
+        exponent: float = 2.0
+
+    with pytest.raises(ValueError, match=r"'reinforce' has no surrogate: define __call__\(self, logprob, ratio, adv"):
+        register_loss("reinforce", average="token")(Options)
+    with pytest.raises(ValueError, match="'reinforce' has no surrogate: define its three arguments logprob, ratio"):
+        register_loss("reinforce", average="token")(lambda logprob: logprob)
+    with pytest.raises(ValueError, match="average is 'mean', choose one of sequence, token, constant, sum"):
+        register_loss("reinforce", average="mean")
+    with pytest.raises(ValueError, match="ratio is 'word', choose one of token"):
+        register_loss("reinforce", ratio="word", average="token")
+    with pytest.raises(ValueError, match="loss type 'grpo' is registered already"):
+        register_loss("grpo", average="token")(lambda logprob, ratio, advantages: logprob)
+    with pytest.raises(ValueError, match="SAPO is registered already, register a subclass of it"):
+        register_loss("reinforce", average="token")(LOSS_TYPES["sapo"])
+    assert "reinforce" not in LOSS_TYPES
+
+
 def test_unknown_names_list_the_valid_ones():
-    logprob, old, advantages = random_tokens(3)
+    logprob, old, _ = random_tokens(3)
     index = torch.zeros(3).long()
     with pytest.raises(ValueError, match="k1, k2 or k3"):
         kl_penalty(logprob, old, "k4")
     with pytest.raises(ValueError, match="grpo, bnpo, dapo, dr_grpo, gspo, gspo_token, cispo, sapo, luspo"):
         token_weights(torch.tensor([1]), torch.tensor([0]), "ppo", total_completions=1, total_tokens=1, max_length=1)
     with pytest.raises(ValueError, match="unknown loss type 'ppo'"):
-        policy_loss("ppo", logprob, old, advantages, index, 1)
+        LOSS_TYPES["ppo"]
     with pytest.raises(ValueError, match="token, sequence, sequence_token"):
         importance_ratio(logprob, old, index, 1, "word")
     with pytest.raises(ValueError, match="token_truncate, token_mask"):

@@ -10,7 +10,7 @@ import torch
 
 from grpo_core.algorithm.entropy import entropy_bonus
 from grpo_core.algorithm.kl import kl_penalty
-from grpo_core.algorithm.losses import importance_ratio, policy_loss, token_weights
+from grpo_core.algorithm.losses import LOSS_TYPES, importance_ratio, policy_loss, token_weights
 from grpo_core.algorithm.off_policy import off_policy_mask, sampler_correction
 
 trl = pytest.importorskip("trl.trainer.grpo_trainer")
@@ -96,18 +96,12 @@ def our_loss(batch, loss_type, level, **options):
     entropy = batch.entropy[FLAT].clone().requires_grad_()
     index = torch.arange(M).repeat_interleave(LENGTHS)
     old, advantages, completions = batch.old[FLAT], batch.advantages[index], (index, M)
-    loss = policy_loss(
-        loss_type,
-        logprob,
-        old,
-        advantages,
-        *completions,
-        ratio_level=level,
-        **CLIP,
-        delta=options.get("delta"),
-        cispo_cap=CAP,
-        sapo_temperatures=TEMPERATURES,
-    ).loss
+    ours = {"epsilon": CLIP["clip_low"], "epsilon_high": CLIP["clip_high"], "delta": options.get("delta")}
+    ours = {
+        "cispo": {"cispo_cap": CAP},
+        "sapo": {"temperature_pos": TEMPERATURES[0], "temperature_neg": TEMPERATURES[1]},
+    }.get(loss_type, ours)
+    loss = policy_loss(LOSS_TYPES[loss_type](**ours), logprob, old, advantages, *completions, ratio_level=level).loss
     if "off_policy_threshold" in options:
         threshold = options["off_policy_threshold"]
         loss = loss * off_policy_mask(logprob, batch.sampler[FLAT], advantages, *completions, threshold)

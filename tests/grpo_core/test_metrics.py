@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from grpo_core.distributed.collectives import Distributed
+from grpo_core.distributed import Distributed
 from grpo_core.storage.jsonl import JsonLines
-from grpo_core.storage.metrics_writer import CompletionsWriter, MetricsWriter
+from grpo_core.storage.metrics_writer import MetricsWriter
 from grpo_core.training import accumulator as metrics
-from grpo_core.training.accumulator import StepMetrics
+from grpo_core.training.accumulator import MetricAccumulator
 
 
 def test_mean_is_over_values_and_not_over_calls():
-    step = StepMetrics()
+    step = MetricAccumulator()
     step.mean("kl", torch.tensor([1.0, 2.0, 3.0]))
     step.mean("kl", 6.0)
     step.mean("masked", torch.tensor([[5.0, math.nan], [7.0, math.inf]]), torch.tensor([[True, False], [True, False]]))
@@ -24,7 +24,7 @@ def test_mean_is_over_values_and_not_over_calls():
 
 
 def test_sums_and_extremes():
-    step = StepMetrics()
+    step = MetricAccumulator()
     for values in (torch.tensor([3, -1]), torch.empty(0), torch.tensor(9), 2.0):
         step.sum("tokens", values)
         step.max("longest", values)
@@ -33,7 +33,7 @@ def test_sums_and_extremes():
 
 
 def test_nan_is_reported_and_not_hidden():
-    step = StepMetrics()
+    step = MetricAccumulator()
     for kind in (step.mean, step.sum, step.max, step.min):
         kind(kind.__name__, torch.tensor([1.0, math.nan]))
         kind(kind.__name__, torch.tensor([2.0]))
@@ -41,7 +41,7 @@ def test_nan_is_reported_and_not_hidden():
 
 
 def test_metrics_without_data_are_nan_and_a_sum_is_zero():
-    step = StepMetrics()
+    step = MetricAccumulator()
     for kind in ("mean", "max", "min", "sum"):
         step.register(kind, kind)
     values = step.reduce()
@@ -51,7 +51,7 @@ def test_metrics_without_data_are_nan_and_a_sum_is_zero():
 
 
 def test_small_terms_are_not_lost_in_a_large_sum():
-    step = StepMetrics()
+    step = MetricAccumulator()
     step.sum("tokens", torch.tensor(2.0**30))
     for _ in range(3):
         step.sum("tokens", torch.tensor(1.0))
@@ -59,14 +59,14 @@ def test_small_terms_are_not_lost_in_a_large_sum():
 
 
 def test_reduce_starts_afresh_and_keeps_no_graph():
-    step = StepMetrics()
+    step = MetricAccumulator()
     step.mean("loss", torch.ones(2, requires_grad=True) * 2)
     assert step.reduce() == {"loss": 2.0}
     assert step.reduce() == {}
 
 
 def test_a_name_has_one_kind():
-    step = StepMetrics()
+    step = MetricAccumulator()
     step.mean("kl", 1.0)
     with pytest.raises(ValueError, match="'kl' is a mean and cannot be a max too"):
         step.max("kl", 1.0)
@@ -76,7 +76,7 @@ def test_reduce_is_one_collective(monkeypatch):
     calls = []
     gather = metrics.gather_rows
     monkeypatch.setattr(metrics, "gather_rows", lambda row, dist: calls.append(row.shape) or gather(row, dist))
-    step = StepMetrics()
+    step = MetricAccumulator()
     for i in range(60):
         getattr(step, ("mean", "sum", "max", "min")[i % 4])(f"metric {i}", torch.tensor([float(i)]))
     assert step.reduce() == {f"metric {i}": float(i) for i in range(60)}
@@ -85,7 +85,7 @@ def test_reduce_is_one_collective(monkeypatch):
 
 @pytest.mark.gpu
 def test_adding_never_waits_for_the_device_and_reduce_waits_once(recwarn):
-    step = StepMetrics(Distributed(device=torch.device("cuda", 0)))
+    step = MetricAccumulator(Distributed(device=torch.device("cuda", 0)))
     values = torch.arange(6.0, device="cuda")
     try:
         torch.cuda.set_sync_debug_mode("error")
@@ -153,11 +153,11 @@ def test_a_new_run_starts_an_empty_file(tmp_path):
 
 def test_completions_open_in_pandas(tmp_path):
     pd = pytest.importorskip("pandas")
-    writer = CompletionsWriter(tmp_path / "run")
+    writer = JsonLines(tmp_path / "completions.jsonl")
     texts = ["happy, \u2028glad\n", '{"angry"}', "😀"]
-    writer.write(4, [{"prompt_id": "clip", "text": text, "reward": 0.1} for text in texts])
+    writer.append({"step": 4, "prompt_id": "clip", "text": text, "reward": 0.1} for text in texts)
     writer.close()
-    frame = pd.read_json(tmp_path / "run" / "completions.jsonl", lines=True)
+    frame = pd.read_json(tmp_path / "completions.jsonl", lines=True)
     assert frame.text.tolist() == texts
     assert frame.step.tolist() == [4, 4, 4]
 

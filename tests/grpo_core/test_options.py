@@ -8,10 +8,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-import grpo_core.training.accumulator
-import grpo_core.training.grpo
 from grpo_core.algorithm.advantages import group_advantages
 from grpo_core.policy import Policy
+from grpo_core.training import accumulator, batch, grpo
+from grpo_core.training.batch import OldPass
+from grpo_core.training.objective import compute_loss
 from grpo_core.training.sanity import FirstStepError, check_features
 from grpo_core.types import Prompt
 
@@ -23,16 +24,10 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def prepared(trainer):
-    """Groups and packed rollout of the first step, up to the update."""
-    groups = trainer.sample(trainer.next_prompts())
-    trainer.score(groups)
-    groups = trainer.choose(groups)
-    rollout = trainer.pack(groups)
-    trainer.old(rollout)
-    trainer.reference(rollout)
-    trainer.compare(groups, rollout)
-    return groups, rollout
+def reward_of(function, name="fixed"):
+    """A reward that says what a function of the groups gives."""
+    reward = type("Fixed", (), {"name": name, "__call__": lambda self, groups: function(groups)})
+    return reward()
 
 
 def moved(trainer):
@@ -43,11 +38,11 @@ def moved(trainer):
     return trainer
 
 
-def test_every_part_of_a_rollout_is_an_optimiser_step_against_the_policy_that_sampled(tmp_path):
+def test_every_minibatch_of_a_rollout_is_an_optimiser_step_against_the_policy_that_sampled(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, steps=2, steps_per_generation=2, num_iterations=3, warmup_steps=100)
     steps = []
-    step = trainer.optimizer_step
-    trainer.optimizer_step = lambda *arguments: (steps.append(arguments), step(*arguments))
+    step = grpo.optimizer_step
+    monkeypatch.setattr(grpo, "optimizer_step", lambda *arguments: steps.append(arguments[-2:]) or step(*arguments))
     trainer.train()
     assert steps == [(made, 12) for made in range(12)]
     for row in lines(tmp_path / "toy" / "metrics.jsonl"):
@@ -57,28 +52,27 @@ def test_every_part_of_a_rollout_is_an_optimiser_step_against_the_policy_that_sa
 
 def test_kl_in_the_reward_lowers_a_completions_reward_by_beta_times_its_sum(tmp_path):
     trainer = moved(make_trainer(tmp_path, beta=0.3, kl_in="reward", kl_estimator="k1"))
-    groups, ((batch,),) = prepared(trainer)
-    difference = (batch.old_logprob - batch.reference_logprob).double()
+    experience = trainer.collect()
+    ((batch,),) = experience.minibatches
+    difference = (experience.old[batch].logprob - experience.reference[batch]).double()
     kl = torch.zeros(16, dtype=torch.float64).index_add(0, batch.layout.completion_index, difference).view(4, 4)
     assert kl.abs().min() > 1e-3
-    rewards = np.array([group.rewards for group in groups])
-    want = group_advantages(rewards - 0.3 * kl.numpy())
-    np.testing.assert_allclose([group.advantages for group in groups], want, rtol=1e-6)
+    want = group_advantages(experience.scores.total - 0.3 * kl.numpy())
+    np.testing.assert_allclose(experience.advantages, want, rtol=1e-6)
 
 
 def test_the_full_kl_is_the_sum_over_the_vocabulary(tmp_path):
     trainer = moved(make_trainer(tmp_path, beta=0.3, kl_estimator="full", temperature=0.7))
-    _, ((batch,),) = prepared(trainer)
-    policy = trainer.policy
+    experience = trainer.collect()
+    ((batch,),) = experience.minibatches
+    policy, reference_hidden = trainer.policy, experience.reference[batch]
     head = policy.causal_lm.get_output_embeddings().weight
     own = torch.log_softmax(policy.hidden_states(batch.layout, batch.prompts) @ head.T / 0.7, -1)
-    other = torch.log_softmax(batch.reference_hidden @ head.T / 0.7, -1)
+    other = torch.log_softmax(reference_hidden @ head.T / 0.7, -1)
     want = (own.exp() * (own - other)).sum(-1)
-    result = policy.logprobs(
-        batch.layout, batch.prompts, temperature=0.7, entropy=True, reference_hidden=batch.reference_hidden
-    )
     assert want.min() > 1e-4
-    torch.testing.assert_close(trainer.objective.kl(batch, result), want, rtol=1e-4, atol=1e-6)
+    (update,) = trainer.learn(experience)
+    torch.testing.assert_close(update.passes[0].kl, want, rtol=1e-4, atol=1e-6)
 
 
 def test_the_full_kl_needs_a_head_that_is_not_trained(tmp_path):
@@ -90,50 +84,60 @@ def test_the_full_kl_needs_a_head_that_is_not_trained(tmp_path):
 @pytest.mark.parametrize("budget", [60, 10**6])
 def test_the_most_uncertain_tokens_of_the_step_are_trained_on(tmp_path, budget):
     trainer = make_trainer(tmp_path, top_entropy_quantile=0.3, max_tokens_per_micro_batch=budget)
-    _, (batches,) = prepared(trainer)
+    experience = trainer.collect()
+    (batches,) = experience.minibatches
     entropy = torch.cat([trainer.policy.logprobs(b.layout, b.prompts, entropy=True).entropy for b in batches])
-    kept = torch.cat([b.entropy_mask for b in batches])
+    kept = torch.cat([experience.old[b].entropy_mask for b in batches])
     assert 0.3 <= kept.double().mean() <= 0.6
     assert entropy[kept].min() >= entropy[~kept].max() - 1e-6
 
 
 def test_the_entropy_bonus_is_coefficient_times_mean_entropy(tmp_path):
     trainer = make_trainer(tmp_path, entropy_coef=0.25)
-    _, ((batch,),) = prepared(trainer)
+    experience = trainer.collect()
+    ((batch,),) = experience.minibatches
     result = trainer.policy.logprobs(batch.layout, batch.prompts, entropy=True)
-    batch.old_logprob = result.logprob.detach()
-    plain, paid = (trainer.objective(batch, result, 0.0, coef) for coef in (0.0, 0.25))
-    assert (plain - paid).item() == pytest.approx(0.25 * result.entropy.mean().item(), rel=1e-5)
+    old, advantages = OldPass(result.logprob.detach()), batch.per_token(experience.advantages)
+    plain, paid = (
+        compute_loss(trainer.config.algorithm, batch, result, old, advantages, None, beta=0.0, entropy_coef=coef)
+        for coef in (0.0, 0.25)
+    )
+    assert (plain.loss - paid.loss).item() == pytest.approx(0.25 * result.entropy.mean().item(), rel=1e-5)
 
 
 def test_dynamic_sampling_prefers_groups_with_different_rewards_and_keeps_their_number(tmp_path):
     trainer = make_trainer(tmp_path, dynamic_sampling=True, reserve_prompts=8, prompts_per_step=3, max_new_tokens=3)
     groups = trainer.sample(trainer.next_prompts())
     assert len(groups) == 11
-    for index, group in enumerate(groups):
-        group.rewards = np.arange(4.0) if index in (2, 5, 9) else np.ones(4)
-    assert [group.id for group in trainer.choose(groups)] == [groups[i].id for i in (2, 5, 9)]
-    values = trainer.metrics.reduce()
+
+    def learn_from(differing):
+        """A step in which these groups' rewards differ: ids of the groups trained on, and the step's metrics."""
+        table = np.array([np.arange(4.0) if n in differing else np.ones(4) for n in range(11)])
+        trainer.rewards = [reward_of(lambda _: table)]
+        experience = trainer.collect()
+        trainer.open_writer(None)
+        values = trainer.report(experience, trainer.learn(experience), 0.0)
+        return [group.id for group in experience.groups], values
+
+    ids, values = learn_from((2, 5, 9))
+    assert ids == [groups[i].id for i in (2, 5, 9)]
     assert values["effective_groups"] == 3
     assert values["frac_reward_zero_std"] == pytest.approx(8 / 11)
-    groups[5].rewards = groups[9].rewards = np.ones(4)
-    assert [group.id for group in trainer.choose(groups)] == [groups[i].id for i in (0, 1, 2)]
-    assert trainer.metrics.reduce()["effective_groups"] == 1
+    ids, values = learn_from((2,))
+    assert ids == [groups[i].id for i in (0, 1, 2)]
+    assert values["effective_groups"] == 1
 
 
 def test_gdpo_lets_every_reward_count_by_its_weight_whatever_its_spread(tmp_path):
     trainer = make_trainer(tmp_path, multi_objective_aggregation="normalize_then_sum")
-    trainer.rewards.append(type("Wide", (), {"name": "wide"})())
-    groups = trainer.sample(trainer.next_prompts())
-    for group in groups:
-        small, wide = np.array([0.0, 0.0, 0.1, 0.1]), np.array([0.0, 1000.0, 0.0, 1000.0])
-        group.rewards_by_name = {"sevens": small, "wide": wide}
-        group.rewards = small + wide
-    trainer.compare(trainer.choose(groups), rollout := trainer.pack(groups))
-    assert rollout[0][0].advantages is not None
-    for group in groups:
-        assert group.advantages[0] == pytest.approx(-group.advantages[3])
-        assert group.advantages[1] == pytest.approx(0, abs=1e-2)  # good by one reward, bad by the other
+    trainer.rewards = [
+        reward_of(lambda groups: [[0.0, 0.0, 0.1, 0.1]] * len(groups), "small"),
+        reward_of(lambda groups: [[0.0, 1000.0, 0.0, 1000.0]] * len(groups), "wide"),
+    ]
+    for advantages in trainer.collect().advantages:
+        assert advantages[0] == pytest.approx(-advantages[3])
+        assert abs(advantages[0]) > 1
+        assert advantages[1] == pytest.approx(0, abs=1e-2)  # good by one reward, bad by the other
 
 
 def test_beta_follows_its_schedule(tmp_path):
@@ -170,10 +174,11 @@ def test_a_moving_average_reference_lags_behind(tmp_path):
 def test_the_reference_pass_leaves_the_policy_where_it_was(tmp_path, offload):
     trainer = moved(make_trainer(tmp_path, beta=0.1, reference_offload=offload))
     before, addresses = weights(trainer).clone(), [p.data_ptr() for p in trainer.parameters.values()]
-    _, ((batch,),) = prepared(trainer)
+    experience = trainer.collect()
+    ((batch,),) = experience.minibatches
     assert torch.equal(weights(trainer), before)
     assert [p.data_ptr() for p in trainer.parameters.values()] == addresses
-    assert (batch.reference_logprob - batch.sampler_logprob).abs().max() > 1e-2
+    assert (experience.reference[batch] - batch.sampler_logprob).abs().max() > 1e-2
 
 
 def test_masks_and_bonuses_are_reported_and_a_whole_run_with_them_learns(tmp_path):
@@ -242,13 +247,15 @@ def test_a_sampler_of_another_policy_stops_the_run_in_its_first_step(tmp_path):
 
 def test_a_gradient_that_is_not_finite_stops_the_run_in_its_first_step(tmp_path):
     trainer = make_trainer(tmp_path)
-    trainer.objective.policy_loss = lambda batch, logprob: logprob * float("inf")
+    trainer.advantages = lambda *_: np.full((4, 4), np.inf)
     with pytest.raises(FirstStepError, match="first gradient is not finite"):
         trainer.train()
 
 
 def test_passes_that_differ_over_the_same_tokens_stop_the_run_in_its_first_step(tmp_path):
-    trainer = make_trainer(tmp_path, top_entropy_quantile=0.9, epsilon=0.01, prompts_per_step=8, group_size=16)
+    trainer = make_trainer(
+        tmp_path, top_entropy_quantile=0.9, loss={"epsilon": 0.01}, prompts_per_step=8, group_size=16
+    )
     logprobs = trainer.policy.logprobs
 
     def noisy(*arguments, **options):
@@ -269,30 +276,29 @@ def test_a_feature_without_effect_stops_the_run(tmp_path, used):
     policy._embed = lambda prompts: [
         e + used * p.features["audio"] for e, p in zip(plain(prompts), prompts, strict=True)
     ]
-    groups = trainer.sample([Prompt("clip", (3, 4), {"audio": torch.full((2, 32), 0.5)})])
-    ((batch,),) = trainer.pack(groups)
+    (group,) = trainer.sample([Prompt("clip", (3, 4), {"audio": torch.full((2, 32), 0.5)})])
     if used:
-        check_features(policy, batch, 1.0)
+        check_features(policy, group, 1.0)
     else:
         with pytest.raises(FirstStepError, match="do not depend on its 'audio' features"):
-            check_features(policy, batch, 1.0)
+            check_features(policy, group, 1.0)
 
 
 def test_logging_costs_one_collective_and_one_copy_to_the_host(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, steps=1, beta=0.1)
     calls = []
-    gather = grpo_core.training.accumulator.gather_rows
-    monkeypatch.setattr(grpo_core.training.accumulator, "gather_rows", lambda *a: calls.append("gather") or gather(*a))
-    reduce = grpo_core.training.grpo.all_reduce_sum
-    monkeypatch.setattr(grpo_core.training.grpo, "all_reduce_sum", lambda *a: calls.append("counts") or reduce(*a))
+    gather = accumulator.gather_rows
+    monkeypatch.setattr(accumulator, "gather_rows", lambda *a: calls.append("gather") or gather(*a))
+    reduce = batch.all_reduce_sum
+    monkeypatch.setattr(batch, "all_reduce_sum", lambda *a: calls.append("counts") or reduce(*a))
     report, read = trainer.report, []
 
-    def counted(start):
+    def counted(*arguments):
         with monkeypatch.context() as patch:
             for name in ("cpu", "item", "tolist", "__bool__", "__float__"):
                 method = getattr(torch.Tensor, name)
                 patch.setattr(torch.Tensor, name, lambda *a, m=method, n=name: read.append(n) or m(*a))
-            return report(start)
+            return report(*arguments)
 
     trainer.report = counted
     trainer.train()

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from grpo_core import distributed
 from grpo_core.config.options import RolloutConfig
 from grpo_core.policy import Policy
-from grpo_core.rollout.backends.triton import KernelDecoder
+from grpo_core.rollout.backends.triton import TritonDecoder
 from grpo_core.rollout.sampler import GroupSampler
 from tests.grpo_core.conftest import make_lm
 from tests.grpo_core.sampling_models import CharTokenizer, make_prompts
@@ -36,7 +36,7 @@ def completions(lm, sharded: bool, kernels: bool) -> list:
     policy = Policy(lm)
     sampler = GroupSampler(policy, CharTokenizer())
     if kernels:
-        sampler.decoder = KernelDecoder(sampler.model)
+        sampler.decoder = TritonDecoder(sampler.model)
     found = []
     for step in range(2):
         groups = sampler.sample(make_prompts((5, 17, 1)), ROLLOUT, step=step)

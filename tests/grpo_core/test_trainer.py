@@ -8,7 +8,7 @@ import torch
 
 from grpo_core.algorithm.losses import LOSS_TYPES
 
-from .toy import make_trainer, weights
+from .toy import loss_and_gradient, make_trainer, weights
 
 
 def lines(path):
@@ -52,8 +52,8 @@ OPTIONS = [
     {"unbiased_kl": True},
     {"mask_truncated_completions": True},
     {"sampler_correction": "sequence_mask"},
-    {"delta": 2.0},
-    {"importance_sampling_level": "sequence", "epsilon": 3e-4},
+    {"loss": {"delta": 2.0}},
+    {"importance_sampling_level": "sequence", "loss": {"epsilon": 3e-4}},
     {"multi_objective_aggregation": "normalize_then_sum"},
     {"kl_in": "reward", "kl_estimator": "k1"},
     {"kl_estimator": "full"},
@@ -72,17 +72,9 @@ def test_micro_batches_change_nothing_but_memory(tmp_path, options):
         trainer = make_trainer(
             tmp_path / str(budget), beta=0.1, max_tokens_per_micro_batch=budget, max_new_tokens=8, **options
         )
-        groups = trainer.sample(trainer.next_prompts())
-        trainer.score(groups)
-        rollout = trainer.pack(trainer.choose(groups))
-        trainer.old(rollout)
-        trainer.reference(rollout)
-        trainer.compare(groups, rollout)
-        trainer.optimizer_step = lambda *_: None
-        (batches,) = rollout
-        trainer.update(batches, 0)
-        gradient = torch.cat([p.grad.flatten() for p in trainer.parameters.values()])
-        results.append((len(batches), trainer.report(0.0)["loss"], gradient))
+        experience = trainer.collect()
+        loss, gradient = loss_and_gradient(trainer, experience)
+        results.append((len(experience.minibatches[0]), loss, gradient))
     assert [count for count, _, _ in results] == [4, pytest.approx(2, abs=1), 1]
     for _, loss, gradient in results[1:]:
         assert loss == pytest.approx(results[0][1], abs=1e-6)
@@ -136,14 +128,10 @@ def test_masking_truncated_completions_takes_their_gradient_away(tmp_path):
     gradients = []
     for masked in (False, True):
         trainer = make_trainer(tmp_path / str(masked), max_new_tokens=1, mask_truncated_completions=masked)
-        groups = trainer.sample(trainer.next_prompts())
-        assert {c.finish_reason for group in groups for c in group.completions} == {"length"}
-        trainer.advantages = lambda groups, rollout: [np.arange(4.0) - 1.5 for _ in groups]
-        trainer.optimizer_step = lambda *_: None
-        rollout = trainer.pack(groups)
-        trainer.compare(groups, rollout)
-        trainer.update(rollout[0], 0)
-        gradients.append(sum(p.grad.abs().sum().item() for p in trainer.parameters.values()))
+        experience = trainer.collect()
+        assert {c.finish_reason for group in experience.groups for c in group.completions} == {"length"}
+        experience = experience._replace(advantages=np.tile(np.arange(4.0) - 1.5, (len(experience.groups), 1)))
+        gradients.append(loss_and_gradient(trainer, experience)[1].abs().sum().item())
     assert gradients[0] > 0
     assert gradients[1] == 0
 
@@ -151,10 +139,10 @@ def test_masking_truncated_completions_takes_their_gradient_away(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"delta": 1.1}, "delta is 1.1"),
-        ({"delta": 2.0, "loss_type": "sapo"}, "does not clip"),
+        ({"loss": {"delta": 1.1}}, "delta is 1.1"),
+        ({"loss": {"delta": 2.0}, "loss_type": "sapo"}, "no option of loss_type sapo"),
         ({"unbiased_kl": True, "kl_estimator": "k1"}, "kl_estimator to k3"),
-        ({"epsilon": 1.5}, "epsilon is 1.5"),
+        ({"loss": {"epsilon": 1.5}}, "epsilon is 1.5"),
     ],
 )
 def test_impossible_combinations_are_refused_with_the_key(tmp_path, options, message):
@@ -164,7 +152,7 @@ def test_impossible_combinations_are_refused_with_the_key(tmp_path, options, mes
 
 def test_a_clip_range_for_tokens_is_warned_of_where_ratios_are_of_sequences(tmp_path):
     with pytest.warns(UserWarning, match="3e-4 and 4e-4"):
-        make_trainer(tmp_path, loss_type="gspo", epsilon=0.2)
+        make_trainer(tmp_path, loss_type="gspo", loss={"epsilon": 0.2})
 
 
 def test_a_reward_weight_that_names_no_reward_is_refused(tmp_path):

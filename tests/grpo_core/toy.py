@@ -1,6 +1,7 @@
 """A task small enough to train in seconds: write the token `7` as often as possible."""
 
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -8,9 +9,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from grpo_core.config.options import AlgorithmConfig, GRPOConfig, OptimConfig, RolloutConfig, RunConfig
-from grpo_core.distributed.collectives import Distributed
+from grpo_core.distributed import Distributed, all_reduce_gradients
 from grpo_core.policy import Policy
 from grpo_core.rollout.sampler import GroupSampler
+from grpo_core.training.batch import Experience
 from grpo_core.training.grpo import GRPOTrainer
 from grpo_core.types import Prompt
 
@@ -54,6 +56,21 @@ def make_trainer(
     policy = Policy(model, reference=config.algorithm.reference if config.algorithm.beta else None)
     sampler = GroupSampler(policy, make_tokenizer(), seed=config.run.seed)
     return GRPOTrainer(policy, sampler, PROMPTS, [CountSevens()], config, dist=dist)
+
+
+def loss_and_gradient(trainer: GRPOTrainer, experience: Experience) -> tuple[float, torch.Tensor]:
+    """Loss and flat gradient of an epoch over the experience, over all ranks; the parameters stay as they are."""
+
+    def no_step(optimizer, parameters, config, dist, step, max_steps):
+        all_reduce_gradients(parameters, dist)
+        return torch.zeros(()), 0.0
+
+    if trainer.dist.main_process:
+        trainer.open_writer(None)
+    with patch("grpo_core.training.grpo.optimizer_step", no_step):
+        updates = trainer.learn(experience)
+    loss = trainer.report(experience, updates, 0.0)["loss"]
+    return loss, torch.cat([p.grad.flatten() for p in trainer.parameters.values()])
 
 
 def weights(trainer: GRPOTrainer) -> torch.Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from grpo_core import distributed
-from grpo_core.training.accumulator import StepMetrics
+from grpo_core.training.accumulator import MetricAccumulator
 
 
 def error_of(function):
@@ -42,7 +42,7 @@ def half_precision_gradients(dist):
 
 
 def metrics(dist):
-    step = StepMetrics(dist)
+    step = MetricAccumulator(dist)
     step.register("max", "length/max")
     if dist.rank == 0:
         step.mean("reward", torch.tensor([1.0, 2.0, math.nan]), torch.tensor([1, 1, 0]))
@@ -56,7 +56,7 @@ def metrics(dist):
 
 
 def other_metrics(dist):
-    step = StepMetrics(dist)
+    step = MetricAccumulator(dist)
     step.sum("tokens", 1)
     if dist.rank:
         step.sum("surplus", 1)

@@ -15,7 +15,7 @@ from affectgpt.synthetic import make_dataset
 
 ROOT = Path(__file__).parents[2]
 SMALL = {
-    "data.synthetic_clips": "[24, 6]",
+    "data.layout.clips": "[24, 6]",
     "data.validation_fraction": "0.25",
     "cold_start.max_steps": "4",
     "cold_start.eval_steps": "2",
@@ -137,23 +137,27 @@ def test_a_killed_run_goes_on_to_the_same_weights(finished, tmp_path):
     assert one == two
 
 
-def test_two_ranks_in_think_mode_with_the_format_reward(finished, tmp_path):
+def test_two_ranks_in_think_mode_with_the_format_reward_and_one_of_the_users(finished, tmp_path):
     _, options = finished
+    (tmp_path / "mine.py").write_text("def length(completion, labels): return len(completion) / len(labels)\n")
     options = options | {
         "run.output_dir": str(tmp_path),
         "prompt.mode": "think",
-        "reward.names": "[accuracy, format]",
+        "reward.names": f"[accuracy, format, {tmp_path}/mine.py:length]",
         "controls": "false",
-        "algorithm.reward_weights": "{format: 0.2}",
+        "algorithm.reward_weights": "{format: 0.2, length: 0.5}",
     }
     result = run("affectgpt_r1.py", options, ranks=2)
     assert result.returncode == 0, result.stderr[-3000:]
     (first, *_) = lines(tmp_path / "demo" / "metrics.jsonl")
     assert first["reward"] == pytest.approx(
-        first["rewards/accuracy/mean"] + 0.2 * first["rewards/format/mean"], abs=1e-9
+        first["rewards/accuracy/mean"] + 0.2 * first["rewards/format/mean"] + 0.5 * first["rewards/length/mean"],
+        abs=1e-9,
     )
     completions = lines(tmp_path / "demo" / "completions.jsonl")
     assert len({row["prompt_id"] for row in completions if row["step"] == 1}) == 6
+    for row in completions:
+        assert row["rewards"]["length"] == pytest.approx(len(row["text"]) / len(row["ground_truth"]))
 
 
 def test_one_unreadable_clip_is_reported_and_skipped(finished, clips, tmp_path):
@@ -162,7 +166,9 @@ def test_one_unreadable_clip_is_reported_and_skipped(finished, clips, tmp_path):
     shutil.copytree(clips, broken)
     (broken / "video" / "sample_00000003.mp4").write_bytes(b"no video")
     (broken / "openface_face" / "sample_00000003" / "sample_00000003.npy").write_bytes(b"no faces")
-    options = options | {"data.root": str(broken), "data.format": "mer2025", "run.output_dir": str(tmp_path)}
+    options = options | {"data.root": str(broken), "run.output_dir": str(tmp_path)}
+    del options["data.layout.clips"]  # an option of synthetic clips, which a damaged folder cannot pass for
+    options["data.format"] = "mer2025"
     result = run("affectgpt_r1.py", options | {"controls": "false", "run.max_steps": "1", "cold_start.max_steps": "2"})
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stderr.count("sample_00000003.npy") == 1
@@ -182,7 +188,10 @@ def test_one_unreadable_clip_is_reported_and_skipped(finished, clips, tmp_path):
 )
 def test_bad_input_stops_before_work_with_the_key_or_file_and_no_traceback(finished, tmp_path, change, message):
     _, options = finished
-    result = run("affectgpt_r1.py", options | {"run.output_dir": str(tmp_path)} | change)
+    options = options | {"run.output_dir": str(tmp_path)} | change
+    if "data.format" in change:
+        del options["data.layout.clips"]
+    result = run("affectgpt_r1.py", options)
     assert result.returncode != 0
     assert message in result.stderr
     assert "Traceback" not in result.stderr

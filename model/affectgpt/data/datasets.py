@@ -1,7 +1,10 @@
-"""Emotion datasets as they lie on disk (MER2025, MER2026, OV-MERD+, a folder or a jsonl of one's own) as `Sample`s.
+"""Read emotion datasets from disk as `Sample`s: MER2025, MER2026, OV-MERD+, a folder of clips, a jsonl, or your own.
 
 Loading reads tables only. A media file that is missing or broken shows up when its features are extracted, where it is
 reported and skipped; a missing folder or table, or one without its columns, is an error here.
+
+A layout is a frozen dataclass registered under the name that `data.format` takes: its fields are its options
+(`data.layout.…`), its `load` reads the samples. docs/data.md shows how to add one. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -10,9 +13,12 @@ import csv
 import json
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, make_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar
+
+from grpo_core.config.fields import ConfigSection
+from grpo_core.registry import Registry
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".mov", ".webm")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -21,14 +27,14 @@ NO_LABEL = "neutral"  # what upstream's loaders put for an empty label list
 
 @dataclass(frozen=True)
 class Sample:
-    """One clip and what is known of it. A path that is None means the sample has no such part, by design.
+    """One clip and what is known of it. A path that is None means that the sample lacks this modality by design.
 
     Attributes:
         name: unique in its dataset.
         audio: None → the video's own sound track.
         face: .npy of cropped faces.
         subtitle: what is said; empty where unknown.
-        labels: open-vocabulary emotion labels, the string as it stands in the table, e.g. `[happy, proud]`.
+        labels: open-vocabulary emotion labels, as the table spells them, e.g. `[happy, proud]`.
         reason: a description that leads to the labels.
         image: a still picture, for the prompts that take one instead of a video.
     """
@@ -51,7 +57,7 @@ def load_mer2025(
     reasons: str | Path | None = None,
     labelled: bool = True,
 ) -> list[Sample]:
-    """Samples of a table of the MER2025 dataset, in its order.
+    """Load the samples of a table of the MER2025 dataset, in its order.
 
     ```
     root/video/{name}.mp4   audio/{name}.wav   openface_face/{name}/{name}.npy   subtitle_chieng.csv   track*.csv
@@ -60,7 +66,7 @@ def load_mer2025(
     A modality whose folder is not there is None in all samples (audio: the video's own track).
 
     Args:
-        labels: csv `name,openset`; a path of its own, or relative to root.
+        labels: csv `name,openset`; an absolute path, or relative to root.
         reasons: csv `name,reason`, e.g. `track3_train_ovmerd.csv`.
         labelled: False reads the names alone (`track_all_candidates.csv`); labels are then None.
 
@@ -72,7 +78,7 @@ def load_mer2025(
 
 
 def load_mer2026(root: str | Path, labels: str | Path = "track2_train_human.csv", **options: Any) -> list[Sample]:
-    """MER2026: the layout and the options of `load_mer2025`."""
+    """Load MER2026: the layout and the arguments of `load_mer2025`."""
     return load_mer2025(root, labels, **options)
 
 
@@ -83,7 +89,7 @@ def load_ovmerd_plus(
     reasons: str | Path | None = None,
     labelled: bool = True,
 ) -> list[Sample]:
-    """OV-MERD+ of MER-UniBench (`ovmerdplus-process`); arguments and errors as `load_mer2025`.
+    """Load OV-MERD+ of MER-UniBench (`ovmerdplus-process`); arguments and errors as `load_mer2025`.
 
     ```
     root/video/{name}.mp4   audio/{name}.wav   openface_face/{name}.npy   subtitle_eng.csv   ovlabel.csv
@@ -93,11 +99,11 @@ def load_ovmerd_plus(
 
 
 def load_folder(root: str | Path, labels: str | Path | None = None) -> list[Sample]:
-    """A folder of clips, in order of name: `{name}.mp4` (or another video), and beside it whichever there are of
+    """Load a folder of clips, in order of name: `{name}.mp4` (or another video), and beside it whichever there are of
     `{name}.wav`, `{name}.npy` (faces), `{name}.txt` (subtitle). A picture without a video is a sample too.
 
     Args:
-        labels: csv `name,openset`; a path of its own, or relative to root. Clips it does not name have labels None.
+        labels: csv `name,openset`; an absolute path, or relative to root. Clips it does not name have labels None.
 
     Raises:
         FileNotFoundError: root or labels.
@@ -136,7 +142,7 @@ def load_folder(root: str | Path, labels: str | Path | None = None) -> list[Samp
 
 
 def load_jsonl(path: str | Path) -> list[Sample]:
-    """One JSON object a line: `name`, and any of `video, audio, face, image, subtitle, labels, reason`.
+    """Load one JSON object a line: `name`, and any of `video, audio, face, image, subtitle, labels, reason`.
 
     Paths are relative to the jsonl. `labels` is a string, or a list of strings.
 
@@ -174,13 +180,107 @@ def load_jsonl(path: str | Path) -> list[Sample]:
     return samples
 
 
-LOADERS: dict[str, Callable[..., list[Sample]]] = {
-    "mer2025": load_mer2025,
-    "mer2026": load_mer2026,
-    "ovmerd_plus": load_ovmerd_plus,
-    "folder": load_folder,
-    "jsonl": load_jsonl,
-}
+# --- layouts by name ---------------------------------------------------------------------------------------------
+
+
+class Layout(Protocol):
+    """A registered layout: an instance holds its options."""
+
+    def load(self, root: Path, *, labels: str, reasons: str | None, labelled: bool) -> list[Sample]:
+        """Read the samples of a label table.
+
+        Args:
+            root: `data.root`.
+            labels: `data.labels` or `data.test_labels`; a layout without tables takes no notice of it.
+            reasons: `data.reasons`, descriptions that think mode learns from.
+            labelled: False where the samples are to be predicted: the table may have names alone.
+        """
+
+
+LAYOUTS: Registry[Any] = Registry("dataset layout")
+"""Layouts by name, each a class as `Layout` describes it."""
+
+Loader = TypeVar("Loader", bound=Callable[..., Any])
+
+
+def register_layout(name: str) -> Callable[[Loader], Loader]:
+    """Register the class or function below as the layout that `data.format: name` stands for.
+
+    A class has a method `load` as `Layout` describes it, and becomes a frozen dataclass: its fields are its options. A
+    function has no options, and is called as that method is.
+
+    Raises:
+        ValueError: the name is taken, or a class has no `load` or is a dataclass that is not frozen.
+    """
+
+    def decorate(loader: Loader) -> Loader:
+        entry: Any = loader
+        if not isinstance(loader, type):
+            namespace = {"load": staticmethod(loader), "__doc__": loader.__doc__, "__module__": loader.__module__}
+            entry = make_dataclass(loader.__name__, [], frozen=True, namespace=namespace)
+        elif not callable(getattr(loader, "load", None)):
+            raise ValueError(f"dataset layout {name!r}: give {loader.__name__} a method load(root, labels, …)")
+        elif "__dataclass_fields__" not in vars(loader):  # also where a base has them: this class may add options
+            entry = dataclass(frozen=True)(loader)
+        elif not loader.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+            raise ValueError(f"dataset layout {name!r}: make {loader.__name__} a @dataclass(frozen=True)")
+        LAYOUTS.add(name, entry)
+        return loader
+
+    return decorate
+
+
+@register_layout("mer2025")
+@dataclass(frozen=True)
+class MER2025Layout(ConfigSection, key="data.layout"):
+    """The MER2025 dataset, in the folders it is published in."""
+
+    subtitle_language: Literal["english", "chinese"] = "english"
+    """Which column of the subtitle table is read."""
+
+    def load(self, root: Path, *, labels: str, reasons: str | None, labelled: bool) -> list[Sample]:
+        """As `load_mer2025`."""
+        return load_mer2025(root, labels, subtitle_language=self.subtitle_language, reasons=reasons, labelled=labelled)
+
+
+@register_layout("mer2026")
+@dataclass(frozen=True)
+class MER2026Layout(MER2025Layout, key="data.layout"):
+    """The MER2026 dataset: folders and tables as MER2025."""
+
+
+@register_layout("ovmerd_plus")
+def _load_ovmerd_plus(root: Path, *, labels: str, reasons: str | None, labelled: bool) -> list[Sample]:
+    """OV-MERD+ of MER-UniBench."""
+    return load_ovmerd_plus(root, labels, reasons=reasons, labelled=labelled)
+
+
+@register_layout("folder")
+def _load_folder(root: Path, *, labels: str, reasons: str | None, labelled: bool) -> list[Sample]:
+    """A folder of clips, with a label table where there are labels."""
+    return load_folder(root, labels if labelled else None)
+
+
+@register_layout("jsonl")
+def _load_jsonl(root: Path, *, labels: str, reasons: str | None, labelled: bool) -> list[Sample]:
+    """A jsonl that lists clips with their labels; data.root is the file, and no tables are read."""
+    return load_jsonl(root)
+
+
+@register_layout("synthetic")
+@dataclass(frozen=True)
+class SyntheticLayout(ConfigSection, key="data.layout"):
+    """The embedded default: clips made from run.seed, and tiny models unless some are named."""
+
+    clips: tuple[int, int] = (400, 450)
+    """Training and held-out clips that are made."""
+
+    def load(self, root: Path, *, labels: str, reasons: str | None, labelled: bool) -> list[Sample]:
+        """As `load_mer2025`: clips are made in its layout, see `affectgpt.pipeline.prepare_synthetic`."""
+        return load_mer2025(root, labels, reasons=reasons, labelled=labelled)
+
+
+# --- tables and files --------------------------------------------------------------------------------------------
 
 
 def _load(
@@ -246,7 +346,7 @@ def _unique(names: Iterable[str], path: Path) -> None:
     seen: set[str] = set()
     for name in names:
         if name in seen:
-            raise ValueError(f"{path}: {name!r} stands there twice. Names are unique; keep one of the two.")
+            raise ValueError(f"{path}: {name!r} appears twice. Names are unique; keep one of the two.")
         seen.add(name)
 
 
@@ -257,7 +357,7 @@ def _text(value: str | None) -> str:
 
 
 def _labels(value: str) -> str:
-    """A label string as it stands, unless it lists nothing."""
+    """A label string as written, or `neutral` if it lists nothing."""
     return value if re.sub(r"[\[\]'\",\s]", "", _text(value)) else NO_LABEL
 
 

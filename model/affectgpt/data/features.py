@@ -44,7 +44,7 @@ from affectgpt.data.media import (
     read_frames,
     read_image,
 )
-from grpo_core.distributed.collectives import Distributed, gather_objects
+from grpo_core.distributed import Distributed, gather_objects
 
 if TYPE_CHECKING:
     from affectgpt.modeling.encoders import Encoders

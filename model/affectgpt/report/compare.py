@@ -1,4 +1,4 @@
-"""Models set against the ground truth and against each other: sector counts, intervals, and which clips to show."""
+"""Compares models with the ground truth and with each other: sector counts, intervals, and which clips to show."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from affectgpt.stages import COLD_START
+
 if TYPE_CHECKING:
     from affectgpt.emotion_wheel import EmotionWheel
 
@@ -16,7 +18,7 @@ LEVEL = 1  # of the sectors that are drawn; level 2 has too many to tell apart
 
 @dataclass
 class SectorCounts:
-    """Clips by sector of one wheel, over the clips whose ground truth lies on that wheel.
+    """Counts of clips by sector of one wheel, over the clips whose ground truth is on that wheel.
 
     Attributes:
         sectors: names in drawing order, S of them.
@@ -35,7 +37,7 @@ class SectorCounts:
 
 
 class SectorLookup:
-    """Label sets → sets of level-1 sectors per wheel, remembering each word."""
+    """Looks up the level-1 sectors of labels on every wheel, with a cache, since answers share most words."""
 
     def __init__(self, wheel: EmotionWheel) -> None:
         self._wheel = wheel
@@ -43,19 +45,19 @@ class SectorLookup:
         self.count = len(wheel.names)
 
     def word(self, label: str) -> Sequence[str | None]:
-        """The sector of a label on each wheel, None where the wheel lacks it."""
+        """The sector of a label on each wheel, None on a wheel that lacks it."""
         key = label.lower().strip()
         if key not in self._words:
             self._words[key] = self._wheel.clusters(key, LEVEL)
         return self._words[key]
 
     def sets(self, labels: Sequence[str]) -> list[set[str]]:
-        """One set of sectors per wheel."""
+        """The sectors that labels name, one set per wheel."""
         words = [self.word(label) for label in labels]
-        return [{word[index] for word in words if word[index] is not None} for index in range(self.count)]
+        return [{sector for word in words if (sector := word[index]) is not None} for index in range(self.count)]
 
     def share(self, label: str, truth: list[set[str]]) -> float | None:
-        """Of the wheels that hold the label and the ground truth: the share on which they meet. None: no such wheel."""
+        """Share of wheels on which the label's sector is in `truth`, of those that have both; None if none has."""
         meets = [
             sector in true for sector, true in zip(self.word(label), truth, strict=True) if sector is not None and true
         ]
@@ -63,14 +65,14 @@ class SectorLookup:
 
 
 def ground_truth_labels(text: Any) -> list[str]:
-    """A label string of the dataset as a list, by the metric's own parser."""
+    """Split a label string of the dataset into labels, by the parser of the metric."""
     from affectgpt.emotion_wheel import parse_labels
 
     return parse_labels(text if isinstance(text, str) else "", "strict")
 
 
 def sector_counts(evaluations: Mapping[str, Mapping[str, Any]], wheel: EmotionWheel) -> list[SectorCounts]:
-    """One `SectorCounts` per wheel, over the clips that every one of `evaluations` holds."""
+    """Count clips by sector, one `SectorCounts` per wheel, over the clips that all of `evaluations` contain."""
     lookup = SectorLookup(wheel)
     names, by_model = aligned(evaluations)
     first = next(iter(by_model.values()))
@@ -97,7 +99,7 @@ def sector_counts(evaluations: Mapping[str, Mapping[str, Any]], wheel: EmotionWh
 
 
 def aligned(evaluations: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], dict[str, list[Mapping[str, Any]]]]:
-    """Names of the clips that all evaluations hold, in the first one's order; each model's samples in that order."""
+    """The names of the clips that all evaluations contain, in the first one's order, and the samples of each model."""
     tables = {model: _by_name(evaluation) for model, evaluation in evaluations.items()}
     first = next(iter(tables.values()), {})
     names = [name for name in first if all(name in table for table in tables.values())]
@@ -121,25 +123,26 @@ def intervals(
     evaluations: Mapping[str, Mapping[str, Any]],
     wheel: EmotionWheel,
     level: int = 1,
-    baseline: str = "cold_start",
+    baseline: str = COLD_START,
     draws: int = 1000,
     seed: int = 0,
 ) -> tuple[dict[str, Interval], dict[str, Interval]]:
     """Bootstrap the corpus F over clips; every model sees the same draws, so differences are paired.
 
-    Models that were asked other clips than `baseline` (where that is absent, than the first) get no interval.
+    Models that answered other clips than `baseline` (if that is absent, than the first model) get no interval.
 
     Returns:
-        Interval of each model, and of each model's difference to `baseline` (empty where that is absent).
+        Interval of each model, and of each model's difference to `baseline` (empty if that is absent).
     """
-    asked = {model: frozenset(_by_name(evaluation)) for model, evaluation in evaluations.items()}
-    clips_of = asked.get(baseline, next(iter(asked.values()), frozenset()))
-    names, by_model = aligned({model: evaluations[model] for model in asked if asked[model] == clips_of})
+    clips_of = {model: frozenset(_by_name(evaluation)) for model, evaluation in evaluations.items()}
+    compared = clips_of.get(baseline, next(iter(clips_of.values()), frozenset()))
+    names, by_model = aligned({model: evaluations[model] for model in clips_of if clips_of[model] == compared})
     if not names:
         return {}, {}
     clips = len(names)
     rng = np.random.default_rng(seed)
-    weights = [np.ones(clips)]  # draw 0 is the corpus itself
+    # How often each clip is drawn. Draw 0 is the corpus itself.
+    weights: list[np.ndarray] = [np.ones(clips)]
     weights += [np.bincount(rng.integers(clips, size=clips), minlength=clips) for _ in range(draws)]
     f1 = {}
     for model, samples in by_model.items():
@@ -164,7 +167,7 @@ def intervals(
 
 
 def _corpus_f1(weights: np.ndarray, precision: np.ndarray, recall: np.ndarray, scored: np.ndarray) -> float:
-    """`EmotionWheel.corpus` over clips that count `weights` `[N]` times; the other arrays are `[N, W]`."""
+    """F as in `EmotionWheel.corpus`, with each of N clips counted `weights` `[N]` times; other arrays are `[N, W]`."""
     total = np.maximum(weights @ scored, 1.0)
     p, r = weights @ precision / total, weights @ recall / total
     return float((2 * p * r / np.where(p + r > 0, p + r, 1.0)).mean())
@@ -172,7 +175,7 @@ def _corpus_f1(weights: np.ndarray, precision: np.ndarray, recall: np.ndarray, s
 
 @dataclass(frozen=True)
 class Pair:
-    """One held-out clip before and after; change = after − before, in points of F."""
+    """One held-out clip before and after GRPO; `change` is after − before, in points of F."""
 
     before: Mapping[str, Any]
     after: Mapping[str, Any]
@@ -187,16 +190,16 @@ class Pair:
 
 
 def pairs(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Pair]:
-    """Clips that both evaluations hold and score."""
+    """Pair the clips that both evaluations contain and score."""
     _, by_model = aligned({"before": before, "after": after})
     both = [Pair(b, a) for b, a in zip(by_model["before"], by_model["after"], strict=True)]
     return [pair for pair in both if all(_scored(sample) for sample in (pair.before, pair.after))]
 
 
 def choose(candidates: Sequence[Pair], count: int = 4) -> tuple[list[Pair], list[Pair]]:
-    """Clips to show: the largest improvements, and failures (largest losses first, then the lowest F after).
+    """Choose clips to show: the largest improvements, and failures (largest losses first, then the lowest F after).
 
-    Ground truths differ where the set allows it; ties fall by name, so the choice is a function of the answers alone.
+    Ground truths differ if the set allows it. Ties are broken by name, so the choice depends on the answers alone.
     """
     gains = sorted((p for p in candidates if p.change > 0), key=lambda p: (-p.change, p.name))
     best = _spread(gains, count)
@@ -207,7 +210,7 @@ def choose(candidates: Sequence[Pair], count: int = 4) -> tuple[list[Pair], list
 
 
 def _spread(ranked: Sequence[Pair], count: int) -> list[Pair]:
-    """The first `count` of distinct ground truth; filled up in rank order where there are too few."""
+    """The first `count` of distinct ground truth, filled up in rank order if there are too few."""
     distinct = {str(pair.after.get("ground_truth")): pair for pair in reversed(ranked)}
     picked = [pair for pair in ranked if distinct[str(pair.after.get("ground_truth"))] is pair][:count]
     picked += [pair for pair in ranked if pair not in picked][: count - len(picked)]
@@ -220,10 +223,10 @@ def _scored(sample: Mapping[str, Any]) -> bool:
 
 
 def follow(completions: Sequence[Mapping[str, Any]], count: int = 5) -> list[list[Mapping[str, Any]]]:
-    """Groups of completions to show, in step order.
+    """Choose groups of completions to show, in step order.
 
-    The prompt seen at most steps is followed through training, if it came up three times; otherwise the group of
-    median mean reward stands for its step. Steps are spread evenly, first and last included.
+    The prompt sampled at most steps is followed through training if it was sampled three times; otherwise each step
+    is represented by its group of median mean reward. Steps are spread evenly, first and last included.
     """
     groups: dict[tuple[float, str], list[Mapping[str, Any]]] = {}
     for row in completions:
@@ -244,11 +247,12 @@ def follow(completions: Sequence[Mapping[str, Any]], count: int = 5) -> list[lis
 
 
 def mean_reward(rows: Sequence[Mapping[str, Any]]) -> float:
-    """Mean over members that were judged; −inf when none was."""
+    """Mean reward of the members that were judged; −inf if none was, which sorts such groups first."""
     values = [reward for row in rows if np.isfinite(reward := reward_of(row))]
     return float(np.mean(values)) if values else float("-inf")
 
 
 def reward_of(row: Mapping[str, Any]) -> float:
+    """The reward of a completion, NaN if it was not judged."""
     value = row.get("reward")
     return float(value) if isinstance(value, (int, float)) else float("nan")

@@ -1,4 +1,4 @@
-"""What a run left in its folder, read leniently: a report of a killed run is worth more than none."""
+"""Reads the files of a run folder. Damaged files are noted, not fatal: a killed run deserves a report too."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import Any
 
 import numpy as np
 
+from affectgpt.stages import STAGE_LABELS
+
 Row = dict[str, Any]
-STAGES = ("cold_start", "sft_continued")  # folders of a run's supervised stages
 
 
 class Curves:
     """Rows of a metrics file as columns: one float64 array per name, NaN where a step has no (numeric) value.
 
-    A step that stands twice (a run that was killed and resumed) keeps its last row.
+    If a step appears twice (a run that was killed and resumed), its last row counts.
     """
 
     def __init__(self, rows: list[Row]) -> None:
@@ -29,7 +30,7 @@ class Curves:
         return len(self.steps)
 
     def __contains__(self, name: str) -> bool:
-        """True where at least one step holds a finite value: a curve that can be drawn."""
+        """True if at least one step has a finite value, so that there is a curve to draw."""
         return bool(np.isfinite(self[name]).any())
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -37,7 +38,7 @@ class Curves:
         return np.array([value if _is_number(value) else np.nan for value in values], dtype=np.float64)
 
     def missing(self, name: str) -> int:
-        """Steps that logged this name without a finite value: null, NaN, infinite (not those that did not log it)."""
+        """Number of steps that logged this name as null, NaN or infinite; steps that did not log it are not counted."""
         return sum(name in row and not (_is_number(row[name]) and np.isfinite(row[name])) for row in self._rows)
 
 
@@ -48,10 +49,10 @@ class Run:
     Attributes:
         summary: `summary.json`.
         metrics: step curves of GRPO.
-        supervised: step curves of the stages before it and beside it, `<stage>/metrics.jsonl`, where they are.
+        supervised: step curves of the supervised stages by name, `<stage>/metrics.jsonl`, of those that ran.
         completions: rows of `completions.jsonl`, one per sampled completion.
-        evaluations: `evaluations/<name>.json` by name, its scores turned from fractions into percent.
-        notes: what could not be read, in words for the reader of the report.
+        evaluations: `evaluations/<name>.json` by name, scores converted from fractions to percent.
+        notes: what could not be read, one sentence each for the reader of the report.
     """
 
     name: str
@@ -63,19 +64,25 @@ class Run:
     evaluations: dict[str, Row] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def level(self) -> int:
+        """The level of the emotion wheels that the run was scored at."""
+        return next((evaluation["level"] for evaluation in self.evaluations.values() if "level" in evaluation), 1)
+
 
 def read_run(folder: Path) -> Run:
     """Read a run folder. Only `metrics.jsonl` is required.
 
     Raises:
-        FileNotFoundError: `folder` holds no `metrics.jsonl`.
+        FileNotFoundError: `folder` has no `metrics.jsonl`.
     """
     if not (folder / "metrics.jsonl").is_file():
         raise FileNotFoundError(f"{folder / 'metrics.jsonl'} is missing: give the folder that a training run wrote")
     run = Run(folder.resolve().name)
     run.metrics = Curves(_read_lines(folder / "metrics.jsonl", run.notes))
-    stages = {stage: Curves(_read_lines(folder / stage / "metrics.jsonl", run.notes)) for stage in STAGES}
-    run.supervised = {stage: curves for stage, curves in stages.items() if len(curves)}
+    for stage, label in STAGE_LABELS.items():
+        if label.supervised and len(curves := Curves(_read_lines(folder / stage / "metrics.jsonl", run.notes))):
+            run.supervised[stage] = curves
     run.completions = [
         row
         for row in _read_lines(folder / "completions.jsonl", run.notes)
@@ -91,7 +98,7 @@ def read_run(folder: Path) -> Run:
 
 
 def _in_percent(evaluation: Row) -> Row:
-    """Its scores times 100: those of the corpus, of each wheel and of each sample."""
+    """Multiply the scores of an evaluation by 100: those of the corpus, of each wheel and of each sample."""
 
     def scaled(value: Any) -> Any:
         if isinstance(value, list):
@@ -109,7 +116,7 @@ def _in_percent(evaluation: Row) -> Row:
 
 
 def _read_object(path: Path, notes: list[str]) -> Row:
-    """A JSON object; empty (with a note) when the file cannot be parsed, empty when there is none."""
+    """Read a JSON object; empty if there is no file, empty with a note if it cannot be parsed."""
     if not path.is_file():
         return {}
     try:
@@ -124,7 +131,7 @@ def _read_object(path: Path, notes: list[str]) -> Row:
 
 
 def _read_lines(path: Path, notes: list[str]) -> list[Row]:
-    """JSON objects, one a line. A half-written last line is what a killed run leaves: dropped without a word."""
+    """Read one JSON object per line. A killed run leaves a half-written last line: dropped without a note."""
     if not path.is_file():
         return []
     rows, broken = [], 0
@@ -135,7 +142,7 @@ def _read_lines(path: Path, notes: list[str]) -> list[Row]:
         try:
             row = _parse(line)
         except json.JSONDecodeError:
-            broken += number < len(lines)
+            broken += number < len(lines)  # the last line does not count
             continue
         if isinstance(row, dict):
             rows.append(row)
@@ -145,9 +152,9 @@ def _read_lines(path: Path, notes: list[str]) -> list[Row]:
 
 
 def _parse(text: str) -> Any:
-    """JSON, with half surrogate pairs (escapes of a cut text) replaced: no file could hold them."""
+    """Parse JSON and replace lone surrogates, the `\\udXXX` escapes of a text cut in the middle of a character."""
     value = json.loads(text)
-    if "\\ud" in text.lower():
+    if "\\ud" in text.lower():  # only then the second pass, which costs as much as the first
         value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
     return value
 

@@ -1,15 +1,17 @@
 """The AffectGPT-R1 rewards (arXiv 2508.01318) and their kin, each a vectorised function over all groups of a step.
 
-Called with N groups of G completions, a reward gives float64 `[N, G]`, NaN where it cannot judge.
+Called with N groups of G completions, a reward gives float64 `[N, G]`, NaN where it cannot judge. Importing this
+package needs NumPy alone, so options are read and `--help` is printed without torch.
 """
 
 from affectgpt.rewards.accuracy import AccuracyReward, DualReward
 from affectgpt.rewards.alignment import AlignmentReward
 from affectgpt.rewards.closed_labels import HitRateReward, SentimentReward
-from affectgpt.rewards.config import REWARDS, RewardConfig, make_rewards
+from affectgpt.rewards.config import RewardConfig, check_rewards, make_rewards
 from affectgpt.rewards.format import FormatReward, has_think_answer_format, split_think_answer
 from affectgpt.rewards.length import LengthPenalty
 from affectgpt.rewards.perception import Comparison, Judge, PerceptionReward, bradley_terry
+from affectgpt.rewards.registry import REWARDS, RewardContext, register_reward
 from affectgpt.rewards.shaping import RepetitionPenalty, SoftOverlongPunishment
 from affectgpt.rewards.words import EmotionWords, wordnet_lemmas
 
@@ -27,11 +29,14 @@ __all__ = [
     "PerceptionReward",
     "RepetitionPenalty",
     "RewardConfig",
+    "RewardContext",
     "SentimentReward",
     "SoftOverlongPunishment",
     "bradley_terry",
+    "check_rewards",
     "has_think_answer_format",
     "make_rewards",
+    "register_reward",
     "split_think_answer",
     "wordnet_lemmas",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
@@ -11,13 +11,19 @@ from affectgpt.emotion_wheel import EmotionWheel
 from affectgpt.prompts import Mode, answer_text
 from affectgpt.rewards.format import think_text
 from affectgpt.rewards.length import LengthPenalty, count_labels
+from affectgpt.rewards.registry import register_reward
 from affectgpt.rewards.words import EmotionWords
-from grpo_core.types import Group
+
+if TYPE_CHECKING:
+    from affectgpt.rewards.config import RewardConfig
+    from affectgpt.rewards.registry import RewardContext
+    from grpo_core.types import Group
 
 Level = Literal[1, 2]
 Unscored = Literal["zero", "skip"]
 
 
+@register_reward("accuracy")
 class AccuracyReward:
     """Emotion-wheel F of a completion's labels against its sample's, mean over the five wheels, in 0…1.
 
@@ -25,13 +31,13 @@ class AccuracyReward:
 
     Args:
         wheel: the tables.
-        mode: `think` scores what stands in `<answer>`, `no_think` the whole text.
+        mode: `think` scores what is inside `<answer>`, `no_think` the whole text.
         level: 1 for the inner ring of the wheels (the paper's), 2 for the next.
         unscored: a wheel that the ground truth is not on counts as 0 (`zero`) or is left out of the mean (`skip`).
         penalty: multiplies by a factor for more labels than the ground truth has.
     """
 
-    name = "accuracy"
+    name: ClassVar[str]
 
     def __init__(
         self,
@@ -44,6 +50,11 @@ class AccuracyReward:
         self.wheel, self.mode, self.level, self.unscored = wheel, mode, level, unscored
         self.penalty = penalty or LengthPenalty()
 
+    @classmethod
+    def from_config(cls, config: RewardConfig, context: RewardContext) -> AccuracyReward:
+        """The reward of a run."""
+        return cls(context.wheel, context.mode, config.level, config.unscored, config.penalty)
+
     def __call__(self, groups: Sequence[Group]) -> np.ndarray:
         answers = [answer_text(c.text, self.mode) for group in groups for c in group.completions]
         values = wheel_f(self.wheel, groups, answers, self.level, self.unscored, parse="tolerant")
@@ -52,6 +63,7 @@ class AccuracyReward:
         return values.reshape(len(groups), -1)
 
 
+@register_reward("dual", needs="think")
 class DualReward:
     """Emotion-wheel F of the emotion words in a completion's think block against its sample's labels, in 0…1.
 
@@ -61,7 +73,7 @@ class DualReward:
         words: finds the emotion words; on `wheel`'s tables unless given.
     """
 
-    name = "dual"
+    name: ClassVar[str]
 
     def __init__(
         self,
@@ -73,6 +85,11 @@ class DualReward:
     ):
         self.wheel, self.level, self.unscored = wheel, level, unscored
         self.penalty, self.words = penalty or LengthPenalty(), words or EmotionWords(wheel)
+
+    @classmethod
+    def from_config(cls, config: RewardConfig, context: RewardContext) -> DualReward:
+        """The reward of a run."""
+        return cls(context.wheel, config.level, config.unscored, config.penalty, context.words)
 
     def __call__(self, groups: Sequence[Group]) -> np.ndarray:
         found = [set(self.words.find(think_text(c.text))) for group in groups for c in group.completions]

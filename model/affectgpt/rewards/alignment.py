@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
 from affectgpt.emotion_wheel import EmotionWheel
-from affectgpt.rewards.format import FormatRule, split_think_answer
+from affectgpt.rewards.format import FormatRule, check_rule, split_think_answer
+from affectgpt.rewards.registry import register_reward
 from affectgpt.rewards.words import EmotionWords
-from grpo_core.types import Group
+
+if TYPE_CHECKING:
+    from affectgpt.rewards.config import RewardConfig
+    from affectgpt.rewards.registry import RewardContext
+    from grpo_core.types import Group
 
 
+@register_reward("alignment", needs="think")
 class AlignmentReward:
     """Agreement of the emotion words of the think block with those of the answer, in 0…1, ground truth aside.
 
@@ -33,7 +39,7 @@ class AlignmentReward:
         ValueError: an unknown name.
     """
 
-    name = "alignment"
+    name: ClassVar[str]
 
     def __init__(
         self,
@@ -49,22 +55,36 @@ class AlignmentReward:
             raise ValueError(f"unknown form of the alignment reward {form!r}: choose jaccard or threshold")
         if unscored not in ("zero", "skip"):
             raise ValueError(f"unscored={unscored!r}: choose zero or skip")
-        split_think_answer("", rule)  # refuses an unknown rule
+        check_rule(rule)
         self.wheel, self.form, self.threshold, self.level = wheel, form, threshold, level
         self.unscored, self.rule, self.words = unscored, rule, words or EmotionWords(wheel)
 
+    @classmethod
+    def from_config(cls, config: RewardConfig, context: RewardContext) -> AlignmentReward:
+        """The reward of a run."""
+        return cls(
+            context.wheel,
+            form=config.alignment,
+            threshold=config.alignment_threshold,
+            level=config.level,
+            unscored=config.unscored,
+            rule=config.format_rule,
+            words=context.words,
+        )
+
     def __call__(self, groups: Sequence[Group]) -> np.ndarray:
-        parts = [split_think_answer(c.text, self.rule) or ("", "") for group in groups for c in group.completions]
-        thoughts = [",".join(self.words.find(think)) for think, _ in parts]
+        # a completion without the form has no words on either side, which is agreement 0
+        blocks = [split_think_answer(c.text, self.rule) or ("", "") for group in groups for c in group.completions]
+        thoughts = [",".join(self.words.find(think)) for think, _ in blocks]
         think = self.wheel.masks(thoughts, self.level)
-        answer = self.wheel.masks([answer for _, answer in parts], self.level, parse="tolerant")
+        answer = self.wheel.masks([answer for _, answer in blocks], self.level, parse="tolerant")
         common = np.bitwise_count(think & answer).astype(np.float64)
         union = np.bitwise_count(think | answer).astype(np.float64)
         if self.form == "jaccard":
             agreement = common / np.maximum(union, 1)
         else:
             agreement = 2 * common / np.maximum(union + common, 1)
-        wheels = np.full(len(parts), union.shape[1]) if self.unscored == "zero" else (union > 0).sum(axis=1)
+        wheels = np.full(len(blocks), union.shape[1]) if self.unscored == "zero" else (union > 0).sum(axis=1)
         values = agreement.sum(axis=1) / np.maximum(wheels, 1)
         if self.form == "threshold":
             values = (values >= self.threshold).astype(np.float64)

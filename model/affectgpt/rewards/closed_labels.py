@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
 from affectgpt.emotion_wheel import EmotionWheel, parse_labels
 from affectgpt.prompts import Mode, answer_text
-from grpo_core.types import Group
+from affectgpt.rewards.registry import register_reward
+
+if TYPE_CHECKING:
+    from affectgpt.rewards.config import RewardConfig
+    from affectgpt.rewards.registry import RewardContext
+    from grpo_core.types import Group
 
 POSITIVE = frozenset(["happy", "joyful", "joy", "powerful", "peaceful", "genius"])
 NEGATIVE = frozenset(["mad", "angry", "anger", "disgusted", "disgust", "sad", "scared", "fearful", "fear", "bad"])
@@ -17,6 +22,7 @@ NEITHER = frozenset({"surprised"})
 _SENTIMENT = {"positive": 1.0, "negative": -1.0, "neutral": 0.0}
 
 
+@register_reward("hit_rate")
 class HitRateReward:
     """1 per wheel where the true label's cluster is among the answer's, mean over wheels (MER-UniBench's hit rate).
 
@@ -24,13 +30,13 @@ class HitRateReward:
 
     Args:
         wheel: the tables.
-        mode: `think` scores what stands in `<answer>`, `no_think` the whole text.
+        mode: `think` scores what is inside `<answer>`, `no_think` the whole text.
         candidates: the dataset's labels; with them a hit is divided by how many of their clusters the answer names
             (upstream's "mscore"), so naming them all does not pay.
         unscored: a wheel that the true label is not on counts as 0 (`zero`) or is left out of the mean (`skip`).
     """
 
-    name = "hit_rate"
+    name: ClassVar[str]
 
     def __init__(
         self,
@@ -42,6 +48,11 @@ class HitRateReward:
         if unscored not in ("zero", "skip"):
             raise ValueError(f"unscored={unscored!r}: choose zero or skip")
         self.wheel, self.mode, self.candidates, self.unscored = wheel, mode, tuple(candidates), unscored
+
+    @classmethod
+    def from_config(cls, config: RewardConfig, context: RewardContext) -> HitRateReward:
+        """The reward of a run."""
+        return cls(context.wheel, context.mode, config.candidates, config.unscored)
 
     def __call__(self, groups: Sequence[Group]) -> np.ndarray:
         truth = [_single_label(group) for group in groups for _ in group.completions]
@@ -55,6 +66,7 @@ class HitRateReward:
         return values.reshape(len(groups), -1)
 
 
+@register_reward("sentiment")
 class SentimentReward:
     """1 if the answer's sentiment is positive exactly where the sample's value is, else 0 (as MOSI's metric counts).
 
@@ -66,7 +78,7 @@ class SentimentReward:
         ValueError: the wheel has a sector whose sentiment is not known here.
     """
 
-    name = "sentiment"
+    name: ClassVar[str]
 
     def __init__(self, wheel: EmotionWheel, mode: Mode = "no_think"):
         self.wheel, self.mode = wheel, mode
@@ -77,6 +89,11 @@ class SentimentReward:
             np.array([sum(1 << i for i, s in enumerate(row) if s in side) for row in sectors], dtype=np.uint64)
             for side in (POSITIVE, NEGATIVE)
         )
+
+    @classmethod
+    def from_config(cls, config: RewardConfig, context: RewardContext) -> SentimentReward:
+        """The reward of a run."""
+        return cls(context.wheel, context.mode)
 
     def __call__(self, groups: Sequence[Group]) -> np.ndarray:
         values = np.array([_sentiment_value(group) for group in groups for _ in group.completions])

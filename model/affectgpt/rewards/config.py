@@ -1,32 +1,30 @@
-"""Rewards by name, and their options."""
+"""A run's reward options, and the rewards they name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from affectgpt.emotion_wheel import EmotionWheel
-from affectgpt.prompts import Mode
-from affectgpt.rewards.accuracy import AccuracyReward, DualReward
-from affectgpt.rewards.alignment import AlignmentReward
-from affectgpt.rewards.closed_labels import HitRateReward, SentimentReward
-from affectgpt.rewards.format import FormatReward
-from affectgpt.rewards.length import LengthPenalty
-from affectgpt.rewards.perception import Judge, PerceptionReward
-from affectgpt.rewards.shaping import RepetitionPenalty, SoftOverlongPunishment
-from affectgpt.rewards.words import EmotionWords, wordnet_lemmas
-from grpo_core.rewards import Reward
+from affectgpt.rewards.length import LengthPenalty, check_penalty
+from affectgpt.rewards.perception import Judge, check_judge_folder
+from affectgpt.rewards.registry import REWARDS, RewardContext
+from grpo_core.config.fields import ConfigSection
+
+if TYPE_CHECKING:
+    from affectgpt.emotion_wheel import EmotionWheel
+    from affectgpt.prompts import Mode
+    from grpo_core.rewards import Reward
 
 
 @dataclass
-class RewardConfig:
+class RewardConfig(ConfigSection, key="reward"):
     """Which rewards a run has, and how they judge; algorithm.reward_weights weighs them."""
 
     names: tuple[str, ...] = ("accuracy",)
-    """Rewards by name: accuracy, format, alignment, dual, perception, overlong, repetition, hit_rate, sentiment;
-    format, alignment and dual need think mode, perception a judge."""
+    """Built-in rewards by name, and your own by import path: file.py:name or package.module:name; docs/rewards.md has
+    the list."""
     level: Literal[1, 2] = 1
     """Ring of the wheels that is compared."""
     unscored: Literal["zero", "skip"] = "skip"
@@ -61,12 +59,13 @@ class RewardConfig:
     """Of the judge's weights; auto is its checkpoint's."""
 
     def __post_init__(self) -> None:
-        LengthPenalty(self.length_penalty, self.single_label)
+        super().__post_init__()
+        check_penalty(self.length_penalty, self.single_label)
         if not 0 < self.alignment_threshold <= 1:
-            raise ValueError(f"alignment_threshold is {self.alignment_threshold}: set it above 0 and at most 1")
-        for name in ("judge_frames", "judge_batch"):
+            raise ValueError(f"reward.alignment_threshold is {self.alignment_threshold}: set it above 0 and at most 1")
+        for name in ("judge_frames", "judge_batch", "repetition_ngram"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: set it to 1 or more")
+                raise ValueError(f"reward.{name} is {getattr(self, name)}: set it to 1 or more")
 
     @property
     def penalty(self) -> LengthPenalty:
@@ -74,54 +73,50 @@ class RewardConfig:
         return LengthPenalty(self.length_penalty, self.single_label)
 
 
-class _Parts:
-    """What rewards are made from; emotion words are found by one object for all."""
-
-    def __init__(self, wheel: EmotionWheel, mode: Mode, config: RewardConfig, max_length: int, judge: Judge | None):
-        self.wheel, self.mode, self.config, self.max_length, self._judge = wheel, mode, config, max_length, judge
-        self._words: EmotionWords | None = None
-
-    @property
-    def words(self) -> EmotionWords:
-        if self._words is None:
-            folder = self.config.wordnet
-            self._words = EmotionWords(self.wheel, None if folder is None else wordnet_lemmas(folder))
-        return self._words
-
-    @property
-    def judge(self) -> Judge | None:
-        config = self.config
-        if self._judge is not None or config.judge is None:
-            return self._judge
-        from affectgpt.rewards.judge import ModelJudge
-
-        options = {"frames": config.judge_frames, "batch": config.judge_batch, "dtype": config.judge_dtype}
-        return ModelJudge(config.judge, **options)
+def is_import_path(name: str) -> bool:
+    """Whether a reward is named by import path, `file.py:name` or `package.module:name`."""
+    return ":" in name
 
 
-REWARDS: dict[str, Callable[[_Parts], Reward]] = {
-    "accuracy": lambda p: AccuracyReward(p.wheel, p.mode, p.config.level, p.config.unscored, p.config.penalty),
-    "format": lambda p: FormatReward(p.config.format_rule),
-    "alignment": lambda p: AlignmentReward(
-        p.wheel,
-        p.config.alignment,
-        p.config.alignment_threshold,
-        p.config.level,
-        p.config.unscored,
-        p.config.format_rule,
-        p.words,
-    ),
-    "dual": lambda p: DualReward(p.wheel, p.config.level, p.config.unscored, p.config.penalty, p.words),
-    "perception": lambda p: PerceptionReward(p.judge, p.mode, p.config.format_rule),
-    "overlong": lambda p: SoftOverlongPunishment(p.max_length, p.config.overlong_cache),
-    "repetition": lambda p: RepetitionPenalty(p.config.repetition_ngram),
-    "hit_rate": lambda p: HitRateReward(p.wheel, p.mode, p.config.candidates, p.config.unscored),
-    "sentiment": lambda p: SentimentReward(p.wheel, p.mode),
-}
-"""Every reward by name."""
+def check_rewards(
+    names: Sequence[str], mode: Mode, config: RewardConfig, *, max_length: int, has_judge: bool = False
+) -> None:
+    """Refuse rewards that a run cannot have. Reads no table, imports no reward, and loads no model.
 
-THINK_ONLY = ("format", "alignment", "dual")
-"""Rewards that judge a think block."""
+    Args:
+        max_length: tokens of the longest completion, `rollout.max_new_tokens`.
+        has_judge: a judge is at hand beside `config.judge`.
+
+    Raises:
+        ValueError: an unknown name, a reward named twice, one that the mode has nothing for, perception without a
+            judge, a judge without perception, a judge's folder without a model, or an overlong cache above the longest
+            completion.
+    """
+    built_in = [name for name in names if not is_import_path(name)]
+    for name in built_in:
+        if name not in REWARDS:
+            raise ValueError(
+                f"unknown reward {name!r}: choose among {', '.join(REWARDS)}, or name your own by import path, "
+                "file.py:name or package.module:name"
+            )
+        if REWARDS[name].needs == "think" and mode != "think":
+            raise ValueError(f"reward {name!r} judges think and answer tags: set prompt.mode to think")
+        if REWARDS[name].needs == "judge" and config.judge is None and not has_judge:
+            raise ValueError(
+                f"the {name} reward needs a judge that sees the clip: set reward.judge to the folder of a "
+                f"multimodal chat model, or leave {name} out of reward.names"
+            )
+    if len(set(names)) != len(names):
+        raise ValueError(f"a reward is named twice in reward.names: {', '.join(names)}; keep one of them")
+    if config.judge is not None and not has_judge:
+        if not any(REWARDS[name].needs == "judge" for name in built_in):
+            raise ValueError("reward.judge is set, but nothing asks it: add perception to reward.names, or unset it")
+        check_judge_folder(config.judge)
+    if "overlong" in names and not 1 <= config.overlong_cache <= max_length:
+        raise ValueError(
+            f"reward.overlong_cache is {config.overlong_cache} tokens of {max_length}: set it between 1 and the "
+            "longest length, rollout.max_new_tokens"
+        )
 
 
 def make_rewards(
@@ -133,24 +128,29 @@ def make_rewards(
     max_length: int,
     judge: Judge | None = None,
 ) -> list[Reward]:
-    """The named rewards.
+    """Make the named rewards: built-in ones by name, others by import path.
 
     Args:
         max_length: tokens of the longest completion, `rollout.max_new_tokens`.
         judge: for `perception`, in the place of the model in `config.judge`.
 
     Raises:
-        ValueError: an unknown name, one that stands twice, a reward that the mode has nothing for, perception without a
-            judge, a `config.judge` without perception, or one that is no model a judge can be made of.
+        ValueError: as `check_rewards` and, for an import path, `grpo_core.rewards.load_reward`; two rewards of one
+            name; a `config.judge` that no judge can be made of.
     """
-    for name in names:
-        if name not in REWARDS:
-            raise ValueError(f"unknown reward {name!r}: choose among {', '.join(REWARDS)}")
-        if name in THINK_ONLY and mode != "think":
-            raise ValueError(f"reward {name!r} judges think and answer tags: set prompt.mode to think")
-    if len(set(names)) != len(names):
-        raise ValueError(f"a reward is named twice: {', '.join(names)}")
-    if config.judge is not None and "perception" not in names:
-        raise ValueError("reward.judge is set, but nothing asks it: add perception to reward.names, or unset it")
-    parts = _Parts(wheel, mode, config, max_length, judge)
-    return [REWARDS[name](parts) for name in names]
+    from grpo_core.reward_adapters import load_reward
+
+    check_rewards(names, mode, config, max_length=max_length, has_judge=judge is not None)
+    context = RewardContext(wheel, mode, max_length, config, judge)
+    rewards: list[Reward] = [
+        load_reward(name) if is_import_path(name) else REWARDS[name].from_config(config, context) for name in names
+    ]
+    by_label: dict[str, str] = {}
+    for name, reward in zip(names, rewards, strict=True):
+        if reward.name in by_label:
+            raise ValueError(
+                f"rewards {by_label[reward.name]} and {name} are both called {reward.name!r} in metrics and "
+                "algorithm.reward_weights: rename yours"
+            )
+        by_label[reward.name] = name
+    return rewards

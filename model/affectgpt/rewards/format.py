@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import numpy as np
 
-from grpo_core.types import Group
+from affectgpt.rewards.registry import register_reward
+
+if TYPE_CHECKING:
+    from affectgpt.rewards.config import RewardConfig
+    from affectgpt.rewards.registry import RewardContext
+    from grpo_core.types import Group
 
 FormatRule = Literal["full", "prefix", "tolerant"]
 
@@ -19,31 +24,40 @@ _THINK = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
+def check_rule(rule: str) -> None:
+    """Refuse an unknown reading of the form.
+
+    Raises:
+        ValueError: listing the readings there are.
+    """
+    if rule not in get_args(FormatRule):
+        raise ValueError(f"unknown format rule {rule!r}: choose full, prefix or tolerant")
+
+
 def split_think_answer(text: str, rule: FormatRule = "full") -> tuple[str, str] | None:
-    """(think, answer) of a completion, stripped; None if it has not the form.
+    """Split a completion into (think, answer), stripped; None if it does not have the form.
 
     full: the whole text is one think block and one answer block, with nothing around or between them and no further
     tag, neither empty: the strict reading of the paper. prefix: the text begins with the two blocks, which may be
     empty; anything may follow. tolerant: the first think block ends before the first answer block begins, neither
-    empty; anything may stand around them.
+    empty; anything may surround them.
 
     Raises:
         ValueError: an unknown rule.
     """
     if rule == "full":
         match = _FULL.fullmatch(text.strip())
-        parts = match.groups() if match else None
+        blocks = match.groups() if match else None
     elif rule == "prefix":
         match = _PREFIX.match(text.strip())
-        parts = match.groups() if match else None
-    elif rule == "tolerant":
-        think, answer = _THINK.search(text), _ANSWER.search(text)
-        parts = (think[1], answer[1]) if think and answer and think.end() <= answer.start() else None
+        blocks = match.groups() if match else None
     else:
-        raise ValueError(f"unknown format rule {rule!r}: choose full, prefix or tolerant")
-    if parts is None or (rule != "prefix" and not all(part.strip() for part in parts)):
+        check_rule(rule)
+        think, answer = _THINK.search(text), _ANSWER.search(text)
+        blocks = (think[1], answer[1]) if think and answer and think.end() <= answer.start() else None
+    if blocks is None or (rule != "prefix" and not all(block.strip() for block in blocks)):
         return None
-    return parts[0].strip(), parts[1].strip()
+    return blocks[0].strip(), blocks[1].strip()
 
 
 def has_think_answer_format(text: str, rule: FormatRule = "full") -> bool:
@@ -52,11 +66,12 @@ def has_think_answer_format(text: str, rule: FormatRule = "full") -> bool:
 
 
 def think_text(text: str) -> str:
-    """What stands in the first closed think block, whatever surrounds it; an empty string if there is none."""
+    """The text of the first closed think block, whatever surrounds it; an empty string if there is none."""
     match = _THINK.search(text)
     return match[1].strip() if match else ""
 
 
+@register_reward("format", needs="think")
 class FormatReward:
     """1 if a completion has the think-answer form, else 0.
 
@@ -64,11 +79,16 @@ class FormatReward:
         rule: how strictly it is read, see `split_think_answer`.
     """
 
-    name = "format"
+    name: ClassVar[str]
 
     def __init__(self, rule: FormatRule = "full"):
-        split_think_answer("", rule)  # refuses an unknown rule
+        check_rule(rule)
         self.rule = rule
+
+    @classmethod
+    def from_config(cls, config: RewardConfig, context: RewardContext) -> FormatReward:
+        """The reward of a run."""
+        return cls(config.format_rule)
 
     def __call__(self, groups: Sequence[Group]) -> np.ndarray:
         values = [has_think_answer_format(c.text, self.rule) for group in groups for c in group.completions]

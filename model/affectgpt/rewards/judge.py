@@ -31,7 +31,7 @@ from transformers import (
 from affectgpt.data.datasets import Sample
 from affectgpt.data.media import SAMPLE_RATE, MediaError, read_frames, read_image, read_waveform
 from affectgpt.prompts import neutralise
-from affectgpt.rewards.perception import Comparison
+from affectgpt.rewards.perception import Comparison, check_judge_folder
 
 FRAME_SIZE = 448  # pixels a side that the model's own image processor starts from
 
@@ -148,15 +148,15 @@ class ModelJudge:
             return {}
         verdicts: dict[tuple[str, str], float] = {}
         for start in range(0, len(pairs), self.batch):
-            part = pairs[start : start + self.batch]
-            orders = [order for pair in part for order in (pair, pair[::-1])]
+            batch = pairs[start : start + self.batch]
+            orders = [order for pair in batch for order in (pair, pair[::-1])]
             prefers_a = self.preference([self.conversation(sample, clip, *order) for order in orders])
-            for pair, (as_a, as_b) in zip(part, prefers_a.view(-1, 2).tolist(), strict=True):
+            for pair, (as_a, as_b) in zip(batch, prefers_a.view(-1, 2).tolist(), strict=True):
                 verdicts[pair] = (as_a + 1.0 - as_b) / 2
         return verdicts
 
     def read_clip(self, sample: Sample) -> list[dict[str, Any]]:
-        """What the model is shown of a clip, as parts of a message: images, and the sound if there is any to hear.
+        """Read what the model is shown of a clip, as content of a message: images, and the sound if there is any.
 
         Raises:
             MediaError: no video or image, one that cannot be read, or a file of its sound that cannot.
@@ -167,13 +167,13 @@ class ModelJudge:
             frames = read_image(sample.image, FRAME_SIZE)
         else:
             raise MediaError(sample.name, "it has no video or image to show", "Leave perception out of reward.names")
-        parts: list[dict[str, Any]] = [{"type": "image", "image": Image.fromarray(frame)} for frame in frames]
+        content: list[dict[str, Any]] = [{"type": "image", "image": Image.fromarray(frame)} for frame in frames]
         if self.hears and sample.audio is not None:
-            parts.append({"type": "audio", "audio": read_waveform(sample.audio)})
+            content.append({"type": "audio", "audio": read_waveform(sample.audio)})
         elif self.hears and sample.video is not None:
             with suppress(MediaError):  # a silent video
-                parts.append({"type": "audio", "audio": read_waveform(sample.video)})
-        return parts
+                content.append({"type": "audio", "audio": read_waveform(sample.video)})
+        return content
 
     def conversation(self, sample: Sample, clip: Sequence[dict[str, Any]], a: str, b: str) -> list[dict[str, Any]]:
         """The question, as messages of a chat. Foreign text is made harmless: see `neutralise`."""
@@ -264,16 +264,15 @@ _FOLDER = "Give the folder of a multimodal chat model as save_pretrained writes 
 
 def _load_config(folder: Path) -> PreTrainedConfig:
     """The config of an image-text-to-text model that has weights beside it."""
-    if not (folder / "config.json").is_file():
-        raise _refusal(folder, "no config.json there", _FOLDER)
+    check_judge_folder(folder)
     _check_weights(folder)
     try:
         config = AutoConfig.from_pretrained(folder, **_LOCAL)
     except (OSError, ValueError) as error:
         raise _refusal(folder, f"config.json cannot be read ({_line(error)})", _FOLDER) from error
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        kind = f"a model of type {config.model_type!r} does not answer questions about images"
-        raise _refusal(folder, kind, "Give the folder of one that does, such as Qwen2.5-VL, Gemma 3 or LLaVA")
+        reason = f"a model of type {config.model_type!r} does not answer questions about images"
+        raise _refusal(folder, reason, "Give the folder of one that does, such as Qwen2.5-VL, Gemma 3 or LLaVA")
     return config
 
 
@@ -302,9 +301,9 @@ def _load_processor(folder: Path) -> ProcessorMixin:
         raise _refusal(folder, f"its processor needs a library: {_line(error)}", "Install it") from error
     except (OSError, ValueError, TypeError) as error:
         raise _refusal(folder, f"its processor does not load ({_line(error)})", _COPY) from error
-    for part in ("image_processor", "tokenizer", "chat_template"):
-        if getattr(processor, part, None) is None:
-            raise _refusal(folder, f"its processor has no {part}", _FOLDER)
+    for attribute in ("image_processor", "tokenizer", "chat_template"):
+        if getattr(processor, attribute, None) is None:
+            raise _refusal(folder, f"its processor has no {attribute}", _FOLDER)
     return processor
 
 

@@ -16,6 +16,20 @@ PENALTIES = ("none", "P1", "P2", "P3")
 SINGLE_LABEL = ("as_written", "shift_single", "shift", "inverse_log")
 
 
+def check_penalty(kind: str, single_label: str) -> None:
+    """Refuse an unknown penalty, or an unknown repair of P3.
+
+    Raises:
+        ValueError: listing those there are.
+    """
+    if kind not in PENALTIES:
+        raise ValueError(f"unknown length penalty {kind!r}: choose one of {', '.join(PENALTIES)}")
+    if single_label not in SINGLE_LABEL:
+        raise ValueError(
+            f"unknown repair of P3 for one label {single_label!r}: choose one of {', '.join(SINGLE_LABEL)}"
+        )
+
+
 @dataclass(frozen=True)
 class LengthPenalty:
     """A factor in 0…1 from |o| predicted and |y| true labels (AffectGPT-R1, eq. 15): 1 where |o| ≤ |y|, else
@@ -38,12 +52,7 @@ class LengthPenalty:
     single_label: SingleLabel = "shift_single"
 
     def __post_init__(self) -> None:
-        if self.kind not in PENALTIES:
-            raise ValueError(f"unknown length penalty {self.kind!r}: choose one of {', '.join(PENALTIES)}")
-        if self.single_label not in SINGLE_LABEL:
-            raise ValueError(
-                f"unknown repair of P3 for one label {self.single_label!r}: choose one of {', '.join(SINGLE_LABEL)}"
-            )
+        check_penalty(self.kind, self.single_label)
 
     def __call__(self, predicted: np.ndarray, true: np.ndarray) -> np.ndarray:
         """float64 `[n]` from int `[n]` numbers of predicted and of true labels."""

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import combinations
-from typing import NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
 
 from affectgpt.prompts import Mode
 from affectgpt.rewards.format import FormatRule, split_think_answer
-from grpo_core.types import Group, Prompt
+from affectgpt.rewards.registry import register_reward
+
+if TYPE_CHECKING:
+    from affectgpt.rewards.config import RewardConfig
+    from affectgpt.rewards.registry import RewardContext
+    from grpo_core.types import Group, Prompt
 
 # Each member also wins and loses this much against one of skill 1: else the skill of one that always won is infinite.
 PRIOR = 0.5
@@ -29,13 +35,27 @@ Judge = Callable[[Sequence[Comparison]], np.ndarray]
 better one, NaN for none. It must be a pure function of the comparisons: the same ones give the same verdicts."""
 
 
+def check_judge_folder(folder: Path) -> None:
+    """Refuse a folder that cannot hold a model, before anything is loaded.
+
+    Raises:
+        ValueError: it has no config.json.
+    """
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"reward.judge {folder}: no config.json there. Give the folder of a multimodal chat model as "
+            "save_pretrained writes it."
+        )
+
+
+@register_reward("perception", needs="judge")
 class PerceptionReward:
     """1 for the better half of a group's completions, 0 for the rest, ranked by Bradley and Terry's model.
 
-    All pairs of a group are compared, over all groups in one call: `G (G − 1) / 2` comparisons a prompt. A completion
-    of the right form beats one without unheard; of two without there is no verdict. Members that are as good as the
-    last one of the better half count to it, so a judge that prefers none gives no signal, and the order of members
-    does not matter. A member without any verdict is NaN.
+    All pairs of a group are compared, over all groups in one call: `G (G − 1) / 2` comparisons a prompt. A well-formed
+    answer beats a malformed one without asking the judge; two malformed answers are not compared. Members that are as
+    good as the last one of the better half belong to it, so a judge without preferences gives no signal, and the order
+    of members does not matter. A member without any verdict is NaN.
 
     Args:
         judge: compares answers; an MLLM that sees the clip.
@@ -46,7 +66,7 @@ class PerceptionReward:
         ValueError: there is no judge.
     """
 
-    name = "perception"
+    name: ClassVar[str]
 
     def __init__(self, judge: Judge | None, mode: Mode = "think", rule: FormatRule = "full"):
         if judge is None:
@@ -55,6 +75,18 @@ class PerceptionReward:
                 "multimodal chat model, or leave perception out of reward.names"
             )
         self.judge, self.mode, self.rule = judge, mode, rule
+
+    @classmethod
+    def from_config(cls, config: RewardConfig, context: RewardContext) -> PerceptionReward:
+        """The reward of a run; loads the processor of `config.judge` unless the context has a judge."""
+        judge = context.judge
+        if judge is None and config.judge is not None:
+            from affectgpt.rewards.judge import ModelJudge  # torch and transformers, for this reward alone
+
+            judge = ModelJudge(
+                config.judge, frames=config.judge_frames, batch=config.judge_batch, dtype=config.judge_dtype
+            )
+        return cls(judge, context.mode, config.format_rule)
 
     def __call__(self, groups: Sequence[Group]) -> np.ndarray:
         size = len(groups[0].completions) if groups else 0

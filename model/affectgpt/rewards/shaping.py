@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from grpo_core.types import Group
+from affectgpt.rewards.registry import register_reward
+
+if TYPE_CHECKING:
+    from affectgpt.rewards.config import RewardConfig
+    from affectgpt.rewards.registry import RewardContext
+    from grpo_core.types import Group
 
 
+@register_reward("overlong")
 class SoftOverlongPunishment:
     """0 up to `max_length − cache` tokens, then falling evenly to −1 at `max_length` (DAPO, arXiv 2503.14476, eq. 13).
 
@@ -20,7 +27,7 @@ class SoftOverlongPunishment:
         ValueError: cache is not within 1…max_length.
     """
 
-    name = "overlong"
+    name: ClassVar[str]
 
     def __init__(self, max_length: int, cache: int):
         if not 1 <= cache <= max_length:
@@ -29,12 +36,18 @@ class SoftOverlongPunishment:
             )
         self.max_length, self.cache = max_length, cache
 
+    @classmethod
+    def from_config(cls, config: RewardConfig, context: RewardContext) -> SoftOverlongPunishment:
+        """The reward of a run."""
+        return cls(context.max_length, config.overlong_cache)
+
     def __call__(self, groups: Sequence[Group]) -> np.ndarray:
         lengths = [len(c.token_ids) for group in groups for c in group.completions]
         excess = np.array(lengths, dtype=np.float64) - (self.max_length - self.cache)
         return -np.clip(excess / self.cache, 0.0, 1.0).reshape(len(groups), -1)
 
 
+@register_reward("repetition")
 class RepetitionPenalty:
     """−(1 − different / all) of a completion's n-grams of tokens, in −1…0 (arXiv 2502.03373, appendix C.2; TRL's).
 
@@ -45,12 +58,17 @@ class RepetitionPenalty:
         ValueError: n is below 1.
     """
 
-    name = "repetition"
+    name: ClassVar[str]
 
     def __init__(self, ngram_size: int = 3):
         if ngram_size < 1:
             raise ValueError(f"repetition n-gram size is {ngram_size}: set it to 1 or more")
         self.ngram_size = ngram_size
+
+    @classmethod
+    def from_config(cls, config: RewardConfig, context: RewardContext) -> RepetitionPenalty:
+        """The reward of a run."""
+        return cls(config.repetition_ngram)
 
     def __call__(self, groups: Sequence[Group]) -> np.ndarray:
         values = [self._repeated(c.token_ids) for group in groups for c in group.completions]

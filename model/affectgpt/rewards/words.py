@@ -66,7 +66,7 @@ class EmotionWords:
             candidates.sort(key=lambda candidate: -len(candidate[0]))
 
     def find(self, text: str) -> list[str]:
-        """Forms in their order in the text, as the tables spell them; one that stands twice comes twice."""
+        """Find the forms of a text in order, as the tables spell them; one that occurs twice is listed twice."""
         tokens, found, i = _tokens(text), [], 0
         while i < len(tokens):
             for form_tokens, form in self._by_first.get(tokens[i], ()):
@@ -82,7 +82,7 @@ class EmotionWords:
         return found
 
     def _derived(self, token: str) -> str | None:
-        """The form of a word that is none as it stands: its possessive's owner, or one of its lemmas."""
+        """Look up a word that is not in the tables: without a possessive 's, or by one of its lemmas."""
         if token not in self._other:
             candidates = [token.removesuffix("'s")] if token.endswith("'s") else []
             if self._lemmas is not None and token not in PROSE and token.isalpha():

@@ -1,15 +1,17 @@
-"""`python -m affectgpt.synthetic make FOLDER`: the embedded clips from the command line, and what scores they allow."""
+"""`affectgpt synthetic make FOLDER`: the embedded clips from the command line, and what scores they allow."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from affectgpt.synthetic.dataset import film_part, make_dataset
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m affectgpt.synthetic", description=__doc__)
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command."""
+    parser = argparse.ArgumentParser(prog="affectgpt synthetic", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     make = commands.add_parser("make", help="make clips in the MER2025 layout")
     make.add_argument("folder", type=Path)
@@ -29,7 +31,7 @@ def main() -> None:
     encoders.add_argument("--seed", type=int, default=0)
     scores = commands.add_parser("ceiling", help="held-out scores of the best possible and of constant answers")
     scores.add_argument("folder", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     match args.command:  # torch, and all that comes with it, is loaded only where it is needed
         case "make":
             print(make_dataset(args.folder, seed=args.seed, train=args.train, test=args.test, workers=args.workers))

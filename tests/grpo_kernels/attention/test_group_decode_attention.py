@@ -153,7 +153,7 @@ def test_the_decoders_own_attention_agrees():
     q, pk, pv, pl, sk, sv, sl, rows = make(heads=(6, 2), room=(512, 80))
     pk, pv, sk, sv = (x.nan_to_num(0.0) for x in (pk, pv, sk, sv))
     sl = sl.clamp(min=1)  # a step appends its own token first
-    plan = attention.RowPlan.build(rows.group_of_row.long().numpy(), pl.tolist(), q.dtype, q.device)
+    plan = attention.SequencePlan.build(rows.group_of_row.long().numpy(), pl.tolist(), q.dtype, q.device)
     mask = torch.zeros(6, 1, 1, 80).masked_fill_(torch.arange(80) >= sl[:, None, None, None], -torch.inf)
     theirs = attention.decode_attention(q, pk, pv, sk, sv, mask, plan).view(q.shape)
     mine = group_decode_attention_reference(q, pk, pv, pl, sk, sv, sl, rows)

@@ -12,8 +12,8 @@ import torch
 from grpo_core.config.options import RolloutConfig
 from grpo_core.layout import GroupLayout
 from grpo_core.policy import Policy
-from grpo_core.rollout.backends.torch import FlatDecoder
-from grpo_core.rollout.backends.triton import KernelDecoder, bucket
+from grpo_core.rollout.backends.torch import TorchDecoder
+from grpo_core.rollout.backends.triton import TritonDecoder, batch_size
 from grpo_core.rollout.sampler import GroupSampler
 from grpo_kernels import sample_head
 from grpo_kernels.testing.interpreter import InterpretedFunction, interpret
@@ -30,17 +30,17 @@ def kernels():
 
 def make_sampler(policy, **options):
     sampler = GroupSampler(policy, CharTokenizer(), **options)
-    sampler.decoder = KernelDecoder(sampler.model)
+    sampler.decoder = TritonDecoder(sampler.model)
     return sampler
 
 
 def test_kernels_are_chosen_where_they_run():
     policy = Policy(make_lm())
-    assert isinstance(GroupSampler(policy, CharTokenizer()).decoder, FlatDecoder)
+    assert isinstance(GroupSampler(policy, CharTokenizer()).decoder, TorchDecoder)
     with interpret():
-        assert isinstance(GroupSampler(policy, CharTokenizer()).decoder, KernelDecoder)
+        assert isinstance(GroupSampler(policy, CharTokenizer()).decoder, TritonDecoder)
         other = Policy(make_lm(hidden_act="gelu"))
-        assert isinstance(GroupSampler(other, CharTokenizer()).decoder, FlatDecoder)
+        assert isinstance(GroupSampler(other, CharTokenizer()).decoder, TorchDecoder)
 
 
 def assert_greedy_equals_generate(family, lengths, new_tokens):
@@ -142,29 +142,29 @@ def test_penalty_forbidden_tokens_and_stop_strings_act_as_on_a_cpu():
     groups = sampled(sampler, prompts, **options, stop_strings=(stop,))
     assert groups[0].completions[0].token_ids == free[0][0][:6]
     assert groups[0].completions[0].finish_reason == "stop"
-    flat = GroupSampler(policy, CharTokenizer(), forbidden_tokens=range(10, 30))
-    assert isinstance(flat.decoder, FlatDecoder)
-    assert token_ids(sampled(flat, prompts, **options)) == free
+    torch_sampler = GroupSampler(policy, CharTokenizer(), forbidden_tokens=range(10, 30))
+    assert isinstance(torch_sampler.decoder, TorchDecoder)
+    assert token_ids(sampled(torch_sampler, prompts, **options)) == free
 
 
 @pytest.mark.usefixtures("kernels")
 def test_a_layer_takes_six_launches_beside_its_gemms(monkeypatch):
     """Kernels of ours in the order of their launch, and torch's operations on rows, of one step of two layers."""
     policy = Policy(make_lm("qwen2").to(torch.bfloat16))  # with biases in QKV
-    launched, step, steps = [], KernelDecoder._step, []
+    launched, step, steps = [], TritonDecoder._step, []
 
     def counting(self, *args, run=InterpretedFunction.run, **kwargs):
         launched.append(self.fn.__name__)
         return run(self, *args, **kwargs)
 
-    def watched(self, options, limit):
+    def watched(self):
         launched.clear()
         with pytest.MonkeyPatch.context() as patch, torch.profiler.profile() as profile:
             patch.setattr(InterpretedFunction, "run", counting)
-            step(self, options, limit)
+            step(self)
         steps.append((list(launched), [event.name for event in profile.events()]))
 
-    monkeypatch.setattr(KernelDecoder, "_step", watched)
+    monkeypatch.setattr(TritonDecoder, "_step", watched)
     sampled(make_sampler(policy), make_prompts((4,)), group_size=2, max_new_tokens=2)
     ((names, operations),) = steps
     layer = ["rms_norm_kernel", "rope_append_kernel", "prefix_attention_kernel", "suffix_attention_kernel",
@@ -196,13 +196,13 @@ def test_out_of_memory_halves_the_batch_and_changes_nothing(monkeypatch):
     expected = sampled(make_sampler(policy), prompts, group_size=3, max_new_tokens=9)
     sampler, calls = make_sampler(policy), []
 
-    def failing(self, options, limit, step=KernelDecoder._step):
+    def failing(self, step=TritonDecoder._step):
         calls.append(self.cache)
         if sampler.timings["slots"] > 2 and len(calls) == 6:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        step(self, options, limit)
+        step(self)
 
-    monkeypatch.setattr(KernelDecoder, "_step", failing)
+    monkeypatch.setattr(TritonDecoder, "_step", failing)
     groups = sampled(sampler, prompts, group_size=3, max_new_tokens=9)
     assert sampler.timings["slots"] == 2
     assert calls[-1] is not calls[0]
@@ -220,7 +220,7 @@ def test_a_diverged_policy_is_told_apart(temperature, dtype):
 
 
 def test_batches_come_in_few_sizes_with_little_filling():
-    sizes = [bucket(rows) for rows in range(1, 1025)]
+    sizes = [batch_size(rows) for rows in range(1, 1025)]
     assert sorted(set(sizes)) == [8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024]
     assert all(rows <= size for rows, size in zip(range(1, 1025), sizes, strict=True))
     assert max(size / rows for rows, size in zip(range(1, 1025), sizes, strict=True) if rows > 64) < 1.5

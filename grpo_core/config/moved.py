@@ -1,0 +1,70 @@
+"""Option keys that moved: where each is now, and how a config saved before the move is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import MISSING
+from typing import Any
+
+from grpo_core.config.fields import options
+
+MOVED_KEYS: dict[str, str] = {
+    "algorithm.epsilon": "algorithm.loss.epsilon",
+    "algorithm.epsilon_high": "algorithm.loss.epsilon_high",
+    "algorithm.delta": "algorithm.loss.delta",
+    "algorithm.cispo_cap": "algorithm.loss.cispo_cap",
+    "algorithm.sapo_temperature_pos": "algorithm.loss.temperature_pos",
+    "algorithm.sapo_temperature_neg": "algorithm.loss.temperature_neg",
+}
+"""Old key → new key. A package with options of its own adds to it where it declares them: `MOVED_KEYS.update(...)`."""
+
+
+def translate_saved_config(saved: Mapping[str, Any], cls: type) -> dict[str, Any]:
+    """A config that an earlier version saved, as today's `to_dict` would give it, so that the two can be compared.
+
+    Moved keys go to their new places; one that is an option of an entry that the config does not choose is dropped, as
+    it had no effect. Options that the earlier version did not have get today's default, which keeps what it did.
+
+    Args:
+        saved: nested dicts as `yaml.safe_load` reads them from a run's `config.yaml`; not changed.
+        cls: the config's dataclass.
+    """
+    from grpo_core.config.loader import to_dict  # the loader imports MOVED_KEYS from here
+
+    result = deepcopy(dict(saved))
+    moved = {new: _pop(result, old) for old, new in MOVED_KEYS.items() if _get(result, old) is not MISSING}
+    names = {
+        key: name
+        for key, option in options(cls).items()
+        if option.selects and isinstance(name := _get(result, key), str) and name in option.choices
+    }
+    # keys that today's classes do not have are left in: a comparison has to see them
+    for key, option in options(cls, names).items():
+        if _get(result, key) is MISSING:
+            value = moved.get(key, MISSING)
+            if value is MISSING and option.default is not MISSING:
+                value = to_dict(option.default)
+            if value is not MISSING:
+                _put(result, key, value)
+    return result
+
+
+def _get(tree: Any, key: str) -> Any:
+    for name in key.split("."):
+        tree = tree.get(name, MISSING) if isinstance(tree, dict) else MISSING
+    return tree
+
+
+def _pop(tree: dict[str, Any], key: str) -> Any:
+    parent, _, leaf = key.rpartition(".")
+    return (_get(tree, parent) if parent else tree).pop(leaf)
+
+
+def _put(tree: dict[str, Any], key: str, value: Any) -> None:
+    *parents, leaf = key.split(".")
+    for name in parents:
+        if not isinstance(tree.get(name), dict):
+            tree[name] = {}
+        tree = tree[name]
+    tree[leaf] = value

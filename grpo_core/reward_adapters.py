@@ -1,0 +1,305 @@
+"""Rewards of your own by import path, adapted to the engine's protocol from whichever signature they have."""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import importlib
+import inspect
+import threading
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, cast
+
+import numpy as np
+
+from grpo_core.config.plugins import load_plugin
+from grpo_core.rewards import Reward, RewardOutput
+from grpo_core.types import Completion, Group, Prompt
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """How far training is, as rewards of TRL read it from `trainer_state`.
+
+    Attributes:
+        global_step: steps made before this one.
+        max_steps: steps of the whole run.
+    """
+
+    global_step: int = 0
+    max_steps: int = 0
+
+
+def load_reward(spec: str) -> Reward:
+    """Import a reward and adapt it to `Reward`.
+
+    Three signatures are known; the parameters' names tell them apart:
+
+    ```
+    reward(groups) -> float64 [N, G] or RewardOutput             ours: all groups of a step at once
+    reward(completion, prompt, wanted) -> float or None          one completion; `wanted` is a column of the samples
+    reward(prompts, completions, completion_ids, wanted, trainer_state, log_extra, log_metric, **kwargs) -> list   TRL's
+    ```
+
+    Each may name as few of these parameters as it likes. A function that takes `**kwargs` and names neither `groups`,
+    `prompt` nor `completion` is TRL's. Any of the three may be async, and may be a function, an object with `__call__`,
+    or a class that is made without arguments. None, where it cannot judge, becomes NaN.
+
+    Args:
+        spec: `file.py:name` or `package.module:name`. A file is run once, however many rewards are taken from it.
+
+    Raises:
+        ValueError: no such file, module or name, a name that cannot be called, or a signature of none of these forms.
+    """
+    source, _, name = spec.rpartition(":")
+    if not source or not name:
+        raise ValueError(f"reward {spec!r} is not an import path: write file.py:name or package.module:name")
+    # a file becomes a module as plug-ins do: once a process, however many rewards are taken from it
+    module = load_plugin(Path(source), f"reward {spec}") if source.endswith(".py") else _import_module(spec, source)
+    if not hasattr(module, name):
+        near = difflib.get_close_matches(name, vars(module), 1)
+        hint = f"did you mean {near[0]!r}?" if near else "check the name behind the colon"
+        raise ValueError(f"reward {spec}: {source} defines no {name!r}; {hint}")
+    return adapt_reward(getattr(module, name), name, spec)
+
+
+def adapt_reward(function: Any, name: str, spec: str | None = None) -> Reward:
+    """A callable of one of the three forms of `load_reward` as a `Reward`.
+
+    Args:
+        name: labels the reward, unless the callable has a `name` of its own.
+        spec: what messages call it; the name unless given.
+
+    Raises:
+        ValueError: as `load_reward`.
+    """
+    spec = spec or name
+    if not callable(function):
+        raise ValueError(f"reward {spec} is {function!r}, which cannot be called: name a function or a class")
+    if isinstance(function, type):
+        needed = [p.name for p in _parameters(function, spec) if _is_required(p)]
+        if needed:
+            raise ValueError(
+                f"reward {spec} is a class whose constructor needs {', '.join(needed)}: make an object of it in the "
+                "file, and name that"
+            )
+        function = function()
+    label = getattr(function, "name", None)
+    label = label if isinstance(label, str) else name
+    parameters = _parameters(function, spec)
+    names = [p.name for p in parameters]
+    if "groups" in names:
+        # an object with a name that is not async keeps our protocol as it stands
+        plain = label == getattr(function, "name", None) and not inspect.iscoroutinefunction(function.__call__)
+        return cast(Reward, function if plain else _GroupReward(function, label, spec))
+    if {"completion", "prompt"}.intersection(names):
+        return cast(Reward, _CompletionReward(function, label, spec))
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+    if takes_any or {"prompts", "completions", "completion_ids"}.intersection(names):
+        return cast(Reward, _TRLReward(function, label, spec))
+    raise ValueError(
+        f"reward {spec} takes ({', '.join(names)}), which is none of the known signatures: name `groups` (all of a "
+        "step), `completion` (one at a time) or `completions` (a list, as TRL calls it) among its parameters"
+    )
+
+
+def check_columns(reward: Reward, prompt: Prompt) -> None:
+    """Refuse a sample that lacks a column which the reward reads; does nothing for rewards that read none by name.
+
+    Raises:
+        ValueError: naming the reward, the column, and the columns there are.
+    """
+    check = getattr(reward, "check_columns", None)
+    if check is not None:
+        check(prompt)
+
+
+class _Adapter:
+    """What the adapters share: the name, the step, and the arguments that a function's signature accepts."""
+
+    offers: frozenset[str] = frozenset()
+    """Parameters that are filled from elsewhere than the samples' columns."""
+
+    def __init__(self, function: Callable[..., Any], name: str, spec: str):
+        self.function, self.name, self.spec = function, name, spec
+        self.state = TrainerState()
+        parameters = _parameters(function, spec)
+        self._takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+        self._names = {p.name for p in parameters}
+        self._required = [p.name for p in parameters if _is_required(p)]
+
+    def begin_step(self, step: int, max_steps: int) -> None:
+        """Note which step the next call belongs to, and tell the function if it has such a method too."""
+        self.state = TrainerState(step, max_steps)
+        begin_step = getattr(self.function, "begin_step", None)
+        if begin_step is not None:
+            begin_step(step, max_steps)
+
+    def check_columns(self, prompt: Prompt) -> None:
+        """As the module's `check_columns`."""
+        columns = _columns(prompt)
+        for name in self._required:
+            # TRL's plural stands for the column `prompt`
+            column = "prompt" if name == "prompts" else name
+            if name not in self.offers and column not in columns:
+                raise ValueError(
+                    f"reward {self.spec} reads the column {column!r}, which prompt {prompt.id!r} lacks: it has "
+                    f"{', '.join(columns) or 'none'}. Rename the parameter, or give it a default"
+                )
+
+    def _accepted(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Those of the arguments that the function can take."""
+        return arguments if self._takes_any else {k: v for k, v in arguments.items() if k in self._names}
+
+    def _number(self, value: Any, group: Group, member: int) -> float:
+        """A returned value as a float; NaN for None."""
+        if value is None:
+            return float("nan")
+        try:
+            if isinstance(value, str):  # float would read digits, and a reward that returns text is a mistake
+                raise TypeError
+            return float(value)
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"reward {self.spec} returned {value!r} for prompt {group.id!r}, completion {member}: return a number, "
+                "or None if it cannot judge"
+            ) from None
+
+
+class _GroupReward(_Adapter):
+    """A function of all groups: `[N, G]` numbers or None, or a `RewardOutput`."""
+
+    offers = frozenset({"groups"})
+
+    def __call__(self, groups: Sequence[Group]) -> np.ndarray | RewardOutput:
+        output = _wait_for(self.function(groups))
+        if isinstance(output, RewardOutput):
+            return output
+        return np.asarray(output, dtype=np.float64)  # float64 turns None into NaN
+
+
+class _CompletionReward(_Adapter):
+    """A function of one completion's text, its prompt and its sample's columns. Async calls of a step run together."""
+
+    offers = frozenset({"completion"})
+
+    def __call__(self, groups: Sequence[Group]) -> np.ndarray:
+        returned = []
+        for group in groups:
+            columns = _columns(group.prompt)
+            for completion in group.completions:
+                returned.append(self.function(**self._accepted({**columns, "completion": completion.text})))
+        if returned and inspect.isawaitable(returned[0]):
+            returned = _wait_for(_gather(returned))
+        members = [(group, member) for group in groups for member in range(len(group.completions))]
+        values = [self._number(value, *member) for value, member in zip(returned, members, strict=True)]
+        return np.array(values, dtype=np.float64).reshape(len(groups), -1)
+
+
+class _TRLReward(_Adapter):
+    """A function as TRL 1.16 calls it (`GRPOTrainer._calculate_rewards`): with lists over all completions of the step.
+
+    Where a sample's `prompt` is a list of messages, its completions are lists of one assistant message, as TRL has it.
+    """
+
+    offers = frozenset({"completions", "completion_ids", "trainer_state", "log_extra", "log_metric"})
+
+    def __call__(self, groups: Sequence[Group]) -> np.ndarray | RewardOutput:
+        members = [(group, member) for group in groups for member in range(len(group.completions))]
+        rows = [columns for group in groups for columns in [_columns(group.prompt)] * len(group.completions)]
+        # rows may have different keys: a column that a row lacks is None there, as in a table
+        keys = dict.fromkeys(key for row in rows for key in row)
+        arguments: dict[str, Any] = {
+            key: [row.get(key) for row in rows] for key in keys if key not in ("prompt", "completion", "completion_ids")
+        }
+        if "prompt" in keys:
+            arguments["prompts"] = [row.get("prompt") for row in rows]
+        completions = [group.completions[member] for group, member in members]
+        metrics: dict[str, list[float]] = {}
+        columns: dict[str, list[Any]] = {}
+        arguments |= {
+            "completions": [_as_trl(c, row.get("prompt")) for c, row in zip(completions, rows, strict=True)],
+            "completion_ids": [list(completion.token_ids) for completion in completions],
+            "trainer_state": self.state,
+            "log_metric": lambda name, value: metrics.setdefault(name, []).append(value),
+            "log_extra": lambda column, values: columns.setdefault(column, []).extend(values),
+        }
+        returned = _wait_for(self.function(**self._accepted(arguments)))
+        if len(returned) != len(members):
+            raise ValueError(f"reward {self.spec} returned {len(returned)} values for {len(members)} completions")
+        for column, values in columns.items():
+            if len(values) != len(members):
+                raise ValueError(
+                    f"reward {self.spec} logged {len(values)} values of {column!r} for {len(members)} completions: "
+                    "give log_extra one value each, once a call"
+                )
+        numbers = [self._number(value, *member) for value, member in zip(returned, members, strict=True)]
+        table = np.array(numbers, dtype=np.float64).reshape(len(groups), -1)
+        return RewardOutput(table, metrics, columns) if metrics or columns else table
+
+
+def _parameters(function: Callable[..., Any], spec: str) -> list[inspect.Parameter]:
+    try:
+        return list(inspect.signature(function).parameters.values())
+    except ValueError as error:  # some built-in functions
+        raise ValueError(f"reward {spec}: its signature cannot be read ({error}): wrap it in a function") from error
+
+
+def _is_required(parameter: inspect.Parameter) -> bool:
+    variadic = parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return not variadic and parameter.default is inspect.Parameter.empty
+
+
+def _columns(prompt: Prompt) -> dict[str, Any]:
+    """A sample's columns: the items of a mapping, or the fields of a dataclass."""
+    sample = prompt.sample
+    if sample is None:
+        return {}
+    if isinstance(sample, Mapping):
+        return dict(sample)
+    if is_dataclass(sample):
+        return {field.name: getattr(sample, field.name) for field in fields(sample)}
+    raise ValueError(
+        f"the sample of prompt {prompt.id!r} is a {type(sample).__name__}, whose columns are not known: use a dict or "
+        "a dataclass, or a reward that takes `groups`"
+    )
+
+
+def _as_trl(completion: Completion, prompt: Any) -> Any:
+    """A completion as TRL hands it over: text, or messages where the prompt is a chat."""
+    return completion.text if not isinstance(prompt, list) else [{"role": "assistant", "content": completion.text}]
+
+
+def _import_module(spec: str, name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(
+            f"reward {spec}: {name} cannot be imported ({error}): install it or put its folder on PYTHONPATH, or write "
+            "file.py:name"
+        ) from error
+
+
+_event_loop: asyncio.AbstractEventLoop | None = None
+
+
+def _wait_for(result: Any) -> Any:
+    """The result, awaited if it is a coroutine.
+
+    One loop, in a thread of its own, serves the whole process: a client that a reward keeps between steps is bound to
+    the loop it was made on, and a notebook's thread has a running loop already.
+    """
+    global _event_loop
+    if not inspect.isawaitable(result):
+        return result
+    if _event_loop is None:
+        _event_loop = asyncio.new_event_loop()
+        threading.Thread(target=_event_loop.run_forever, name="async rewards", daemon=True).start()
+    return asyncio.run_coroutine_threadsafe(cast(Coroutine[Any, Any, Any], result), _event_loop).result()
+
+
+async def _gather(calls: Sequence[Awaitable[Any]]) -> list[Any]:
+    return list(await asyncio.gather(*calls))

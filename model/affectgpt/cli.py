@@ -1,0 +1,332 @@
+"""The `affectgpt` command: train, score and use the emotion models, and make what they need.
+
+Torch and transformers are imported by a command only once its arguments are read: help and a mistyped key answer at
+once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+if TYPE_CHECKING:
+    from affectgpt.config import R1Config, TaskConfig
+    from affectgpt.evaluation import Evaluation
+    from affectgpt.pipeline import Stages
+    from grpo_core.distributed import Distributed
+
+    Config = TypeVar("Config", bound=TaskConfig)
+
+TRAIN = """\
+AffectGPT-R1 (arXiv 2508.01318): GRPO on the emotion-wheel score, after a cold start where the model is fresh.
+
+affectgpt train                                                  the embedded default, whole, on any machine
+affectgpt train --config r1_no_think --model.path DIR --data.root DIR
+torchrun --nproc_per_node=8 -m affectgpt train ...               the same on eight GPUs
+"""
+
+SFT = """Supervised training of AffectGPT on a label table: the cold start that GRPO begins from.
+
+affectgpt sft --config sft --model.llm QWEN --model.visual_encoder CLIP --model.audio_encoder HUBERT --data.root MER2025
+
+Writes `runs/<name>/model`, which `affectgpt train` takes as --model.path.
+"""
+
+EVALUATE = """Score a model on a labelled set: emotion-wheel F, precision and recall, per wheel and their mean.
+
+affectgpt evaluate --model.path runs/demo/model --data.root MER2025 --data.labels track2_test.csv
+
+The answers are greedy; they and the scores are kept in `runs/<name>/evaluations/evaluation.json`.
+"""
+
+PREDICT = """Name the emotions of clips, labelled or not: writes `name,openset` rows and the full answers.
+
+affectgpt predict --model.path runs/demo/model --data.format folder --data.root CLIPS --output answers.csv
+affectgpt predict --model.path DIR --data.root MER2025 --data.labels track_all_candidates.csv
+
+The csv has the form of the MER challenges' label tables; `<output>.jsonl` beside it has each clip's whole answer.
+"""
+
+
+def train(arguments: Sequence[str]) -> None:
+    """Cold start, controls, GRPO, and a report: what AffectGPT-R1 is."""
+    from affectgpt.config import R1Config
+    from affectgpt.configs import CONFIGS
+
+    config = _read(R1Config, "train", arguments, TRAIN, default_config=CONFIGS / "demo.yaml")
+
+    from affectgpt.pipeline import Stages, open_run
+    from affectgpt.stages import COLD_START, GRPO, SFT_CONTINUED, SHUFFLED_MEDIA, UNTRAINED
+    from affectgpt.synthetic import shuffle_media
+    from grpo_core import distributed
+    from grpo_core.config.fields import ConfigError
+
+    try:  # before the run's folder and before hours of training: an import path or a judge's folder may be wrong
+        rewards = config.rewards(config.metric.wheel())
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    dist = _start()
+    open_run(config, dist)
+    stages = Stages(config, dist)
+    stages.check_rewards(rewards)
+
+    evaluations: dict[str, Evaluation | None] = {}
+    cold_start = config.cold_start
+    if cold_start.max_steps:
+        evaluations[UNTRAINED] = stages.evaluate_test(UNTRAINED)
+        stages.supervised(
+            config.supervised(COLD_START, cold_start.max_steps, patience=cold_start.early_stopping_patience)
+        )
+    evaluations[COLD_START] = stages.evaluate_test(COLD_START)
+    if config.controls:
+        # the control trains the same model, so GRPO starts again from where the cold start left it
+        start = stages.folder / COLD_START / "model" if cold_start.max_steps else config.model.path
+        stages.supervised(config.supervised(SFT_CONTINUED, config.run.max_steps, patience=0))
+        evaluations[SFT_CONTINUED] = stages.evaluate_test(SFT_CONTINUED)
+        stages.load(start)
+    stages.grpo(rewards, config.algorithm, config.optim)
+    del rewards  # a judge's weights leave the GPU before the model is scored
+    evaluations[GRPO] = stages.evaluate_test(GRPO)
+    if config.controls and stages.test:
+        swapped = stages.prompts(shuffle_media([prompt.sample for prompt in stages.test], config.run.seed))
+        evaluations[SHUFFLED_MEDIA] = stages.evaluate_test(SHUFFLED_MEDIA, swapped)
+
+    if dist.main_process:
+        _finish_training(config, stages, {name: scored for name, scored in evaluations.items() if scored})
+    distributed.finalize(dist)
+
+
+def _finish_training(config: R1Config, stages: Stages, evaluations: dict[str, Evaluation]) -> None:
+    """Write `summary.json` and `report.html`, and print the table."""
+    from affectgpt.report import write_report
+    from affectgpt.stages import stage_label
+
+    summary = {f"{name}_f1": 100 * scored.f1 for name, scored in evaluations.items()} | {"seed": config.run.seed}
+    (config.run.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    report = write_report(
+        config.run.folder,
+        samples={prompt.sample.name: prompt.sample for prompt in (*stages.training, *stages.test)},
+        wheel=stages.wheel,
+    )
+    if evaluations:
+        clips = f"{len(stages.test)} held-out clips (level {config.metric.level}, seed {config.run.seed})"
+        print(f"\nemotion-wheel F on {clips}")
+        for name, scored in evaluations.items():
+            f1, precision, recall = (100 * value for value in (scored.f1, scored.precision, scored.recall))
+            print(f"  {stage_label(name).title:34}{f1:6.2f}   P {precision:6.2f}   R {recall:6.2f}")
+    print(f"\n{report}")
+
+
+def sft(arguments: Sequence[str]) -> None:
+    """Train on a label table and score the result where there is a test table."""
+    from affectgpt.config import SupervisedConfig
+
+    config = _read(SupervisedConfig, "sft", arguments, SFT)
+
+    from affectgpt.pipeline import Stages, open_run
+    from grpo_core import distributed
+    from grpo_core.config.options import SFTConfig
+
+    dist = _start()
+    open_run(config, dist)
+    stages = Stages(config, dist)
+    stages.supervised(SFTConfig(config.optim, config.run))
+    evaluation = stages.evaluate_test("sft")
+    if dist.main_process:
+        print(f"\n{stages.folder / 'model'}")
+        if evaluation:
+            print(evaluation.table())
+    distributed.finalize(dist)
+
+
+def evaluate(arguments: Sequence[str]) -> None:
+    """Score a model on a label table."""
+    from affectgpt.config import TaskConfig
+
+    config = _read(TaskConfig, "evaluate", arguments, EVALUATE)
+
+    from affectgpt.pipeline import Stages, load_samples
+    from grpo_core import distributed
+
+    dist = _start()
+    stages = Stages(config, dist, splits=False)
+    # of stages.config, not config: the root of synthetic clips is filled in there
+    prompts = stages.prompts(load_samples(stages.config.data))
+    evaluation = stages.evaluate_test("evaluation", prompts)
+    if dist.main_process and evaluation:
+        print(evaluation.table())
+    distributed.finalize(dist)
+
+
+def predict(arguments: Sequence[str]) -> None:
+    """Write the emotions that a model names for clips."""
+    from affectgpt.config import PredictConfig
+
+    config = _read(PredictConfig, "predict", arguments, PREDICT)
+
+    import csv
+
+    from affectgpt.emotion_wheel import parse_labels
+    from affectgpt.pipeline import Stages, answer_greedily, load_samples
+    from affectgpt.prompts import answer_text
+    from grpo_core import distributed
+
+    dist = _start()
+    stages = Stages(config, dist, splits=False)
+    prompts = stages.prompts(load_samples(stages.config.data, labelled=False))
+    _, sampler = stages.policy()
+    texts = answer_greedily(sampler, prompts, stages.rollout, dist, progress=True)
+    if dist.main_process:
+        config.output.parent.mkdir(parents=True, exist_ok=True)
+        with config.output.open("w", newline="", encoding="utf-8") as table:
+            writer = csv.writer(table)
+            writer.writerow(("name", "openset"))
+            for prompt, text in zip(prompts, texts, strict=True):
+                labels = parse_labels(answer_text(text, config.prompt.mode), "tolerant")
+                writer.writerow((prompt.id, f"[{', '.join(labels)}]"))
+        with config.output.with_suffix(".jsonl").open("w", encoding="utf-8") as lines:
+            for prompt, text in zip(prompts, texts, strict=True):
+                lines.write(json.dumps({"name": prompt.id, "answer": text}, ensure_ascii=False) + "\n")
+        print(f"{len(prompts)} clips: {config.output}")
+    distributed.finalize(dist)
+
+
+def ablations(arguments: Sequence[str]) -> int:
+    """Train the ablation table's rows."""
+    from affectgpt.ablations import main as run
+
+    try:
+        run(arguments)
+    except RuntimeError as error:  # a row failed, and has said why
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def report(arguments: Sequence[str]) -> None:
+    """Write a run's report again."""
+    from affectgpt.report.__main__ import main as run
+
+    run(list(arguments))
+
+
+def wheel(arguments: Sequence[str]) -> int:
+    """Build the emotion tables."""
+    from affectgpt.emotion_wheel.__main__ import main as run
+
+    return run(list(arguments))
+
+
+def synthetic(arguments: Sequence[str]) -> None:
+    """Make synthetic clips and tiny models."""
+    from affectgpt.synthetic.__main__ import main as run
+
+    run(list(arguments))
+
+
+class Command(NamedTuple):
+    """A subcommand: what runs it with its arguments, and a line for the list. A returned number is its exit status."""
+
+    run: Callable[[Sequence[str]], int | None]
+    summary: str
+
+
+COMMANDS = {
+    "train": Command(train, "AffectGPT-R1: cold start, GRPO, scores and report; without options, an embedded demo"),
+    "sft": Command(sft, "supervised training on a label table"),
+    "evaluate": Command(evaluate, "score a model on a labelled set"),
+    "predict": Command(predict, "name the emotions of clips"),
+    "ablations": Command(ablations, "the paper's ablation table, on synthetic clips"),
+    "report": Command(report, "write a run's report.html again"),
+    "wheel": Command(wheel, "build the emotion wheel's tables from WordNet"),
+    "synthetic": Command(synthetic, "make the embedded clips and tiny models"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand.
+
+    Args:
+        argv: arguments without the program's name; None takes the process's own.
+
+    Returns:
+        The exit status: 0; 1 where the work failed; 2 where the arguments or the config were refused.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name = arguments[0] if arguments else "--help"
+    if name in ("-h", "--help", "--version"):
+        print(_version() if name == "--version" else _help())
+        return 0
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(COMMANDS)}"
+        print(f"error: unknown command {name!r}: {hint}", file=sys.stderr)
+        return 2
+    try:
+        return COMMANDS[name].run(arguments[1:]) or 0
+    except (ValueError, FileNotFoundError, NotImplementedError) as error:
+        from grpo_core.config.fields import ConfigError
+
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: affectgpt COMMAND [options]",
+            "",
+            "Emotion models that see, hear and read, trained by GRPO.",
+            "",
+            *lines,
+            "",
+            "affectgpt COMMAND --help lists the options of a command.",
+        ]
+    )
+
+
+def _version() -> str:
+    from affectgpt import __version__
+
+    return f"affectgpt {__version__}"
+
+
+def _read(
+    cls: type[Config],
+    command: str,
+    arguments: Sequence[str],
+    description: str,
+    default_config: Path | None = None,
+) -> Config:
+    """Read a command's config; configs that come with the package are found by name.
+
+    Raises:
+        ConfigError: a mistake in it.
+    """
+    from affectgpt.configs import CONFIGS
+    from grpo_core.config.loader import load_config
+
+    return load_config(
+        cls,
+        arguments,
+        description=description,
+        default_config=default_config,
+        config_folder=CONFIGS,
+        program=f"affectgpt {command}",
+    )
+
+
+def _start() -> Distributed:
+    """Join the other ranks, and let the main process alone write notes."""
+    from grpo_core import distributed
+
+    dist = distributed.init()
+    logging.basicConfig(level=logging.INFO if dist.main_process else logging.ERROR, format="%(message)s")
+    return dist

@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from common import PRESETS, write_results
@@ -280,7 +281,13 @@ def run_gpu(sizes: list[str], tokens: list[int], calls: int) -> dict:
             width, vocabulary = HEADS[size]
             batch = Batch(count, width, vocabulary, "cuda", torch.bfloat16)
             flop = 2 * count * width * vocabulary
-            row = {"size": size, "tokens": count, "errors": gpu_errors(batch), "gemms_ms": {}, "contenders": {}}
+            row: dict[str, Any] = {
+                "size": size,
+                "tokens": count,
+                "errors": gpu_errors(batch),
+                "gemms_ms": {},
+                "contenders": {},
+            }
             print(f"\n{size}  H = {width}, V = {vocabulary}, T = {count}   log-prob errors {row['errors']}")
             try:
                 row["gemms_ms"] = gemms_ms(batch, calls)

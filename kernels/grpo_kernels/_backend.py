@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -14,8 +14,9 @@ try:
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:
     # Triton exists for Linux alone. Elsewhere modules import too: their kernels stay functions, which nothing calls
-    triton = SimpleNamespace(jit=lambda kernel: kernel)
-    tl = TensorDescriptor = None
+    if not TYPE_CHECKING:
+        triton = SimpleNamespace(jit=lambda kernel: kernel)
+        tl = TensorDescriptor = None
 
 __all__ = [
     "FLOAT_DTYPES",

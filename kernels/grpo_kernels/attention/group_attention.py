@@ -3,9 +3,9 @@
 A completion's softmax runs over its prompt's keys and its own. It is taken in two parts, each by a standard attention
 kernel, and merged by their log-sum-exps:
 
-    own     every prompt, and every completion, causally over itself                 lse_own,  o_own
-    over    all completions of a group, as one block of queries, over the prompt     lse_over, o_over
-    lse = log(exp lse_own + exp lse_over)        o = exp(lse_own − lse)·o_own + exp(lse_over − lse)·o_over
+    self      every prompt, and every completion, causally over itself                 lse_self,   o_self
+    prompt    all completions of a group, as one block of queries, over the prompt     lse_prompt, o_prompt
+    lse = log(exp lse_self + exp lse_prompt)     o = exp(lse_self − lse)·o_self + exp(lse_prompt − lse)·o_prompt
 
 The backward runs both parts' backward kernels with the merged `o` and `lse` and adds the results.
 
@@ -53,16 +53,16 @@ def group_attention(q: Tensor, k: Tensor, v: Tensor, spans: GroupSpans, *, scale
 class _GroupAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, spans: GroupSpans, scale: float) -> Tensor:
-        out, lse = varlen_forward(q, k, v, spans.own, True, scale)
-        if len(spans.over_prompt):
-            over, over_lse = varlen_forward(q, k, v, spans.over_prompt, False, scale)
-            rows = spans.over_prompt.on(q.device).query_rows  # of all completions: prompts keep what they have
-            own_lse = lse[:, rows]
-            # exp(lse_over) / (exp lse_own + exp lse_over), without forming an exponential that may overflow
-            share = torch.sigmoid(over_lse - own_lse).transpose(0, 1)[..., None]
-            # o_own + share·(o_over − o_own) in float32, rounded once
-            out[rows] = torch.lerp(out[rows].to(share.dtype), over.to(share.dtype), share).to(out.dtype)
-            lse[:, rows] = torch.logaddexp(own_lse, over_lse)
+        out, lse = varlen_forward(q, k, v, spans.self_segments, True, scale)
+        if len(spans.prompt_segments):
+            prompt_out, prompt_lse = varlen_forward(q, k, v, spans.prompt_segments, False, scale)
+            rows = spans.prompt_segments.on(q.device).query_rows  # of all completions: prompts keep what they have
+            self_lse = lse[:, rows]
+            # exp(lse_prompt) / (exp lse_self + exp lse_prompt), without forming an exponential that may overflow
+            share = torch.sigmoid(prompt_lse - self_lse).transpose(0, 1)[..., None]
+            # o_self + share·(o_prompt − o_self) in float32, rounded once
+            out[rows] = torch.lerp(out[rows].to(share.dtype), prompt_out.to(share.dtype), share).to(out.dtype)
+            lse[:, rows] = torch.logaddexp(self_lse, prompt_lse)
         ctx.save_for_backward(q, k, v, out, lse)  # of all parts: `varlen` says why that gives each part its gradient
         ctx.spans, ctx.scale = spans, scale
         return out
@@ -70,12 +70,14 @@ class _GroupAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (q, k, v, out, lse), spans = ctx.saved_tensors, ctx.spans
-        dq, dk, dv = varlen_backward(grad, q, k, v, out, lse, spans.own, True, ctx.scale)
-        if len(spans.over_prompt):
-            over_dq, over_dk, over_dv = varlen_backward(grad, q, k, v, out, lse, spans.over_prompt, False, ctx.scale)
-            query_rows, key_rows, *_ = spans.over_prompt.on(grad.device)
+        dq, dk, dv = varlen_backward(grad, q, k, v, out, lse, spans.self_segments, True, ctx.scale)
+        if len(spans.prompt_segments):
+            prompt_dq, prompt_dk, prompt_dv = varlen_backward(
+                grad, q, k, v, out, lse, spans.prompt_segments, False, ctx.scale
+            )
+            query_rows, key_rows, *_ = spans.prompt_segments.on(grad.device)
             # rows of a span occur once each, so that indexed addition loses none
-            dq[query_rows] += over_dq
-            dk[key_rows] += over_dk
-            dv[key_rows] += over_dv
+            dq[query_rows] += prompt_dq
+            dk[key_rows] += prompt_dk
+            dv[key_rows] += prompt_dv
         return dq, dk, dv, None, None

@@ -81,8 +81,8 @@ def prefix_attention_kernel(
     q,  # [B, K * R, D]
     k,  # [N, K, columns, D], prompts
     v,
-    part_out,  # [splits, B, K * R, D] float32
-    part_lse,  # [splits, B, K * R] float32, base 2
+    partial_out,  # [splits, B, K * R, D] float32
+    partial_lse,  # [splits, B, K * R] float32, base 2
     order,  # [B] and [N + 1]: `GroupRows`
     starts,
     prefix_lengths,  # [N]
@@ -108,13 +108,13 @@ def prefix_attention_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """A tile of one group's queries of one key/value head over one split of its prompt."""
-    part = tl.program_id(1)
+    split_index = tl.program_id(1)
     group = tl.program_id(2) // kv_heads
     kv = tl.program_id(2) % kv_heads
     first = tl.load(starts + group)
     rows = (tl.load(starts + group + 1) - first) * R
     length = tl.load(prefix_lengths + group).to(tl.int32)
-    begin = part * split
+    begin = split_index * split
     end = tl.minimum(begin + split, length)
     if (tl.program_id(0) * BLOCK_Q >= rows) | (begin >= end):
         return
@@ -145,9 +145,9 @@ def prefix_attention_kernel(
         values = tl.load(v + token[:, None] * v_token + d[None, :], exists[:, None] & inside, other=0.0)
         acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None], input_precision="ieee")
         highest = peak
-    at = (part.to(tl.int64) * B + row) * kv_heads * R + head
-    tl.store(part_lse + at, highest + tl.log2(total), live)
-    tl.store(part_out + at[:, None] * D + d[None, :], acc / total[:, None], live[:, None] & inside)
+    at = (split_index.to(tl.int64) * B + row) * kv_heads * R + head
+    tl.store(partial_lse + at, highest + tl.log2(total), live)
+    tl.store(partial_out + at[:, None] * D + d[None, :], acc / total[:, None], live[:, None] & inside)
 
 
 @triton.jit
@@ -156,8 +156,8 @@ def suffix_attention_kernel(
     q,  # [B, K * R, D]
     k,  # [B, K, columns, D], the rows' own tokens
     v,
-    part_out,  # [splits, B, K * R, D], of `prefix_attention_kernel`
-    part_lse,
+    partial_out,  # [splits, B, K * R, D], of `prefix_attention_kernel`
+    partial_lse,
     out,  # [B, K * R, D]
     group_of_row,  # [B]
     prefix_lengths,  # [N]
@@ -217,10 +217,10 @@ def suffix_attention_kernel(
 
     group = tl.load(group_of_row + row)
     prefix = tl.load(prefix_lengths + group, group >= 0, other=0).to(tl.int32)
-    for part in range(0, tl.cdiv(prefix, split)):
-        at = (part * B + row) * kv_heads * R + head
-        lse = tl.load(part_lse + at, live, other=0.0)
-        piece = tl.load(part_out + at[:, None] * D + d[None, :], live[:, None] & inside, other=0.0)
+    for split_index in range(0, tl.cdiv(prefix, split)):
+        at = (split_index * B + row) * kv_heads * R + head
+        lse = tl.load(partial_lse + at, live, other=0.0)
+        piece = tl.load(partial_out + at[:, None] * D + d[None, :], live[:, None] & inside, other=0.0)
         peak = tl.maximum(highest, lse)  # finite: a part's log-sum-exp is
         shrink = tl.exp2(highest - peak)
         weight = tl.exp2(lse - peak)
@@ -280,15 +280,15 @@ def group_decode_attention(
     split = _split(columns, tiles * groups * kv_heads, q.device)
     splits = triton.cdiv(columns, split)
     # parts that no program writes (a short prompt, a row without a group) are never read either
-    part_out = torch.empty(splits, batch, query_heads, width, dtype=torch.float32, device=q.device)
-    part_lse = torch.empty(splits, batch, query_heads, dtype=torch.float32, device=q.device)
+    partial_out = torch.empty(splits, batch, query_heads, width, dtype=torch.float32, device=q.device)
+    partial_lse = torch.empty(splits, batch, query_heads, dtype=torch.float32, device=q.device)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     prefix_attention_kernel[tiles, splits, groups * kv_heads](
         q=q,
         k=prefix_k,
         v=prefix_v,
-        part_out=part_out,
-        part_lse=part_lse,
+        partial_out=partial_out,
+        partial_lse=partial_lse,
         order=rows.order,
         starts=rows.starts,
         prefix_lengths=prefix_lengths,
@@ -312,8 +312,8 @@ def group_decode_attention(
         q=q,
         k=suffix_k,
         v=suffix_v,
-        part_out=part_out,
-        part_lse=part_lse,
+        partial_out=partial_out,
+        partial_lse=partial_lse,
         out=out,
         group_of_row=rows.group_of_row,
         prefix_lengths=prefix_lengths,

@@ -67,7 +67,7 @@ class GroupSpans:
         return sum(self.prompt_lengths) + sum(map(sum, self.completion_lengths))
 
     @cached_property
-    def own(self) -> Segments:
+    def self_segments(self) -> Segments:
         """Every prompt and every non-empty completion over itself, in packed order: query rows are all of T."""
         starts, lengths = [], []
         for row, prompt, group in zip(self.prompt_starts, self.prompt_lengths, self.completion_lengths, strict=True):
@@ -78,7 +78,7 @@ class GroupSpans:
         return Segments(starts, lengths, starts, lengths)
 
     @cached_property
-    def over_prompt(self) -> Segments:
+    def prompt_segments(self) -> Segments:
         """All completions of a group, together, over their prompt; groups whose completions are all empty have none."""
         segments = [
             (start + prompt, sum(group), start, prompt)

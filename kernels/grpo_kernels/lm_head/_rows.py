@@ -520,7 +520,7 @@ def row_views(logits: Tensor, out: Tensor) -> list[tuple[Tensor, Tensor]]:
         return [views for parts in zip(logits, out, strict=True) for views in row_views(*parts)]
 
 
-def given_rows(
+def logit_rows(
     logits: Tensor,
     out: Tensor,
     targets: Tensor,

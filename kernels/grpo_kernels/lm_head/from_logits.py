@@ -24,7 +24,7 @@ from grpo_kernels.lm_head._rows import (
     check_logits,
     check_softmax,
     check_targets,
-    given_rows,
+    logit_rows,
 )
 from grpo_kernels.lm_head.token_loss import KLEstimator, LossConfig, LossInputs, LossType
 
@@ -242,7 +242,7 @@ def grpo_loss(
         values = logits.detach()
         out = torch.empty_like(values) if need and not inplace else values
         result = loss_pass(
-            lambda saved: given_rows(values, out, flat, transform, stats, backend, saved),
+            lambda saved: logit_rows(values, out, flat, transform, stats, backend, saved),
             stats,
             inputs,
             add_gradient=(lambda rows, gradient: None) if need else None,  # it lies in `out` already

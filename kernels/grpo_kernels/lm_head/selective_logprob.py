@@ -22,7 +22,7 @@ from grpo_kernels.lm_head._rows import (
     check_logits,
     check_softmax,
     check_targets,
-    given_rows,
+    logit_rows,
 )
 
 
@@ -43,7 +43,7 @@ class _SelectiveLogprob(torch.autograd.Function):
         stats = RowStatistics.empty(
             targets.shape[0], logits.device, accumulator_dtype(logits), entropy=entropy, kl=False
         )
-        for _, chunk in given_rows(logits, logits, targets, transform, stats, backend):
+        for _, chunk in logit_rows(logits, logits, targets, transform, stats, backend):
             chunk.statistics_()
         ctx.set_materialize_grads(False)  # an output without an upstream gradient gives None, not a tensor of zeros
         ctx.transform, ctx.inplace, ctx.backend = transform, inplace, backend
@@ -61,7 +61,7 @@ class _SelectiveLogprob(torch.autograd.Function):
             grad_logprob = torch.zeros_like(stats.logprob)
         upstream = [None if g is None else g.contiguous() for g in (grad_logprob, grad_entropy)]
         out = logits.detach() if ctx.inplace else torch.empty_like(logits)
-        for rows, chunk in given_rows(logits, out, targets, ctx.transform, stats, ctx.backend, saved=True):
+        for rows, chunk in logit_rows(logits, out, targets, ctx.transform, stats, ctx.backend, saved=True):
             chunk.gradient_(*(None if g is None else g[rows] for g in upstream))
         if ctx.inplace:  # a later use of the logits by autograd is refused, not silently wrong
             torch.autograd.graph.increment_version(logits)

@@ -91,10 +91,10 @@ def test_one_spans_object_serves_many_layers_without_remaking_its_rows(monkeypat
     spans = GroupSpans([5, 3], [[3, 1], [2, 2]])
     qkv, _ = make(spans)
     group_attention(*qkv, spans)
-    made = (spans.own.batches(torch.device("cpu"), True), spans.over_prompt.on(torch.device("cpu")))
+    made = (spans.self_segments.batches(torch.device("cpu"), True), spans.prompt_segments.on(torch.device("cpu")))
     group_attention(*qkv, spans).sum().backward()
-    assert spans.own.batches(torch.device("cpu"), True) is made[0]
-    assert spans.over_prompt.on(torch.device("cpu")) is made[1]
+    assert spans.self_segments.batches(torch.device("cpu"), True) is made[0]
+    assert spans.prompt_segments.on(torch.device("cpu")) is made[1]
 
 
 def test_bad_input_is_refused():

@@ -24,7 +24,7 @@ def fresh_cache(tmp_path, monkeypatch):
 def compile_attention(kernel, kind, config, width, heads_per_kv):
     names = kernel.arg_names
     signature = dict.fromkeys(names, "i32") | dict.fromkeys(("q", "k", "v", "out"), kind)
-    signature |= {"scale": "fp32", "part_out": "*fp32", "part_lse": "*fp32"}
+    signature |= {"scale": "fp32", "partial_out": "*fp32", "partial_lse": "*fp32"}
     signature |= dict.fromkeys(("prefix_lengths", "suffix_lengths"), "*i64")
     signature |= dict.fromkeys(("order", "starts", "group_of_row"), "*i32")
     config = dict(config)

@@ -15,18 +15,17 @@ def test_rows_are_packed_group_by_group():
 
 
 def test_every_row_is_a_query_once_over_its_own_segment():
-    spans = GroupSpans([5, 1], [[3, 0], [2]])
-    assert list(zip(spans.own.query_starts, spans.own.query_lengths, strict=True)) == [(0, 5), (5, 3), (8, 1), (9, 2)]
-    assert spans.own.key_starts == spans.own.query_starts
-    assert spans.own.key_lengths == spans.own.query_lengths
+    segments = GroupSpans([5, 1], [[3, 0], [2]]).self_segments
+    assert segments.query_starts == segments.key_starts == (0, 5, 8, 9)
+    assert segments.query_lengths == segments.key_lengths == (5, 3, 1, 2)
 
 
 def test_completions_of_a_group_see_their_prompt_as_one_block():
     spans = GroupSpans([5, 4, 1], [[3, 2], [0, 0], [2]])
-    over = spans.over_prompt
+    over = spans.prompt_segments
     assert (over.query_starts, over.query_lengths) == ((5, 15), (5, 2))  # a group without completion tokens has none
     assert (over.key_starts, over.key_lengths) == ((0, 14), (5, 1))
-    assert len(GroupSpans([4], [[]]).over_prompt) == 0
+    assert len(GroupSpans([4], [[]]).prompt_segments) == 0
 
 
 def test_spans_of_equal_lengths_are_equal_and_hashable():

@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from grpo_kernels import __version__  # one distribution, one version; this import needs no torch either
+
 if TYPE_CHECKING:
     from affectgpt.config import R1Config, SupervisedConfig, TaskConfig
     from affectgpt.data.datasets import Sample, load_folder, load_jsonl, load_mer2025, load_mer2026, load_ovmerd_plus
@@ -20,8 +22,6 @@ if TYPE_CHECKING:
     from affectgpt.prompts import answer_text, build_prompt, build_target
     from affectgpt.report import write_report
     from affectgpt.rewards import RewardConfig, make_rewards
-
-__version__ = "0.1.0"
 
 _MODULES = {
     "config": ("R1Config", "SupervisedConfig", "TaskConfig"),

@@ -1,4 +1,4 @@
-"""How a model is judged: the emotion-wheel scores of its answers on a labelled set."""
+"""Score a model's answers on a labelled set by the emotion wheels."""
 
 from __future__ import annotations
 
@@ -79,10 +79,11 @@ def score_answers(
     """
     if not samples:
         raise ValueError(f"nothing to evaluate on: the {split} set is empty")
+    truth: list[str] = []
     for sample in samples:
         if sample.labels is None:
             raise ValueError(f"sample {sample.name!r} of the {split} set has no labels: it cannot be scored")
-    truth = [sample.labels for sample in samples]
+        truth.append(sample.labels)
     answers = [answer_text(text, mode) for text in completions]
     corpus: CorpusScore = wheel.corpus(truth, answers, level, parse="tolerant")
     each = wheel.score(truth, answers, level, parse="tolerant").mean("skip")
@@ -99,7 +100,7 @@ def score_answers(
         },
         scored=np.asarray(corpus.scored).tolist(),
         samples=[
-            SampleScore(sample.name, sample.labels, text, parse_labels(answer, "tolerant"), float(f1))
-            for sample, text, answer, f1 in zip(samples, completions, answers, each, strict=True)
+            SampleScore(sample.name, labels, text, parse_labels(answer, "tolerant"), float(f1))
+            for sample, labels, text, answer, f1 in zip(samples, truth, completions, answers, each, strict=True)
         ],
     )

@@ -70,11 +70,15 @@ def make_model(config: ModelConfig, device: torch.device) -> AffectGPT:
     Raises:
         ValueError: neither a saved model nor all three folders are named.
     """
-    folders = {"llm": config.llm, "visual_encoder": config.visual_encoder, "audio_encoder": config.audio_encoder}
+    folders: dict[str, Any] = {
+        "llm": config.llm,
+        "visual_encoder": config.visual_encoder,
+        "audio_encoder": config.audio_encoder,
+    }
     dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     if config.path is not None:
         # a saved model remembers its folders; those that are named here have moved since
-        moved = {name: path for name, path in folders.items() if path is not None}
+        moved: dict[str, Any] = {name: path for name, path in folders.items() if path is not None}
         model = AffectGPT.from_pretrained(config.path, device=device, dtype=dtype, **moved)
     else:
         missing = [name for name, path in folders.items() if path is None]
@@ -82,11 +86,16 @@ def make_model(config: ModelConfig, device: torch.device) -> AffectGPT:
             raise ValueError(
                 f"model.{missing[0]} is not set: give model.path, or all of model.{', model.'.join(folders)}"
             )
-        lora = {"lora_r": config.lora_r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
+        lora: dict[str, Any] = {
+            "lora_r": config.lora_r,
+            "lora_alpha": config.lora_alpha,
+            "lora_dropout": config.lora_dropout,
+        }
         model = AffectGPT.create(**folders, device=device, dtype=dtype, **lora)
     if config.gradient_checkpointing:
         # re-entrant checkpointing needs an input with gradient; with frozen embeddings there is none
-        model.llm.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        base: Any = model.llm.get_base_model()
+        base.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
 
@@ -188,12 +197,17 @@ class Stages:
             self.model.save_pretrained(folder)
         barrier(self.dist)  # other ranks may read the folder next
 
-    def policy(self, reference: str | None = None, offload: bool = False) -> tuple[Policy, GroupSampler]:
-        """Wrap the model as a policy, and make its sampler."""
+    def policy(self, reference: Any = None, offload: bool = False) -> tuple[Policy, GroupSampler]:
+        """Wrap the model as a policy, and make its sampler.
+
+        Args:
+            reference: what the KL is measured against, `frozen` or `adapter_off`; None keeps no reference.
+            offload: keep the frozen reference in host memory.
+        """
         policy = Policy(self.model.llm, embed=self.model.embed, module=self.model, reference=reference, offload=offload)
         tokenizer = self.model.tokenizer
         # a sampled placeholder would be overwritten by features in the next forward pass
-        placeholders = tokenizer.convert_tokens_to_ids(list(PLACEHOLDERS))
+        placeholders: Any = tokenizer.convert_tokens_to_ids(list(PLACEHOLDERS))
         return policy, GroupSampler(policy, tokenizer, seed=self.config.run.seed, forbidden_tokens=placeholders)
 
     def supervised(self, config: SFTConfig) -> None:

@@ -204,9 +204,10 @@ def target_text(sample: Sample, mode: Mode = "no_think", answer_form: AnswerForm
     if mode == "no_think":
         return _lookup({"list": "{labels}", "sentence": _SENTENCE}, answer_form, "answer form").format(labels=labels)
     check_mode(mode)
-    if not (sample.reason or "").strip():
+    description = sample.reason or ""
+    if not description.strip():
         raise ValueError(f"sample {sample.name!r} has no reason, which think mode learns: use mode no_think")
-    reason = re.sub(r"#{3,}", "#", re.sub(r"</?(think|answer)>", "", sample.reason)).strip()
+    reason = re.sub(r"#{3,}", "#", re.sub(r"</?(think|answer)>", "", description)).strip()
     return f"<think> {reason} </think> <answer> {labels} </answer>"
 
 
@@ -260,9 +261,10 @@ def _frame(body: str, template: Template, mode: Mode, tokenizer: PreTrainedToken
         raise ValueError("template is 'chat', but the LLM's tokenizer has no chat_template: use template 'upstream'")
     turn = [{"role": "user", "content": body}]
     # templates of reasoning models (Qwen3) look at enable_thinking; others take no notice of it
-    return tokenizer.apply_chat_template(
+    text: Any = tokenizer.apply_chat_template(
         turn, add_generation_prompt=True, tokenize=False, enable_thinking=mode == "think"
     )
+    return text
 
 
 def _lookup(table: Mapping[Any, Value], key: object, what: str) -> Value:

@@ -115,11 +115,14 @@ def load_folder(root: str | Path, labels: str | Path | None = None) -> list[Samp
     if not videos and not images:
         raise ValueError(f"{root}: no clip there. A clip is a file that ends in {', '.join(VIDEO_SUFFIXES)}.")
     names = sorted([*videos, *images])
-    table = {} if labels is None else _read_table(root / labels, ("openset",))
-    if strangers := sorted(set(table) - set(names)):
-        raise ValueError(
-            f"{root / labels}: it labels {strangers[0]!r}, but {root} holds no such clip. Check the names."
-        )
+    table: dict[str, dict[str, str]] = {}
+    if labels is not None:
+        table = _read_table(root / labels, ("openset",))
+        strangers = sorted(set(table) - set(names))
+        if strangers:
+            raise ValueError(
+                f"{root / labels}: it labels {strangers[0]!r}, but {root} holds no such clip. Check the names."
+            )
 
     def beside(name: str, suffix: str) -> Path | None:
         return path if (path := root / f"{name}{suffix}").is_file() else None

@@ -206,7 +206,7 @@ def _merge(mine: dict[str, str], dist: Distributed) -> dict[str, str]:
 def _digest_files(paths: list[str], cache_dir: Path, threads: int) -> tuple[dict[str, str], dict[str, str]]:
     """Content digests of `paths`, and why the others cannot be read.
 
-    A file whose path, size and time of change stand in `digests.jsonl` is not read. One changed in the last two seconds
+    A file whose path, size and time of change are in `digests.jsonl` is not read. One changed in the last two seconds
     is never noted there: a clock tick later it might hold something else under the same time.
     """
     ledger_file = cache_dir / "digests.jsonl"
@@ -214,8 +214,8 @@ def _digest_files(paths: list[str], cache_dir: Path, threads: int) -> tuple[dict
     if ledger_file.is_file():
         for line in ledger_file.read_text("utf-8", errors="replace").splitlines():
             try:
-                path, size, mtime, digest = json.loads(line)
-                ledger[path, size, mtime] = digest
+                path, size, mtime, content = json.loads(line)
+                ledger[path, size, mtime] = content
             except (ValueError, TypeError):  # the end of a line may be missing after a crash
                 continue
 
@@ -299,6 +299,7 @@ def _encode(
             for is_audio in (False, True):
                 some = {unit: array for unit, array in arrays.items() if (unit.modality == "audio") == is_audio}
                 if some:
+                    assert encoders is not None  # for the type checker: refused above
                     encode = encoders.encode_audio if is_audio else encoders.encode_frames
                     rows = encode(np.concatenate(list(some.values())))
                     if not torch.isfinite(rows).all():
@@ -327,7 +328,7 @@ def _write(folder: Path, shard: dict[str, Tensor]) -> None:
 def _checksum(shard: Mapping[str, Tensor]) -> str:
     crc = 0
     for key in sorted(shard):
-        crc = zlib.crc32(shard[key].contiguous().numpy(), zlib.crc32(key.encode(), crc))
+        crc = zlib.crc32(shard[key].contiguous().numpy().data, zlib.crc32(key.encode(), crc))
     return f"{crc:08x}"
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 import av
 import numpy as np
@@ -82,8 +82,10 @@ def read_waveform(path: str | Path) -> np.ndarray:
             raise MediaError(
                 path, "it has no audio stream", "Give the sample a wav, or leave audio out of the modalities"
             )
-        resampler, setup = None, None
+        resampler: av.AudioResampler | None = None
+        setup: tuple[str, str, int] | None = None
         for frame in container.decode(stream):
+            assert isinstance(frame, av.AudioFrame)  # for the type checker: the stream is an audio stream
             if (frame.format.name, frame.layout.name, frame.sample_rate) != setup:  # may change within a file
                 chunks += _resampled(resampler, None)
                 resampler = av.AudioResampler(format="fltp", layout=frame.layout, rate=SAMPLE_RATE)
@@ -183,6 +185,7 @@ def _video_stream(path: Path, container: av.container.InputContainer) -> av.Vide
     stream = container.streams.best("video")  # FFmpeg's choice: a cover picture comes last
     if stream is None:
         raise MediaError(path, "it has no video stream", "Give a video file, or leave frame out of the modalities")
+    assert isinstance(stream, av.VideoStream)  # for the type checker
     return stream
 
 
@@ -213,7 +216,7 @@ def _resampled(resampler: av.AudioResampler | None, frame: av.AudioFrame | None)
     return [out.to_ndarray().mean(axis=0, dtype=np.float32) for out in resampler.resample(frame)]
 
 
-def _npy_header(file) -> tuple[tuple[int, ...], np.dtype]:
+def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = read(file)

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -134,7 +135,7 @@ class AffectGPT(nn.Module):
         device: torch.device | str = "cpu",
         dtype: torch.dtype | str = "auto",
         attn_implementation: str = "sdpa",
-        **lora: object,
+        **lora: Any,
     ) -> AffectGPT:
         """A model with fresh LoRA and fusion weights over local folders; the global torch generator draws them.
 
@@ -183,10 +184,9 @@ class AffectGPT(nn.Module):
             ValueError: a file is damaged, or its tensors are not those of this model.
         """
         config = AffectGPTConfig.load(folder)
-        moved = {"llm": llm, "visual_encoder": visual_encoder, "audio_encoder": audio_encoder}
-        config = dataclasses.replace(
-            config, **{name: os.path.abspath(path) for name, path in moved.items() if path is not None}
-        )
+        folders = {"llm": llm, "visual_encoder": visual_encoder, "audio_encoder": audio_encoder}
+        moved: dict[str, Any] = {name: os.path.abspath(path) for name, path in folders.items() if path is not None}
+        config = dataclasses.replace(config, **moved)
         weights = Path(folder) / WEIGHTS_FILE
         if not weights.is_file():
             raise FileNotFoundError(f"{weights} is missing: save the model again, or copy the whole folder")
@@ -236,25 +236,25 @@ class AffectGPT(nn.Module):
         Raises:
             ValueError: names or shapes differ; nothing was copied.
         """
-        own = self.trainable_parameters()
-        if missing := [name for name in own if name not in state]:
+        parameters = self.trainable_parameters()
+        if missing := [name for name in parameters if name not in state]:
             raise ValueError(
-                f"{source} lacks {len(missing)} of the {len(own)} tensors this model needs, first {missing[0]}: "
+                f"{source} lacks {len(missing)} of the {len(parameters)} tensors this model needs, first {missing[0]}: "
                 "the LLM's layers and lora_targets must be those it was saved with"
             )
-        if unexpected := [name for name in state if name not in own]:
+        if unexpected := [name for name in state if name not in parameters]:
             raise ValueError(
                 f"{source} holds {len(unexpected)} tensors this model has no place for, first {unexpected[0]}: "
                 "the LLM's layers and lora_targets must be those it was saved with"
             )
-        for name, parameter in own.items():
+        for name, parameter in parameters.items():
             if state[name].shape != parameter.shape:
                 raise ValueError(
                     f"{source}: {name} is {list(state[name].shape)}, but this model needs {list(parameter.shape)}: "
-                    f"the LLM, encoders and lora_r must be those it was saved with (sizes stand in {CONFIG_FILE})"
+                    f"the LLM, encoders and lora_r must be those it was saved with (sizes are in {CONFIG_FILE})"
                 )
         with torch.no_grad():
-            for name, parameter in own.items():
+            for name, parameter in parameters.items():
                 parameter.copy_(state[name])
 
     @property
@@ -268,7 +268,8 @@ class AffectGPT(nn.Module):
 
     @property
     def embed_tokens(self) -> nn.Embedding:
-        return self.llm.get_base_model().get_input_embeddings()
+        base: Any = self.llm.get_base_model()
+        return base.get_input_embeddings()
 
     def embed(self, prompts: Sequence[Prompt]) -> list[Tensor]:
         """Prompts as the LLM reads them: `[P_n, H]` each, in its dtype, differentiable into the fusion weights.
@@ -303,7 +304,8 @@ class AffectGPT(nn.Module):
 
     def _fusion_inputs(self, prompt: Prompt, placeholders: Sequence[str]) -> list[FusionInput]:
         """One input per placeholder, in order, from the prompt's features."""
-        inputs, used = [], set()
+        inputs: list[FusionInput] = []
+        used: set[str] = set()
         for placeholder in placeholders:
             names = placeholder_features(placeholder, prompt.features)
             used.update(names)
@@ -351,7 +353,7 @@ def load_llm(folder: str | os.PathLike, dtype: torch.dtype | str, attn_implement
     folder = _model_folder(folder, "base LLM")
     if not any(folder.glob("*.safetensors")):
         raise FileNotFoundError(f"{folder} has no .safetensors file: the base LLM's weights are missing")
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype,
         attn_implementation=attn_implementation,
@@ -361,6 +363,7 @@ def load_llm(folder: str | os.PathLike, dtype: torch.dtype | str, attn_implement
         ignore_mismatched_sizes=True,  # to name the key below instead of pointing to a log
         output_loading_info=True,
     )
+    model, info = loaded
     if info["missing_keys"]:
         raise ValueError(f"the weights in {folder} lack {min(info['missing_keys'])}: copy the folder again")
     if info["mismatched_keys"]:

@@ -43,12 +43,13 @@ class Encoders:
     ) -> None:
         """`image_processor`: what CLIP's `preprocessor_config.json` holds; absent entries are CLIP's own defaults."""
         processor = image_processor or {}
-        self.visual = visual.to(device, dtype).eval().requires_grad_(False)
-        self.audio = audio.to(device, dtype).eval().requires_grad_(False)
+        self.visual = _frozen(visual, device, dtype)
+        self.audio = _frozen(audio, device, dtype)
         self.device, self.dtype, self.batch = torch.device(device), dtype, batch
         self.visual_dim: int = visual.config.projection_dim
         self.audio_dim: int = audio.config.hidden_size
-        self.image_size: int = visual.config.image_size
+        size: Any = visual.config.image_size
+        self.image_size: int = size
         self._scale: float = processor.get("rescale_factor", 1 / 255)
         self._mean = torch.tensor(processor.get("image_mean", OPENAI_CLIP_MEAN), device=device).view(1, 3, 1, 1)
         self._std = torch.tensor(processor.get("image_std", OPENAI_CLIP_STD), device=device).view(1, 3, 1, 1)
@@ -151,6 +152,11 @@ _BEHAVIOUR = (
 )
 
 
+def _frozen(model: Any, device: torch.device | str, dtype: torch.dtype) -> Any:
+    """A model in its place and precision, in eval mode, without gradients."""
+    return model.to(device, dtype).eval().requires_grad_(False)
+
+
 def _to_square(pixels: Tensor, size: int) -> Tensor:
     """As CLIP's processor: shortest edge to `size`, bicubic, values kept in 0..255, then the centre square."""
     height, width = pixels.shape[-2:]
@@ -182,9 +188,10 @@ def _load(folder: str | Path, kind: str, model_types: tuple[str, ...], model_cla
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # the text half of a CLIP is left out on purpose; no need to list its weights
     try:
-        model, info = model_class.from_pretrained(
+        loaded: Any = model_class.from_pretrained(
             folder, config=config, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
         )
+        model, info = loaded
     except (RuntimeError, OSError, ValueError, SafetensorError, UnpicklingError) as error:
         raise ValueError(f"{folder}: its weights do not load ({error}). {fix}.") from error
     finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -79,27 +79,34 @@ class Fusion(nn.Module):
         with torch.autocast(weight.device.type, enabled=False):
             for branch, rows in rows_of.items():
                 index = torch.tensor(rows, device=weight.device)
-                visual = self._stack([inputs[row].visual for row in rows]) if branch != "audio" else None
-                audio = self._stack([inputs[row].audio for row in rows]) if branch in ("audio", "multi") else None
-                out = out.index_copy(0, index, self._branch(branch, visual, audio))
+                out = out.index_copy(0, index, self._branch(branch, [inputs[row] for row in rows]))
         return out
 
-    def _stack(self, features: Sequence[Tensor]) -> Tensor:
+    def _stack(self, features: Iterable[Tensor | None]) -> Tensor:
         weight = self.image_llama_proj.weight
-        return torch.stack(list(features)).to(weight.device, weight.dtype)
+        return torch.stack([x for x in features if x is not None]).to(weight.device, weight.dtype)
 
-    def _branch(self, branch: Branch, visual: Tensor | None, audio: Tensor | None) -> Tensor:
-        """`[B, T, Dv]` and/or `[B, T, Da]` to `[B, H]`."""
+    def _branch(self, branch: Branch, inputs: Sequence[FusionInput]) -> Tensor:
+        """Fuse the inputs of one branch, `[T, Dv]` and/or `[T, Da]` each, to `[B, H]`."""
+
+        def visual() -> Tensor:
+            return self._stack(item.visual for item in inputs)
+
+        def audio() -> Tensor:
+            return self._stack(item.audio for item in inputs)
+
         match branch:
             case "image":
-                return self.image_llama_proj(visual.mean(1))
+                return self.image_llama_proj(visual().mean(1))
             case "video":
-                return self.affectgpt_proj(attend(visual, self.video_attention_mlp(visual)))
+                seen = visual()
+                return self.affectgpt_proj(attend(seen, self.video_attention_mlp(seen)))
             case "audio":
-                return self.audio_llama_proj(attend(audio, self.audio_attention_mlp(audio)))
+                heard = audio()
+                return self.audio_llama_proj(attend(heard, self.audio_attention_mlp(heard)))
             case "multi":
-                heard = self.multi_audio_embs(audio.mean(1))
-                seen = self.multi_video_embs(visual.mean(1))
+                heard = self.multi_audio_embs(audio().mean(1))
+                seen = self.multi_video_embs(visual().mean(1))
                 weights = self.fc_att(self.attention_mlp(torch.cat([seen, heard], dim=-1)))  # [B, 2]
                 return self.multi_llama_proj(attend(torch.stack([seen, heard], dim=1), weights.unsqueeze(-1)))
         raise ValueError(f"unknown fusion branch {branch!r}")

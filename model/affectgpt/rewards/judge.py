@@ -6,7 +6,7 @@ import copy
 import inspect
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -99,7 +99,7 @@ class ModelJudge:
             raise _refusal(self.folder, "its tokenizer has no single tokens for A and B", "Choose another model")
         self.letters = [token for (token,) in letters]
         self._evasive = False
-        ear = getattr(self.processor, "feature_extractor", None)
+        ear: Any = getattr(self.processor, "feature_extractor", None)
         self.hears = getattr(config, "audio_config", None) is not None and ear is not None
         if self.hears and ear.sampling_rate != SAMPLE_RATE:
             reason = f"it hears at {ear.sampling_rate} Hz, not at {SAMPLE_RATE}"
@@ -114,9 +114,10 @@ class ModelJudge:
         """
         dtype = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
         try:
-            model, info = AutoModelForImageTextToText.from_pretrained(
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(
                 self.folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **_LOCAL
             )
+            model, info = loaded
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             raise _refusal(self.folder, f"its weights do not load ({_line(error)})", _COPY) from error
         if info["missing_keys"]:
@@ -193,8 +194,11 @@ class ModelJudge:
             ValueError: the model computes numbers that are none.
         """
         # models that think before they answer must not here; templates of others do not know the switch
-        options = {"enable_thinking": False} if "enable_thinking" in str(self.processor.chat_template) else {}
-        inputs = self._for_one_clip.apply_chat_template(
+        options: dict[str, Any] = (
+            {"enable_thinking": False} if "enable_thinking" in str(self.processor.chat_template) else {}
+        )
+        template: Any = self._for_one_clip.apply_chat_template
+        inputs = template(
             list(conversations),
             add_generation_prompt=True,
             tokenize=True,
@@ -233,7 +237,9 @@ class _OneClip:
     """An image processor for batches whose rows show the same images: it works on the first row, once a clip."""
 
     def __init__(self, image_processor: Any):
-        self._processor, self._shown, self._result = image_processor, [], {}
+        self._processor = image_processor
+        self._shown: list[Any] = []
+        self._result: Mapping[str, Any] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._processor, name)

@@ -75,9 +75,9 @@ class EmotionWords:
                     i += len(form_tokens)
                     break
             else:
-                form = self._derived(tokens[i])
-                if form is not None:
-                    found.append(form)
+                derived = self._derived(tokens[i])
+                if derived is not None:
+                    found.append(derived)
                 i += 1
         return found
 

@@ -1,6 +1,6 @@
 """The embedded default: small real clips drawn and voiced by the program, and tiny models to train on them."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from affectgpt.synthetic.dataset import make_dataset, read_truth, shuffle_media
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 __all__ = ["TinyModels", "make_dataset", "make_tiny_models", "read_truth", "shuffle_media"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     """The models need torch and transformers; the processes that draw clips do without."""
     if name in ("TinyModels", "make_tiny_models"):
         from affectgpt.synthetic import tiny_models

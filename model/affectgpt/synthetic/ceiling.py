@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import combinations
 from pathlib import Path
 
@@ -47,10 +48,10 @@ def report(root: str | Path) -> str:
     return "\n".join(f"{name:<10} {value:6.2f}" for name, value in ceilings(root).items())
 
 
-def _answers(emotions) -> list[str]:
+def _answers(emotions: Iterable[str]) -> list[str]:
     """Answers that name one to three of the emotions, each by its commonest word."""
     return [_text([EMOTIONS[e].words[0] for e in chosen]) for n in (1, 2, 3) for chosen in combinations(emotions, n)]
 
 
-def _text(words) -> str:
+def _text(words: Iterable[str]) -> str:
     return f"[{', '.join(words)}]"

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -62,7 +63,7 @@ def write_script(name: str, rng: np.random.Generator, seed: tuple[int, ...]) -> 
     shares = np.array([EMOTIONS[e].share for e in names])
     first = _pick(rng, names, shares)
     if rng.random() < MIXED_SHARE:
-        carriers = _pick(rng, *zip(*MIXED, strict=True))
+        carriers = _pick(rng, [carriers for carriers, _ in MIXED], [share for _, share in MIXED])
         apart = (first, EMOTIONS[first].near, IRONIC.get(first))  # a near or ironic partner would not be told from it
         others = [e for e in names if e not in apart and IRONIC.get(e) != first]
         second = _pick(rng, others, np.array([EMOTIONS[e].share for e in others]))
@@ -71,7 +72,9 @@ def write_script(name: str, rng: np.random.Generator, seed: tuple[int, ...]) -> 
         channels = dict(zip(carriers, (first, second), strict=True))
     else:
         truth = {first: 1.0}
-        channels = dict.fromkeys(_pick(rng, *zip(*SINGLE, strict=True)), first)
+        channels = dict.fromkeys(
+            _pick(rng, [carriers for carriers, _ in SINGLE], [share for _, share in SINGLE]), first
+        )
     probabilities: dict[str, float] = {}
     for emotion, weight in truth.items():  # annotators slip to the nearest emotion now and then
         for e, p in ((emotion, weight * (1 - SLIP)), (EMOTIONS[emotion].near, weight * SLIP)):
@@ -282,6 +285,7 @@ def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[str]])
         csv.writer(file, lineterminator="\n").writerows([header, *rows])
 
 
-def _pick(rng: np.random.Generator, options: Sequence, weights: Sequence[float]):
-    weights = np.asarray(weights, float)
-    return options[rng.choice(len(options), p=weights / weights.sum())]
+def _pick(rng: np.random.Generator, options: Sequence[Any], weights: Any) -> Any:
+    """Draw one of the options, by weights `[n]` that need not sum to 1."""
+    shares = np.asarray(weights, float)
+    return options[rng.choice(len(options), p=shares / shares.sum())]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 Floats = NDArray[np.float32]
+Array = NDArray[Any]
 
 EXPRESSION = (
     "smile",  # −1 corners down … +1 corners up
@@ -87,14 +89,14 @@ def render(curves: Mapping[str, Floats], who: Appearance, size: int = 144) -> ND
     frames = len(curves["smile"])
     canvas = _Canvas(frames, size, who, c["head_roll"] * 0.21)
     ink = np.array([40, 24, 22], np.float32)
-    skin, hair = np.float32(who.skin), np.float32(who.hair)
-    lip = skin * np.float32([0.80, 0.52, 0.52])
+    skin, hair = np.array(who.skin, np.float32), np.array(who.hair, np.float32)
+    lip = skin * np.array([0.80, 0.52, 0.52], np.float32)
     shade = skin * 0.72
     down = -0.10 * c["head_pitch"]  # features slide up the head as the chin goes up
 
     # body and head
     canvas.fill(skin * 0.82, (0, 1.0, 0.36, 0.55), lambda x, y: _ellipse(x, y - 1.0, 0.30, 0.5))
-    canvas.fill(np.float32(who.shirt), (0, 1.75, 1.7, 0.8), lambda x, y: _ellipse(x, y - 1.9, 1.25, 0.62))
+    canvas.fill(np.array(who.shirt, np.float32), (0, 1.75, 1.7, 0.8), lambda x, y: _ellipse(x, y - 1.9, 1.25, 0.62))
     canvas.fill(hair, (0, -0.12, 1.0, 1.12), lambda x, y: _ellipse(x, y + 0.12, 0.86, 1.0))
     for side in (-1, 1):
         canvas.fill(
@@ -116,13 +118,13 @@ def render(curves: Mapping[str, Floats], who: Appearance, size: int = 144) -> ND
     for side in (-1, 1):
         ex, ey = side * 0.33, -0.10 + down
 
-        def eye(x, y, ex=ex, ey=ey):
+        def eye(x: Array, y: Array, ex: float = ex, ey: Array = ey) -> Array:
             return _ellipse(x - ex, y - ey, 0.185, lid)
 
         around = (ex, -0.10, 0.24, 0.42)
-        canvas.fill(np.float32([247, 246, 242]), around, eye)
+        canvas.fill(np.array([247, 246, 242], np.float32), around, eye)
         canvas.fill(
-            np.float32(who.iris),
+            np.array(who.iris, np.float32),
             around,
             lambda x, y, e=eye, ex=ex, ey=ey: np.maximum(e(x, y), _ellipse(x - ex, y - ey, 0.095, 0.095)),
         )
@@ -137,7 +139,7 @@ def render(curves: Mapping[str, Floats], who: Appearance, size: int = 144) -> ND
     for side in (-1, 1):
         height = -0.40 + down - 0.15 * c["brow_raise"] + side * 0.07 * c["brow_skew"] + 0.03 * c["nose_wrinkle"]
 
-        def brow(x, y, side=side, height=height):
+        def brow(x: Array, y: Array, side: int = side, height: Array = height) -> Array:
             u = (side * x - 0.34) / 0.22  # −1 at the inner end, +1 at the outer
             middle = height + 0.05 * u * u + 0.13 * c["brow_tilt"] * u
             return _stroke(u * 0.22, 0.22, y - middle, who.brow_weight)
@@ -161,19 +163,21 @@ def render(curves: Mapping[str, Floats], who: Appearance, size: int = 144) -> ND
     opening = 0.24 * np.clip(c["mouth_open"], 0, None)
     lift = 0.10 * np.clip(c["nose_wrinkle"], 0, 1)
 
-    def lips(x):
+    def lips(x: Array) -> tuple[Array, Array]:
         u2 = (x / half) ** 2
         bend = 0.20 * c["smile"] * (0.5 - u2)  # corners up: the middle hangs below them
         arch = np.clip(1 - u2, 0, None)
         return base + bend - (0.35 * opening + lift) * arch, base + bend + 0.75 * opening * arch
 
-    def inside(x, y):
+    def inside(x: Array, y: Array) -> Array:
         upper, lower = lips(x)
         return np.maximum(np.maximum(upper - y, y - lower), np.abs(x) - half)
 
     mouth = (0, 0.58, 0.42, 0.46)
     canvas.fill(ink * 0.9, mouth, inside)
-    canvas.fill(np.float32([240, 236, 228]), mouth, lambda x, y: np.maximum(inside(x, y), y - lips(x)[0] - 0.055))
+    canvas.fill(
+        np.array([240, 236, 228], np.float32), mouth, lambda x, y: np.maximum(inside(x, y), y - lips(x)[0] - 0.055)
+    )
     canvas.fill(lip, mouth, lambda x, y: _stroke(x, half, y - lips(x)[0], 0.030))
     canvas.fill(lip, mouth, lambda x, y: _stroke(x, half, y - lips(x)[1], 0.038))
     return canvas.pixels()
@@ -184,17 +188,19 @@ def face_crops(frames: NDArray[np.uint8], who: Appearance, side: int = 112) -> N
     size = frames.shape[1]
     x, y, r = who.centre[0] * size, who.centre[1] * size, who.radius * size * 1.08
     box = (max(x - r, 0), max(y - r, 0), min(x + r, size), min(y + r, size))
-    return np.stack([np.asarray(Image.fromarray(f).resize((side, side), Image.BILINEAR, box=box)) for f in frames])
+    return np.stack(
+        [np.asarray(Image.fromarray(f).resize((side, side), Image.Resampling.BILINEAR, box=box)) for f in frames]
+    )
 
 
-def _ellipse(x, y, rx, ry):
+def _ellipse(x: Array, y: Array, rx: Any, ry: Any) -> Array:
     """Approximate signed distance to an axis-aligned ellipse: exact on the edge, first order near it."""
     k = np.sqrt((x / rx) ** 2 + (y / ry) ** 2) + 1e-6
     slope = np.sqrt((x / rx**2) ** 2 + (y / ry**2) ** 2) / k + 1e-6
     return (k - 1) / slope
 
 
-def _stroke(along, half_length, across, half_width):
+def _stroke(along: Array, half_length: Any, across: Array, half_width: float) -> Array:
     """Signed distance to a rounded stroke: `along` from its middle, `across` from its centre line."""
     past = np.clip(np.abs(along) - half_length, 0, None)
     return np.sqrt(past * past + across * across) - half_width
@@ -209,10 +215,16 @@ class _Canvas:
         self.cos, self.sin = np.cos(roll), np.sin(roll)
         self.sway = float(np.abs(np.sin(roll)).max())
         fade = np.linspace(0, 1, size, dtype=np.float32)[:, None, None]
-        wall = np.float32(who.wall_top) * (1 - fade) + np.float32(who.wall_bottom) * fade
+        wall = np.array(who.wall_top, np.float32) * (1 - fade) + np.array(who.wall_bottom, np.float32) * fade
         self.image = np.broadcast_to(wall, (frames, size, size, 3)).astype(np.float32)
 
-    def fill(self, colour, window, distance, opacity=1.0) -> None:
+    def fill(
+        self,
+        colour: Any,
+        window: tuple[float, float, float, float],
+        distance: Callable[..., Array],
+        opacity: Any = 1.0,
+    ) -> None:
         """Blend `colour` ([3], or of x and y) where `distance(x, y)` < 0, inside a window (x, y, half sizes)."""
         wx, wy, hx, hy = window
         hx, hy = hx + self.sway * (abs(wy) + hy), hy + self.sway * (abs(wx) + hx)

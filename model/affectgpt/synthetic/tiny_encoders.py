@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,7 +77,8 @@ def tiny_hubert() -> HubertModel:
         vocab_size=32,
     )
     model = HubertModel(config)
-    first, second = (layer.conv for layer in model.feature_extractor.conv_layers)
+    layers: Any = model.feature_extractor.conv_layers
+    first, second = (layer.conv for layer in layers)
     time = (np.arange(512) - 255.5) / voice.SAMPLE_RATE
     phases = np.arange(4)[None, :, None] * np.pi / 2
     bank = np.cos(2 * np.pi * frequencies[:, None, None] * time - phases) * np.hanning(512)
@@ -94,11 +96,12 @@ def teach_clip(model: CLIPVisionModelWithProjection, seed: int, images: int = 40
 
     The patch projection starts as the whitened principal components of patches.
     """
-    pixels, targets = _pictures(seed, images, model.config.image_size)
+    config: Any = model.config
+    pixels, targets = _pictures(seed, images, config.image_size)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
     pixels = (pixels / 255 - mean) / std
 
-    embeddings, side = model.vision_model.embeddings, model.config.patch_size
+    embeddings, side = model.vision_model.embeddings, config.patch_size
     patches = nn.functional.unfold(pixels[::2], side, stride=side).transpose(1, 2).flatten(0, 1)
     _, strength, components = torch.svd_lowrank(patches, model.config.hidden_size, niter=3)
     scale = strength / len(patches) ** 0.5
@@ -176,8 +179,8 @@ def _pictures(seed: int, count: int, size: int) -> tuple[Tensor, Tensor]:
         curves = {n: rng.uniform(*VISUAL_RANGES[n], 4).astype(np.float32) for n in face.EXPRESSION}
         frames = face.render(curves, who)
         for views in (frames, face.face_crops(frames, who)):
-            views = torch.from_numpy(views).permute(0, 3, 1, 2).float()
-            pictures.append(nn.functional.interpolate(views, (size, size), mode="bicubic", antialias=True))
+            shown = torch.from_numpy(views).permute(0, 3, 1, 2).float()
+            pictures.append(nn.functional.interpolate(shown, (size, size), mode="bicubic", antialias=True))
             targets.append(np.stack([curves[n] for n in face.EXPRESSION], 1))
     return torch.cat(pictures), torch.from_numpy(np.concatenate(targets))
 

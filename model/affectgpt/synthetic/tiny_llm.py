@@ -6,6 +6,9 @@ much from descriptions in words, put where a clip's vectors will stand later.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -14,7 +17,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from affectgpt.data.datasets import Sample
 from affectgpt.modeling.affectgpt import add_placeholders
-from affectgpt.prompts import PLACEHOLDERS, build_prompt, build_target
+from affectgpt.prompts import PLACEHOLDERS, Mode, Template, build_prompt, build_target
 from affectgpt.synthetic.dataset import Script, write_script
 from affectgpt.synthetic.emotions import EMOTIONS, PLAIN_FACE, PLAIN_VOICE
 
@@ -24,7 +27,7 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-_PROMPTS = (  # template, mode, face_or_frame of the texts that are learnt
+_PROMPTS: tuple[tuple[Template, Mode, str], ...] = (  # template, mode, face_or_frame of the texts that are learnt
     ("upstream", "no_think", "multiface_audio_face_text"),
     ("upstream", "think", "multiface_audio_face_text"),
     ("chat", "no_think", "multiface_audio_face_text"),
@@ -96,7 +99,7 @@ def corpus(tokenizer: PreTrainedTokenizerFast, seed: int, count: int) -> list[tu
     for k in range(count):
         rng = np.random.default_rng((seed, PROMPTS, k))
         script = write_script(f"text_{k}", rng, (0,))
-        sample = Sample(k, None, None, None, script.subtitle, f"[{', '.join(script.labels)}]", script.reason)
+        sample = Sample(str(k), None, None, None, script.subtitle, f"[{', '.join(script.labels)}]", script.reason)
         template, mode, shown = _PROMPTS[k % len(_PROMPTS)]
         prompt = build_prompt(sample, _NO_FEATURES, tokenizer, template=template, mode=mode, face_or_frame=shown)
         words = {ids[token]: tokenizer(text)["input_ids"] for token, text in _in_words(script).items()}
@@ -142,7 +145,8 @@ def _next_token_loss(model: Qwen2ForCausalLM, texts: list[tuple[list[int], list[
     logits = model(input_ids=ids, attention_mask=(part > 0).long()).logits[:, :-1]
     losses = nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
     chosen = [(part[:, 1:] == which).float() for which in (1, 2)]
-    return sum((losses * mask).sum() / mask.sum().clamp(min=1) for mask in chosen)
+    total: Any = sum((losses * mask).sum() / mask.sum().clamp(min=1) for mask in chosen)
+    return total
 
 
 def _with_placeholders(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
@@ -153,7 +157,7 @@ def _with_placeholders(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenize
     return copied
 
 
-def _tokenizer(texts) -> PreTrainedTokenizerFast:
+def _tokenizer(texts: Iterable[Any]) -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

@@ -88,6 +88,6 @@ class _repeatable:
         torch.set_num_threads(1)
         torch.manual_seed(self.seed)
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         torch.set_num_threads(self.threads)
         torch.set_rng_state(self.state)

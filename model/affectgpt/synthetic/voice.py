@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,7 +93,9 @@ def _upsample(contour: NDArray) -> NDArray:
     return (contour[:-1, None] + np.diff(contour)[:, None] * u).ravel()
 
 
-def _syllables(tone, who, at, seconds, rng):
+def _syllables(
+    tone: Mapping[str, float], who: Speaker, at: NDArray[Any], seconds: float, rng: np.random.Generator
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
     """Contours at the control rate: loudness `[m]`, formants `[m, 3]` (Hz), accents and slope `[m]` (semitones)."""
     loudness, pitch = np.zeros_like(at), np.zeros_like(at)
     vowels, starts, accents = [], [], []
@@ -111,7 +114,7 @@ def _syllables(tone, who, at, seconds, rng):
     return loudness, formants, pitch
 
 
-def _resonance(hertz, formants):
+def _resonance(hertz: NDArray[Any], formants: NDArray[Any]) -> NDArray[Any]:
     """Gain of three parallel resonances at `hertz` `[m]`."""
     detuning = (hertz[:, None] - formants) / _BANDWIDTHS
     return (np.array([1.0, 0.6, 0.35]) / np.sqrt(1 + detuning**2)).sum(axis=1) + 0.02

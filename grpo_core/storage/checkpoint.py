@@ -152,7 +152,7 @@ class CheckpointManager:
     def _prune(self, step: int) -> None:
         """Delete what is neither among the last nor the best, and what a run that went back to `step` left behind."""
         folders = self._folders()
-        abandoned = [folder for folder in folders if int(_FOLDER.fullmatch(folder.name)[1]) > step]
+        abandoned = [folder for folder in folders if int(folder.name.partition(".")[0].removeprefix("step-")) > step]
         kept = [folder for folder in folders if folder not in abandoned]
         best = [folder for folder in self._ranked() if folder in kept][: self.keep_best]
         for folder in folders:

@@ -218,13 +218,14 @@ class GRPOTrainer(TrainingLoop):
             ]
             if quantile == 1:
                 return {batch: OldPass(result.logprob) for batch, result in zip(batches, results, strict=True)}
+            entropies = [result.entropy for result in results if result.entropy is not None]
             histogram = entropy_histogram(torch.zeros(0, device=self.policy.device))  # of a rank without groups
-            for batch, result in zip(batches, results, strict=True):
-                histogram = histogram + entropy_histogram(result.entropy, batch.loss_weight > 0)
+            for batch, entropy in zip(batches, entropies, strict=True):
+                histogram = histogram + entropy_histogram(entropy, batch.loss_weight > 0)
             threshold = entropy_threshold(all_reduce_sum(histogram, self.dist), quantile)
             return {
-                batch: OldPass(result.logprob, result.entropy >= threshold)
-                for batch, result in zip(batches, results, strict=True)
+                batch: OldPass(result.logprob, entropy >= threshold)
+                for batch, result, entropy in zip(batches, results, entropies, strict=True)
             }
 
     def reference_values(self, minibatches: Sequence[Minibatch]) -> Mapping[MicroBatch, Tensor]:
@@ -277,8 +278,8 @@ class GRPOTrainer(TrainingLoop):
             rewards = rewards - beta * np.concatenate([np.zeros(0), *(sums.cpu().numpy() for sums in kl)]).reshape(
                 rewards.shape
             )
-        std = self.step_std(rewards) if algorithm.scale_rewards == "batch" else None
-        return group_advantages(rewards, algorithm.scale_rewards, algorithm.baseline, batch_std=std)
+        batch_std = self.step_std(rewards) if algorithm.scale_rewards == "batch" else None
+        return group_advantages(rewards, algorithm.scale_rewards, algorithm.baseline, batch_std=batch_std)
 
     def step_std(self, values: np.ndarray) -> float:
         """Standard deviation of values over all ranks."""

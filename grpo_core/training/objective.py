@@ -32,7 +32,12 @@ def compute_loss(
         advantages: float32 `[R]`.
         reference_logprob: float32 `[R]`; needed by the estimators k1, k2 and k3 in the loss.
         beta, entropy_coef: of this step.
+
+    Raises:
+        ValueError: `current` lacks entropies, or nothing says what the KL is measured against.
     """
+    if current.entropy is None:
+        raise ValueError("compute_loss reads entropies: ask Policy.logprobs for them with entropy=True")
     index, count = batch.layout.completion_index, batch.layout.num_completions
     surrogate = policy_loss(
         algorithm.loss, current.logprob, old.logprob, advantages, index, count, ratio_level=algorithm.ratio_level
@@ -60,8 +65,10 @@ def compute_loss(
 
     kl = None
     if algorithm.beta > 0 and algorithm.kl_in == "loss":
-        if reference_logprob is None:
+        if current.kl is not None:
             kl = current.kl  # over the whole vocabulary, from the head itself
+        elif reference_logprob is None:
+            raise ValueError("algorithm.beta is above 0: give reference_logprob, or log-probs with the full KL")
         else:
             # Multiplied by the ratio, k3's gradient is that of the reverse KL on samples of an older policy too.
             ratio = None

@@ -58,8 +58,8 @@ class SFTTrainer(TrainingLoop):
     def step(self) -> dict[str, float]:
         """Make one optimiser step over `run.prompts_per_step` examples."""
         started = time.perf_counter()
-        examples = step_items(self.examples, self.step_index, self.run.prompts_per_step, self.run.seed)
-        examples = shard(examples, self.dist.rank, self.dist.world_size)
+        step_examples = step_items(self.examples, self.step_index, self.run.prompts_per_step, self.run.seed)
+        examples = shard(step_examples, self.dist.rank, self.dist.world_size)
         counts = torch.tensor([sum(len(example.target_ids) for example in examples)], device=self.policy.device)
         total_tokens = max(all_reduce_sum(counts, self.dist).item(), 1)
         # seeds dropout; a key of 64 bits, less one for the sign

@@ -16,6 +16,7 @@ MOVED_KEYS: dict[str, str] = {
     "algorithm.cispo_cap": "algorithm.loss.cispo_cap",
     "algorithm.sapo_temperature_pos": "algorithm.loss.temperature_pos",
     "algorithm.sapo_temperature_neg": "algorithm.loss.temperature_neg",
+    "run.tensorboard": "run.trackers",
 }
 """Old key → new key. A package with options of its own adds to it where it declares them: `MOVED_KEYS.update(...)`."""
 
@@ -33,6 +34,8 @@ def translate_saved_config(saved: Mapping[str, Any], cls: type) -> dict[str, Any
     from grpo_core.config.loader import to_dict  # the loader imports MOVED_KEYS from here
 
     result = deepcopy(dict(saved))
+    if _get(result, "run.tensorboard") is not MISSING:  # it was true or false
+        _put(result, "run.tensorboard", ["tensorboard"] * bool(_get(result, "run.tensorboard")))
     moved = {new: _pop(result, old) for old, new in MOVED_KEYS.items() if _get(result, old) is not MISSING}
     names = {
         key: name

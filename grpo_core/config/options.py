@@ -12,6 +12,7 @@ from pathlib import Path
 from grpo_core.algorithm.losses import LOSS_TYPES, RATIO_LEVELS, Clip, LossType, RatioLevel
 from grpo_core.algorithm.off_policy import SAMPLER_CORRECTIONS
 from grpo_core.config.fields import ConfigSection, chosen_by, option, plugin_files
+from grpo_core.storage.trackers import TRACKERS
 
 
 @dataclass
@@ -295,8 +296,8 @@ class RunConfig(ConfigSection, key="run"):
     check_first_step: bool = True
     """Stop the run if its first step shows that sampler and trainer disagree, that the policy is not its reference,
     that a gradient is not finite, or that a modality has no effect."""
-    tensorboard: bool = False
-    """Also write TensorBoard's files (needs the package tensorboard)."""
+    trackers: tuple[str, ...] = ()
+    """Where metrics go beside metrics.jsonl: tensorboard, or a tracker that a plug-in registers."""
     plugins: tuple[Path, ...] = plugin_files()
     """Python files that register losses, rewards, dataset layouts or model families; imported before options are
     checked. --plugins FILE.py may be repeated."""
@@ -314,6 +315,10 @@ class RunConfig(ConfigSection, key="run"):
             raise ValueError(
                 "run.early_stopping_patience needs run.metric_for_best_model and run.eval_steps: set both, or 0"
             )
+        for name in self.trackers:
+            if name not in TRACKERS:
+                known = ", ".join(TRACKERS)
+                raise ValueError(f"run.trackers names {name!r}, which is no tracker: choose among {known}")
         # a run that is continued from another folder has to find them
         self.plugins = tuple(path.absolute() for path in self.plugins)
         if self.keep_checkpoints < 1:

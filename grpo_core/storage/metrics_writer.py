@@ -1,47 +1,40 @@
-"""Writes `metrics.jsonl` of a run folder, and TensorBoard's files on request."""
+"""Writes a run's metrics: a line a step in `metrics.jsonl`, and to the trackers that the run names."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from grpo_core.storage.jsonl import JsonLines
+from grpo_core.storage.trackers import TRACKERS
 
 
 class MetricsWriter:
-    """Writes `metrics.jsonl` of a run folder, and TensorBoard's files beside it when asked to."""
+    """Writes `metrics.jsonl` of a run folder, and to each tracker.
 
-    def __init__(self, run_dir: Path, resume_step: int | None = None, tensorboard: bool = False) -> None:
-        """See `JsonLines` for `resume_step`. TensorBoard's files go to `run_dir/tensorboard`.
+    Args:
+        run_folder: the run's.
+        resume_step: see `JsonLines`.
+        trackers: names in `TRACKERS`.
 
-        Raises:
-            ModuleNotFoundError: TensorBoard is asked for and not installed.
-        """
-        self._lines = JsonLines(Path(run_dir) / "metrics.jsonl", resume_step)
-        self._board = None
-        if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise ModuleNotFoundError(
-                    "TensorBoard output needs the package `tensorboard`: pip install tensorboard, or switch it off "
-                    "(metrics.jsonl holds the same numbers)"
-                ) from error
-            self._board = SummaryWriter(
-                str(Path(run_dir) / "tensorboard"), purge_step=None if resume_step is None else resume_step + 1
-            )
+    Raises:
+        ModuleNotFoundError: a tracker's package is not installed.
+    """
+
+    def __init__(self, run_folder: Path, resume_step: int | None = None, trackers: Sequence[str] = ()) -> None:
+        folder = Path(run_folder)
+        self._trackers = [TRACKERS[name](folder, resume_step) for name in trackers]
+        self._lines = JsonLines(folder / "metrics.jsonl", resume_step)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Add a step's metrics: `{"step": step, **values}`."""
         self._lines.append([{"step": step, **values}])
-        if self._board is not None:
-            for name, value in values.items():
-                if isinstance(value, int | float):
-                    self._board.add_scalar(name, value, step)
+        for tracker in self._trackers:
+            tracker.log(step, values)
 
     def close(self) -> None:
         """Flush and close the files."""
         self._lines.close()
-        if self._board is not None:
-            self._board.close()
+        for tracker in self._trackers:
+            tracker.close()

@@ -105,7 +105,7 @@ class TrainingLoop:
 
     def open_writer(self, resume_step: int | None) -> MetricsWriter:
         """Open the run's metrics file, on the main process."""
-        return MetricsWriter(self.run.folder, resume_step, tensorboard=self.run.tensorboard)
+        return MetricsWriter(self.run.folder, resume_step, self.run.trackers)
 
     def extra_state(self) -> dict[str, Any]:
         """What else a resumed run needs, in JSON's types."""

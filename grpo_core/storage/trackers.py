@@ -1,0 +1,52 @@
+"""Trackers that a run's metrics also go to, beside `metrics.jsonl`; a plug-in registers one of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from grpo_core.registry import Registry
+
+
+class Tracker(Protocol):
+    """Takes a run's metrics, on the main process."""
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Take in the metrics of a step."""
+
+    def close(self) -> None:
+        """Flush what is buffered; called once, at the run's end."""
+
+
+TRACKERS: Registry[Callable[[Path, int | None], Tracker]] = Registry("tracker")
+"""Trackers by name. Each is called with the run's folder and the step that the run resumes from (None: a new run)."""
+
+
+@TRACKERS.register("tensorboard")
+class TensorBoard:
+    """TensorBoard's event files, in the folder `tensorboard` of the run.
+
+    Raises:
+        ModuleNotFoundError: the package is not installed.
+    """
+
+    def __init__(self, run_folder: Path, resume_step: int | None):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ModuleNotFoundError(
+                "run.trackers has tensorboard, which needs the package `tensorboard`: pip install tensorboard, or "
+                "leave it out (metrics.jsonl holds the same numbers)"
+            ) from error
+        # steps that a killed run logged after its last checkpoint are made again: hide the first time
+        purge_step = None if resume_step is None else resume_step + 1
+        self._writer = SummaryWriter(str(run_folder / "tensorboard"), purge_step=purge_step)
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()

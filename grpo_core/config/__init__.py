@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         RolloutConfig,
         RunConfig,
         SFTConfig,
+        check_grpo_options,
     )
     from grpo_core.config.plugins import load_plugin
 
@@ -23,7 +24,15 @@ _MODULES = {
     "fields": ("ConfigError", "ConfigSection", "check_value", "chosen_by", "option", "plugin_files"),
     "loader": ("load_config", "save_config", "to_dict"),
     "moved": ("MOVED_KEYS", "translate_saved_config"),
-    "options": ("AlgorithmConfig", "GRPOConfig", "OptimConfig", "RolloutConfig", "RunConfig", "SFTConfig"),
+    "options": (
+        "AlgorithmConfig",
+        "GRPOConfig",
+        "OptimConfig",
+        "RolloutConfig",
+        "RunConfig",
+        "SFTConfig",
+        "check_grpo_options",
+    ),
     "plugins": ("load_plugin",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
@@ -38,6 +47,7 @@ __all__ = [
     "RolloutConfig",
     "RunConfig",
     "SFTConfig",
+    "check_grpo_options",
     "check_value",
     "chosen_by",
     "load_config",

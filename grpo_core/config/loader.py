@@ -134,7 +134,7 @@ class _Setting:
 
 @dataclass(frozen=True)
 class _Pair:
-    """One argument of the command line with its value, if one follows it.
+    """One argument of the command line, with the value that follows it, if any.
 
     Attributes:
         token: as written, `--name=text` without `=text`.
@@ -228,7 +228,7 @@ class _Sources:
                 self._choose(key, _Setting(_value(pair), COMMAND_LINE))
         for pair in pairs:
             if pair.text is None and not pair.token.startswith("--"):
-                _value(pair)
+                _value(pair)  # refused as a stray word, even where it is the name of a key
             key = self._complete(pair.name, strict=True)
             if key in self.options and self.options[key].type is bool and pair.text is None:
                 self.settings[key] = _Setting("true", COMMAND_LINE)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from grpo_core.algorithm.kl import kl_penalty
-from grpo_core.algorithm.losses import importance_ratio, policy_loss
+from grpo_core.algorithm.losses import CISPO, GRPO, importance_ratio, policy_loss
 from grpo_kernels import grpo_loss, linear_grpo_loss
 
 from .cases import relative
@@ -49,10 +49,11 @@ def written_out(
     if completion_index is not None:  # a row of weight 0 belongs to no sequence
         level, index = "sequence", torch.where(weight != 0, completion_index, completion_index.max() + 1)
     members = int(index.max()) + 1
-    kind = {"clip": "grpo", "cispo": "cispo"}[loss_type]
-    surrogate = policy_loss(
-        kind, logprob, old, advantages, index, members, ratio_level=level, delta=dual_clip, cispo_cap=CAP, **CLIP
-    )
+    if loss_type == "cispo":
+        core_loss = CISPO(cispo_cap=CAP)
+    else:
+        core_loss = GRPO(epsilon=CLIP["clip_low"], epsilon_high=CLIP["clip_high"], delta=dual_clip)
+    surrogate = policy_loss(core_loss, logprob, old, advantages, index, members, ratio_level=level)
     loss = surrogate.loss
     if beta:
         ratio = importance_ratio(logprob, old, index, members, level) if kl_times_ratio else None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
 
 from grpo_core.algorithm.kl import kl_penalty
-from grpo_core.algorithm.losses import policy_loss
+from grpo_core.algorithm.losses import CISPO, GRPO, policy_loss
 from grpo_kernels import cispo_surrogate, clipped_surrogate, kl_estimate
 from grpo_kernels._backend import tl
 from grpo_kernels.lm_head import _rows_triton
@@ -30,16 +31,40 @@ def tokens(seed=0):
     return logprob, old, reference, advantages
 
 
-def core(loss_type, **options):
+def core(loss):
     logprob, old, _, advantages = tokens()
-    return policy_loss(loss_type, logprob, old, advantages, torch.zeros(N, dtype=torch.int64), 1, **options).loss
+    return policy_loss(loss, logprob, old, advantages, torch.zeros(N, dtype=torch.int64), 1).loss
+
+
+def test_the_clipped_surrogate_by_hand():
+    ratio, advantages = torch.tensor([0.5, 1.0, 2.0]).repeat(2), torch.tensor([1.0, -1.0]).repeat_interleave(3)
+    loss = clipped_surrogate(ratio, advantages, 0.1, 0.25)
+    assert loss.tolist() == pytest.approx([-0.5, -1.0, -1.25, 0.9, 1.0, 2.0])
+    loss = clipped_surrogate(ratio, advantages, 0.1, 0.25, dual_clip=1.5)
+    assert loss.tolist() == pytest.approx([-0.5, -1.0, -1.25, 0.9, 1.0, 1.5])
+
+
+def test_the_cispo_surrogate_by_hand_and_its_ratio_is_a_constant():
+    logprob, ratio = torch.tensor([-1.0, -2.0], requires_grad=True), torch.tensor([0.5, 3.0], requires_grad=True)
+    loss = cispo_surrogate(logprob, ratio, torch.tensor([1.0, -1.0]), 2.0)
+    loss.sum().backward()
+    assert loss.tolist() == [0.5, -4.0]
+    assert logprob.grad.tolist() == [-0.5, 2.0]
+    assert ratio.grad is None
+
+
+def test_kl_estimates_by_hand():
+    logprob, reference = torch.tensor([-1.0, -2.0]), torch.tensor([-2.0, -1.0])
+    want = {"k1": [1.0, -1.0], "k2": [0.5, 0.5], "k3": [math.exp(-1), math.e - 2]}
+    for name, values in want.items():
+        assert kl_estimate(logprob, reference, name).tolist() == pytest.approx(values)
 
 
 @pytest.mark.parametrize("dual_clip", [None, 1.6])
 def test_the_clipped_surrogate_is_that_of_the_engine(dual_clip):
     logprob, old, _, advantages = tokens()
     mine = clipped_surrogate((logprob - old).exp(), advantages, 0.1, 0.28, dual_clip)
-    assert torch.equal(mine, core("grpo", clip_low=0.1, clip_high=0.28, delta=dual_clip))
+    assert torch.equal(mine, core(GRPO(epsilon=0.1, epsilon_high=0.28, delta=dual_clip)))
     config = LossConfig(clip_low=0.1, clip_high=0.28, dual_clip=dual_clip)
     assert torch.equal(mine, token_loss(logprob, None, advantages, old, None, config).loss)
     outside = ((logprob - old).exp() > 1.28) & (advantages > 0)
@@ -50,7 +75,7 @@ def test_the_clipped_surrogate_is_that_of_the_engine(dual_clip):
 def test_the_cispo_surrogate_is_that_of_the_engine():
     logprob, old, _, advantages = tokens()
     mine = cispo_surrogate(logprob, (logprob - old).exp(), advantages, 1.4)
-    assert torch.equal(mine, core("cispo", cispo_cap=1.4))
+    assert torch.equal(mine, core(CISPO(cispo_cap=1.4)))
     config = LossConfig(loss_type="cispo", cispo_cap=1.4)
     assert torch.equal(mine, token_loss(logprob, None, advantages, old, None, config).loss)
 

@@ -52,7 +52,7 @@ def check(commands: Sequence[str], blocked: Sequence[str] = ()) -> dict[str, str
         blocked: top-level modules that may not be imported while programs start, as if they were not installed.
     """
     done = subprocess.run(
-        [sys.executable, __file__, *blocked],
+        [sys.executable, "-P", __file__, *blocked],  # -P: tests/grpo_kernels must not pass for the package
         input=json.dumps(list(commands)),
         capture_output=True,
         text=True,

@@ -11,7 +11,7 @@ from grpo_core.families import can_fuse, check_model
 from grpo_core.rollout.backends.torch import TorchDecoder
 from grpo_core.rollout.backends.transformers import TransformersDecoder
 from grpo_core.rollout.sampling import SamplingBackend, SamplingParams
-from grpo_kernels._backend import choose_backend
+from grpo_kernels import choose_backend
 
 
 class Decoder(Protocol):

@@ -367,9 +367,9 @@ class GRPOTrainer(TrainingLoop):
 
         if sent is not None:  # on the main process, which alone writes
             step = self.step_index + 1
-            self.completions_file.append({"step": step, **row} for part in sent for row in part["rows"])
-            for name in dict.fromkeys(name for part in sent for name in part["metrics"]):
-                numbers = [number for part in sent for number in part["metrics"].get(name, ())]
+            self.completions_file.append({"step": step, **row} for rank_log in sent for row in rank_log["rows"])
+            for name in dict.fromkeys(name for rank_log in sent for name in rank_log["metrics"]):
+                numbers = [number for rank_log in sent for number in rank_log["metrics"].get(name, ())]
                 values.setdefault(name, float(np.mean(numbers)) if numbers else float("nan"))
         return values
 

@@ -130,7 +130,7 @@ def completion_rows(
     scores, size = experience.scores, experience.scores.total.shape[1]
     return [
         {
-            "prompt_id": group.id,
+            "prompt_id": group.prompt.id,
             "member": member,
             "text": completion.text,
             "finish_reason": completion.finish_reason,

@@ -121,6 +121,7 @@ def step_items(items: Sequence[Item], step: int, count: int, seed: int) -> list[
 
     So no step holds an item twice: a prompt's random numbers are keyed by step and prompt, two copies would be one.
     """
+    # by the step's number alone: a resumed run takes up the order where it was, with nothing saved
     epoch, index = divmod(step, len(items) // count)
     return [items[i] for i in permutation(seed, epoch, len(items))[index * count : (index + 1) * count]]
 
@@ -130,6 +131,7 @@ def split_by_tokens(items: Sequence[Item], sizes: Sequence[int], budget: int) ->
     run: list[Item] = []
     total = 0
     for item, size in zip(items, sizes, strict=True):
+        # a run of one may exceed the budget: a group is never split, its completions share their prompt
         if run and total + size > budget:
             yield run
             run, total = [], 0
@@ -157,8 +159,10 @@ def make_minibatches(
         [not (algorithm.mask_truncated_completions and c.finish_reason == "length") for c in group.completions]
         for group in groups
     ]
+    # in Python's integers: the layout below is built on the host as well, and copied once
     lengths = [[len(c.token_ids) for c in group.completions] for group in groups]
     count = algorithm.steps_per_generation
+    # consecutive groups; some minibatches of this rank may be empty, but every rank has as many
     bounds = [shard(range(len(groups)), i, count) for i in range(count)]
     local = [
         [

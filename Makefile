@@ -45,7 +45,7 @@ dist-check: venv
 # the same values as TRL and Liger, in an environment that has them
 test-peers: .venv-bench/.installed
 	.venv-bench/bin/python -m pytest -p no:xdist -m "not gpu" tests/grpo_kernels/test_peers.py \
-		tests/grpo_core/test_losses_trl.py tests/recipes/test_fused_head_examples.py tests/test_bench.py
+		tests/grpo_core/algorithm/test_losses_trl.py tests/recipes/test_fused_head_examples.py tests/test_bench.py
 
 .venv-bench/.installed: setup.py constraints.txt
 	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench

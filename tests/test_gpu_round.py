@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 IMAGE = {
     *("torch", "triton", "numpy", "pytest", "transformers", "tokenizers", "safetensors", "peft"),
     *("hypothesis", "pandas", "tqdm", "yaml"),
-    *("grpo_core", "grpo_kernels", "affectgpt"),
+    *("grpo_core", "grpo_kernels", "affectgpt", "tests"),
 }
 ABSENT = ["av", "nltk", "trl", "liger_kernel", "cut_cross_entropy", "quack", "flash_attn", "openpyxl", "cv2"]
 
@@ -43,7 +43,7 @@ def gpu_test_files() -> list[Path]:
 
 
 def imports_at_top(path: Path) -> set[str]:
-    """Top-level modules that are imported when a file is; relative imports are followed by `with_helpers`."""
+    """Top-level modules that are imported when a file is; helpers of tests/ are followed by `with_helpers`."""
     found = set()
     for node in ast.parse(path.read_text(encoding="utf-8")).body:  # not inside functions, nor under `if TYPE_CHECKING`
         if isinstance(node, ast.Import):
@@ -54,7 +54,7 @@ def imports_at_top(path: Path) -> set[str]:
 
 
 def with_helpers(paths: list[Path]) -> set[Path]:
-    """The files, the conftests above them, and the helpers beside them that they import."""
+    """The files, the conftests above them, and the helpers in tests/ that they import."""
     todo, seen = list(paths), set()
     while todo:
         path = todo.pop()
@@ -66,8 +66,9 @@ def with_helpers(paths: list[Path]) -> set[Path]:
             todo.append(folder / "conftest.py")
             folder = folder.parent
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.ImportFrom) and node.level:
-                base = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+            if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("tests.")):
+                folder = path.parents[node.level - 1] if node.level else ROOT
+                base = folder.joinpath(*(node.module or "").split("."))
                 todo += [base.with_suffix(".py"), *(base / f"{alias.name}.py" for alias in node.names)]
     return seen
 

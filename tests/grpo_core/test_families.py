@@ -23,9 +23,8 @@ from grpo_core.rollout.backends.transformers import TransformersDecoder
 from grpo_core.rollout.backends.triton import TritonDecoder
 from grpo_core.rollout.sampler import GroupSampler
 from grpo_kernels.testing.interpreter import interpret
-
-from .conftest import SIZES, make_lm
-from .sampling_models import CharTokenizer, make_prompts, token_ids
+from tests.grpo_core.conftest import SIZES, make_lm
+from tests.grpo_core.sampling_models import CharTokenizer, make_prompts, token_ids
 
 NOVA = Family(
     "nova",

@@ -15,8 +15,7 @@ from grpo_core.rollout.sampler import GroupSampler
 from grpo_core.training.batch import Experience
 from grpo_core.training.grpo import GRPOTrainer
 from grpo_core.types import Prompt
-
-from .conftest import make_lm
+from tests.grpo_core.conftest import make_lm
 
 PROMPTS = [Prompt(f"p{i}", tuple(10 + (i * k) % 50 for k in range(1, 4 + i % 3))) for i in range(12)]
 

@@ -11,9 +11,8 @@ from grpo_core.layout import GroupLayout
 from grpo_core.policy import Policy
 from grpo_core.rollout.backends.transformers import TransformersDecoder
 from grpo_core.rollout.sampler import GroupSampler
-
-from .conftest import make_lm
-from .sampling_models import (
+from tests.grpo_core.conftest import make_lm
+from tests.grpo_core.sampling_models import (
     PLACEHOLDER,
     VOCABULARY,
     CharTokenizer,

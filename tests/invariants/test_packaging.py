@@ -12,10 +12,9 @@ import yaml
 
 import grpo_core
 import grpo_kernels
+from tests.names import missing_name
 
-from .names import missing_name
-
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PACKAGES = {
     "grpo_kernels": ROOT / "kernels/grpo_kernels",
     "grpo_core": ROOT / "grpo_core",

@@ -11,9 +11,8 @@ from grpo_core.rollout import cache as cache_module
 from grpo_core.rollout.backends.torch import TorchDecoder
 from grpo_core.rollout.sampler import GroupSampler
 from grpo_core.rollout.scheduler import Scheduler
-
-from .conftest import make_lm
-from .sampling_models import VOCABULARY, CharTokenizer, make_prompts
+from tests.grpo_core.conftest import make_lm
+from tests.grpo_core.sampling_models import VOCABULARY, CharTokenizer, make_prompts
 
 
 def sample(lm, lengths=(5, 1, 17, 9, 30, 2), memory_budget=None, **options):

@@ -12,9 +12,8 @@ from grpo_core.policy import Policy
 from grpo_core.rollout.backends.triton import TritonDecoder
 from grpo_core.rollout.cuda_graphs import StepGraphs
 from grpo_core.rollout.sampler import GroupSampler
-
-from .conftest import make_lm
-from .sampling_models import CharTokenizer, make_prompts, sampled, token_ids
+from tests.grpo_core.conftest import make_lm
+from tests.grpo_core.sampling_models import CharTokenizer, make_prompts, sampled, token_ids
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

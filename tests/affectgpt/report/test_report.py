@@ -31,7 +31,7 @@ from affectgpt.report.page import SECTIONS, template_environment
 from affectgpt.report.run import Curves, read_run
 from grpo_core.storage.jsonl import jsonable
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SECTORS = [
     ("mad", "disgusted", "sad", "happy", "surprised", "scared"),
     ("fearful", "angry", "disgusted", "sad", "surprised", "happy", "bad"),

@@ -5,9 +5,8 @@ import torch
 
 from grpo_core.policy import Policy
 from grpo_core.rollout.sampler import GroupSampler
-
-from .conftest import make_lm
-from .sampling_models import CharTokenizer, make_prompts, sampled, token_ids
+from tests.grpo_core.conftest import make_lm
+from tests.grpo_core.sampling_models import CharTokenizer, make_prompts, sampled, token_ids
 
 
 def test_out_of_memory_halves_the_batch_and_changes_nothing(monkeypatch):

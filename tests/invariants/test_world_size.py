@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from .toy import make_trainer, weights
+from tests.grpo_core.toy import make_trainer, weights
 
 WORKER = """
 import sys

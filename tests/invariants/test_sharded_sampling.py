@@ -66,7 +66,7 @@ def sharded(tmp_path_factory):
     command = [
         sys.executable,
         "-c",
-        "import sys; from tests.grpo_core.test_sharded_sampling import work; work(sys.argv[1])",
+        "import sys; from tests.invariants.test_sharded_sampling import work; work(sys.argv[1])",
     ]
     ranks = [
         subprocess.Popen(

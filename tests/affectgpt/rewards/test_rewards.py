@@ -39,7 +39,7 @@ from grpo_core.types import Completion, Group, Prompt
 
 WHEEL = EmotionWheel.default()
 WORDS = EmotionWords(WHEEL)
-ORACLE = Path(__file__).resolve().parents[2].parent / "shared" / "emotion_wheel"
+ORACLE = Path(__file__).resolve().parents[3].parent / "shared" / "emotion_wheel"
 WORDNET = Path("/usr/share/wordnet")
 
 LABELS = ("happy", "joyful", "sad", "angry", "worried", "surprised", "proud", "zorp", "calm", "Annoyed")

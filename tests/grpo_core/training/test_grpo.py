@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from grpo_core.algorithm.losses import LOSS_TYPES
-
-from .toy import loss_and_gradient, make_trainer, weights
+from tests.grpo_core.toy import loss_and_gradient, make_trainer, weights
 
 
 def lines(path):

@@ -5,8 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from grpo_core.rollout.weights import FusedLinear, FusedModel
-
-from .conftest import LORA_TARGETS, make_lm
+from tests.grpo_core.conftest import LORA_TARGETS, make_lm
 
 
 def effective(module, width):

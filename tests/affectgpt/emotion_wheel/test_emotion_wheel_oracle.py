@@ -11,7 +11,7 @@ import pytest
 
 from affectgpt.emotion_wheel import EmotionWheel, parse_labels
 
-FOLDER = Path(__file__).resolve().parents[2].parent / "shared" / "emotion_wheel"
+FOLDER = Path(__file__).resolve().parents[3].parent / "shared" / "emotion_wheel"
 pytestmark = pytest.mark.skipif(not (FOLDER / "oracle").is_dir(), reason=f"no oracle at {FOLDER}")
 EXACT = {"rtol": 0, "atol": 1e-12}
 LEVELS = (1, 2)

@@ -15,9 +15,8 @@ from grpo_core.training.batch import OldPass
 from grpo_core.training.objective import compute_loss
 from grpo_core.training.sanity import FirstStepError, check_features
 from grpo_core.types import Prompt
-
-from .conftest import make_lm
-from .toy import make_trainer, weights
+from tests.grpo_core.conftest import make_lm
+from tests.grpo_core.toy import make_trainer, weights
 
 
 def lines(path):

@@ -10,8 +10,7 @@ from grpo_core.layout import GroupLayout
 from grpo_core.policy import Policy
 from grpo_core.types import Prompt
 from grpo_kernels import GroupSpans, group_attention
-
-from .conftest import make_lm
+from tests.grpo_core.conftest import FAMILIES, make_lm
 
 PROMPTS = [[5, 6, 7, 8, 9], [10], [11, 12, 13]]
 COMPLETIONS = [[[20, 21, 22], [23], [], [24, 25, 26, 27, 28, 29]], [[30, 31], [32, 33, 34]], [[35], [36]]]
@@ -59,6 +58,7 @@ def separate_logprobs(policy: Policy, prompts) -> torch.Tensor:
     )
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_packed_groups_equal_separate_padded_sequences(family, lora):
     prompts = [Prompt(str(i), tuple(ids)) for i, ids in enumerate(PROMPTS)]

@@ -3,9 +3,8 @@
 import numpy as np
 
 from grpo_core.rollout.stopping import StopConditions
-
-from .conftest import make_lm
-from .sampling_models import CharTokenizer
+from tests.grpo_core.conftest import make_lm
+from tests.grpo_core.sampling_models import CharTokenizer
 
 
 def stop_conditions(*strings):

@@ -1,6 +1,6 @@
 """One step is one number, however it is computed: split, distributed, packed, cached or fused; and a curve is kept.
 
-`python -m tests.grpo_core.test_equivalence` writes the curve anew, after a change that is meant to move it.
+`python -m tests.invariants.test_equivalence` writes the curve anew, after a change that is meant to move it.
 """
 
 import json
@@ -18,8 +18,7 @@ from grpo_core.policy import LogProbs, Policy
 from grpo_core.training.batch import Experience, OldPass, make_minibatches
 from grpo_core.training.grpo import GRPOTrainer
 from grpo_core.types import Completion, Group, Prompt
-
-from .toy import loss_and_gradient, make_trainer
+from tests.grpo_core.toy import loss_and_gradient, make_trainer
 
 OPTIONS = {
     "beta": 0.05,
@@ -103,7 +102,7 @@ def test_micro_batches_and_accumulation(tmp_path, usual, budget, count):
 WORKER = """
 import sys
 sys.path.insert(0, {root!r})
-from tests.grpo_core.test_equivalence import work
+from tests.invariants.test_equivalence import work
 work({folder!r})
 """
 

@@ -17,9 +17,8 @@ from grpo_core.rollout.backends.triton import TritonDecoder, batch_size
 from grpo_core.rollout.sampler import GroupSampler
 from grpo_kernels import sample_head
 from grpo_kernels.testing.interpreter import InterpretedFunction, interpret
-
-from .conftest import make_lm
-from .sampling_models import CharTokenizer, FeaturePolicy, generated, make_prompts, sampled, token_ids
+from tests.grpo_core.conftest import make_lm
+from tests.grpo_core.sampling_models import CharTokenizer, FeaturePolicy, generated, make_prompts, sampled, token_ids
 
 
 @pytest.fixture

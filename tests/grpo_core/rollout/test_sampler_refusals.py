@@ -8,9 +8,8 @@ from grpo_core.config.options import RolloutConfig
 from grpo_core.policy import Policy
 from grpo_core.rollout.sampler import GroupSampler
 from grpo_core.types import Prompt
-
-from .conftest import make_lm
-from .sampling_models import VOCABULARY, CharTokenizer, make_prompts, sampled
+from tests.grpo_core.conftest import make_lm
+from tests.grpo_core.sampling_models import VOCABULARY, CharTokenizer, make_prompts, sampled
 
 
 def test_capped_logits_are_refused_by_config_key():

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from grpo_core.rollout.stopping import StopConditions
+from grpo_core.rollout.sampling import StopConditions
 
 from .conftest import make_lm
 from .sampling_models import CharTokenizer

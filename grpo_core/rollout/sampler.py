@@ -11,12 +11,10 @@ from tqdm import tqdm
 
 from grpo_core import rng
 from grpo_core.config.options import RolloutConfig
-from grpo_core.families import check_lengths
 from grpo_core.policy import Policy
 from grpo_core.rollout.backends import Decoder, make_decoder
-from grpo_core.rollout.sampling import SamplingParams
+from grpo_core.rollout.sampling import SamplingParams, StopConditions, Tokenizer
 from grpo_core.rollout.scheduler import Scheduler, timed
-from grpo_core.rollout.stopping import StopConditions, Tokenizer
 from grpo_core.types import Completion, FinishReason, Group, Prompt
 
 
@@ -81,31 +79,34 @@ class GroupSampler:
         self.timings |= dict.fromkeys(("prompt_tokens", "completion_tokens", "steps", "slots"), 0)
         if not prompts:
             return []
-        # before anything is computed: a prompt that is too long should not cost a rollout first
-        check_lengths(self.model.config, max(len(prompt.token_ids) for prompt in prompts), rollout.max_new_tokens)
         strings = tuple(rollout.stop_strings)
         if strings not in self._stop_conditions:
             self._stop_conditions[strings] = StopConditions(self.model, self.tokenizer, strings)
         stop = self._stop_conditions[strings]
+        # heads are padded: their rows beyond the tokenizer's ids have no text
         head_rows = self.model.get_output_embeddings().weight.shape[0]
-        params = SamplingParams(
-            rollout=rollout,
-            forbidden_tokens=self.forbidden_tokens,
-            vocabulary=min(len(self.tokenizer), head_rows),
-            end_tokens=stop.end_tokens,
-        )
+        forbidden = {token for token in self.forbidden_tokens if 0 <= token < head_rows}
+        never_sampled = sorted(forbidden.union(range(len(self.tokenizer), head_rows)))
+        params = SamplingParams(rollout, np.array(never_sampled, dtype=np.int64), stop.end_tokens)
         prompt_keys = np.array([rng.prompt_key(prompt.id) for prompt in prompts], dtype=np.uint64)
         keys = rng.row_key(self.seed, step, prompt_keys[:, None], np.arange(rollout.group_size)).ravel()
 
         # no_grad, not inference_mode: a policy may cache what it embeds, and inference tensors cannot be in a backward
         with timed(self.timings, "embed"), torch.no_grad():
-            embeds = self._embed(prompts)
+            embeds = self._embed(prompts, rollout.max_new_tokens)
         with torch.inference_mode(), tqdm(total=len(prompts), disable=not progress, desc="sample", leave=False) as bar:
             with timed(self.timings, "refresh"):
                 self.decoder.refresh()
+            budget = self.memory_budget
+            if budget is None and self.policy.device.type == "cuda":
+                # measured now, after the embeddings and fused weights have taken their memory: what the driver has
+                # free, plus what torch's allocator holds unused, plus the last rollout's caches, which this one reuses
+                # or frees; a fifth is left to activations and fragmentation
+                device = self.policy.device
+                unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+                budget = int(0.8 * (torch.cuda.mem_get_info(device)[0] + unused + self.decoder.held_bytes))
             scheduler = Scheduler(self.decoder, embeds, keys, params, stop, self.timings, bar)
-            # the budget is measured now, after the embeddings and fused weights have taken their memory
-            scheduler.run(self._free_memory() if self.memory_budget is None else self.memory_budget)
+            scheduler.run(2 << 30 if budget is None else budget)
 
         with timed(self.timings, "text"):
             completions = []
@@ -120,8 +121,29 @@ class GroupSampler:
         size = rollout.group_size
         return [Group(prompt, completions[n * size : (n + 1) * size]) for n, prompt in enumerate(prompts)]
 
-    def _embed(self, prompts: Sequence[Prompt]) -> list[Tensor]:
-        """Embed prompts, `[P_n, H]` each, in the policy's dtype and on its device."""
+    def _embed(self, prompts: Sequence[Prompt], new_tokens: int) -> list[Tensor]:
+        """Embed prompts, `[P_n, H]` each, in the policy's dtype and on its device.
+
+        Raises:
+            ValueError: the longest prompt and `new_tokens` are more than the model has positions for, or than its
+                attention window, which would cut them; or embeddings that do not fit their prompt's tokens.
+        """
+        config, longest = self.model.config, max(len(prompt.token_ids) for prompt in prompts)
+        total = longest + new_tokens
+        asked = (
+            f"the longest prompt has {longest} tokens and rollout.max_new_tokens is {new_tokens}: {total} is more than"
+        )
+        for key in ("max_position_embeddings", "n_positions"):
+            limit = getattr(config, key, None)
+            if limit is not None and total > limit:
+                raise ValueError(f"{asked} config.{key} {limit}; shorten the prompt or lower rollout.max_new_tokens")
+        window, layer_types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+        # Qwen2 configs name a window that no layer uses; a config without layer_types means it for all layers
+        if window is not None and total > window and (layer_types is None or "sliding_attention" in layer_types):
+            raise ValueError(
+                f"{asked} config.sliding_window {window}, and group attention has no window; shorten the prompt, lower "
+                "rollout.max_new_tokens, or set config.sliding_window to None"
+            )
         embeds = list(self.policy.embed(prompts))
         if len(embeds) != len(prompts):
             raise ValueError(f"policy.embed gave {len(embeds)} tensors for {len(prompts)} prompts")
@@ -132,13 +154,3 @@ class GroupSampler:
                     f"{tuple(embed.shape)}: it must give one row per token"
                 )
         return [embed.detach().to(self.policy.device, self.policy.dtype) for embed in embeds]
-
-    def _free_memory(self) -> int:
-        """Bytes that caches and logits may take when no budget is set."""
-        device = self.policy.device
-        if device.type != "cuda":
-            return 2 << 30
-        # free for the driver, plus what torch's allocator holds unused, plus the last rollout's caches, which this one
-        # reuses or frees; a fifth is left to activations and fragmentation
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(0.8 * (torch.cuda.mem_get_info(device)[0] + unused + self.decoder.held_bytes))

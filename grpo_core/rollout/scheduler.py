@@ -14,8 +14,7 @@ from tqdm import tqdm
 
 from grpo_core.rollout.backends import Decoder
 from grpo_core.rollout.cache import fill_holes
-from grpo_core.rollout.sampling import PendingTokens, SamplingBackend, SamplingParams
-from grpo_core.rollout.stopping import StopConditions
+from grpo_core.rollout.sampling import PendingTokens, SamplingBackend, SamplingParams, StopConditions
 
 
 @contextmanager
@@ -31,8 +30,8 @@ def timed(timings: dict[str, float], phase: str) -> Iterator[None]:
 class Scheduler:
     """Samples G completions for each of N prompts.
 
-    Completion n·G + g is member g of prompt n. The decoder's sequence i is completion `running[i]`. Random numbers are
-    keyed by (prompt, member, token), so neither the order of sequences nor what shares their batch changes a result.
+    Completion n·G + g is member g of prompt n. Random numbers are keyed by (prompt, member, token), so neither the
+    order of sequences nor what shares their batch changes a result.
 
     Args:
         decoder: holds the caches.
@@ -72,6 +71,7 @@ class Scheduler:
         self.lengths = np.zeros(total, dtype=np.int64)
         self.stopped = np.zeros(total, dtype=bool)
         self._ended = np.zeros(total, dtype=bool)
+        self._ended_by_group = self._ended.reshape(len(embeds), self.group_size)  # a view: the same flags, `[N, G]`
         # tokens asked of the decoder, with those not yet read: `lengths` lags behind by what is pending
         self._requested = np.zeros(total, dtype=np.int64)
         self._groups_reported = 0
@@ -81,14 +81,13 @@ class Scheduler:
 
         If memory runs out all the same, the groups that have not finished start again, half as many at a time.
         """
-        sizes = (self.group_size, max(map(len, self.embeds)), self.max_new_tokens)
-        slots = self.decoder.plan(len(self.embeds), *sizes, budget)
+        prompt_tokens = max(map(len, self.embeds))
+        slots = self.decoder.plan(len(self.embeds), prompt_tokens, self.params.rollout, budget)
         while True:
             self.timings["slots"] = slots
             done = False
             try:
-                self.decoder.reserve(slots, *sizes)
-                self._sample_all(self.decoder.start_sampling(self.params), slots)
+                self._sample_all(self.decoder.start_sampling(slots, prompt_tokens, self.params), slots)
                 done = True
                 return
             except RuntimeError as error:
@@ -100,61 +99,53 @@ class Scheduler:
                 # after a failure everything is freed: the next attempt allocates smaller caches
                 self.decoder.release(reuse=done)
             # a completion that starts again draws the same numbers, so it comes out as it would have
-            unfinished = np.repeat(~self._finished_groups(), self.group_size)
+            unfinished = np.repeat(~self._ended_by_group.all(axis=1), self.group_size)
             for state in (self.lengths, self.stopped, self._ended, self._requested):
                 state[unfinished] = 0
             slots //= 2
 
     def _sample_all(self, backend: SamplingBackend, slots: int) -> None:
         """Sample all unfinished groups, at most `slots` at a time."""
-        self.backend = backend
-        self.running = np.zeros(0, dtype=np.int64)
-        self._pending: deque[tuple[np.ndarray, PendingTokens]] = deque()
+        running = np.zeros(0, dtype=np.int64)  # the completion that each of the decoder's sequences is
+        pending: deque[tuple[np.ndarray, PendingTokens]] = deque()
         # long prompts first: prompts of similar length share the cache, so little of it is padding
         waiting = np.argsort([-len(embed) for embed in self.embeds], kind="stable")
-        waiting = waiting[~self._finished_groups()[waiting]]
-        while len(waiting) or len(self.running):
+        waiting = waiting[~self._ended_by_group[waiting].all(axis=1)]
+        while len(waiting) or len(running):
             # a slot is free once none of its group's sequences is in the decoder; refill before decoding on, since a
             # step over a full batch takes hardly longer than one over a half-empty batch
-            free = slots - len(np.unique(self.running // self.group_size)) if len(waiting) else 0
+            free = slots - len(np.unique(running // self.group_size)) if len(waiting) else 0
             if free:
                 with timed(self.timings, "prefill"):
-                    self._prefill(waiting[:free])
-                waiting = waiting[free:]
+                    groups, waiting = waiting[:free], waiting[free:]
+                    completions = (groups[:, None] * self.group_size + np.arange(self.group_size)).ravel()
+                    first_tokens = backend.prefill([self.embeds[n] for n in groups], self.keys[completions])
+                    running = np.r_[running, completions]
+                    self._requested[completions] = 1
+                    pending.append((completions, first_tokens))
+                    self._read(pending, backend.max_pending)
             else:
                 with timed(self.timings, "decode"):
-                    self._decode()
+                    # several steps at a time, as each read would stall a GPU, but no further than the longest
+                    # unfinished sequence can go: the cache has no columns after max_new_tokens (ended sequences may be
+                    # asked for more, they overwrite their last column)
+                    longest = int(self._requested[running[~self._ended[running]]].max())
+                    steps = min(self.steps_per_read or backend.steps_per_read, self.max_new_tokens - longest)
+                    if steps:
+                        self._requested[running] += steps
+                        pending.append((running, backend.decode(steps)))
+                        self.timings["steps"] += steps
+                        self._read(pending, backend.max_pending)
+                    else:  # that sequence has all its tokens, but the last of them are still pending
+                        self._read(pending, len(pending) - 1)
             with timed(self.timings, "decode"):
-                self._drop_ended(refill=len(waiting) > 0)
+                running = self._drop_ended(backend, running, refill=len(waiting) > 0)
 
-    def _prefill(self, groups: np.ndarray) -> None:
-        """Prefill groups and sample the first token of their completions."""
-        completions = (groups[:, None] * self.group_size + np.arange(self.group_size)).ravel()
-        pending = self.backend.prefill([self.embeds[n] for n in groups], self.keys[completions])
-        self.running = np.r_[self.running, completions]
-        self._requested[completions] = 1
-        self._pending.append((completions, pending))
-        self._read(max_pending=self.backend.max_pending)
-
-    def _decode(self) -> None:
-        """Sample some tokens for every running sequence. Several at a time, as each read would stall a GPU."""
-        # no further than the longest unfinished sequence can go: the cache has no columns after max_new_tokens (ended
-        # sequences may be asked for more, they overwrite their last column)
-        requested = self._requested[self.running[~self._ended[self.running]]]
-        steps = min(self.steps_per_read or self.backend.steps_per_read, self.max_new_tokens - int(requested.max()))
-        if steps == 0:  # a sequence has all its tokens, but the last of them are still pending
-            self._read(max_pending=len(self._pending) - 1)
-            return
-        self._requested[self.running] += steps
-        self._pending.append((self.running, self.backend.decode(steps)))
-        self.timings["steps"] += steps
-        self._read(max_pending=self.backend.max_pending)
-
-    def _read(self, max_pending: int) -> None:
+    def _read(self, pending: deque[tuple[np.ndarray, PendingTokens]], max_pending: int) -> None:
         """Read the oldest results until at most `max_pending` are left, which keep the device busy meanwhile."""
-        while len(self._pending) > max_pending:
-            running, pending = self._pending.popleft()
-            for step_tokens, step_logprobs in zip(*pending(), strict=True):
+        while len(pending) > max_pending:
+            running, wait = pending.popleft()
+            for step_tokens, step_logprobs in zip(*wait(), strict=True):
                 # a sequence may have ended in an earlier step of this read: what it sampled after its end is dropped
                 alive = ~self._ended[running]
                 completions, tokens, logprobs = running[alive], step_tokens[alive], step_logprobs[alive]
@@ -168,18 +159,19 @@ class Scheduler:
                 at_limit = self.lengths[completions] == self.max_new_tokens
                 self._ended[completions] = self.stopped[completions] | at_limit
 
-    def _drop_ended(self, refill: bool) -> None:
-        """Remove ended sequences once that makes steps cheaper, or, to `refill`, once a group's slot can be reused."""
-        ended = self._ended[self.running]
-        finished = int(self._finished_groups().sum())
+    def _drop_ended(self, backend: SamplingBackend, running: np.ndarray, refill: bool) -> np.ndarray:
+        """Remove ended sequences once that makes steps cheaper, or, to `refill`, once a group's slot can be reused.
+
+        Returns:
+            What `running` is afterwards.
+        """
+        ended = self._ended[running]
+        finished = int(self._ended_by_group.all(axis=1).sum())
         slot_freed = finished > self._groups_reported
-        if (refill and slot_freed) or self.backend.worth_dropping(len(ended), int((~ended).sum())):
-            order = fill_holes(~ended)
-            self.backend.keep(order)
-            self.running = self.running[order]
         self.bar.update(finished - self._groups_reported)
         self._groups_reported = finished
-
-    def _finished_groups(self) -> np.ndarray:
-        """Tell which groups have all their completions, bool `[N]`."""
-        return np.all(self._ended.reshape(len(self.embeds), self.group_size), axis=1)
+        if (refill and slot_freed) or backend.worth_dropping(len(ended), int((~ended).sum())):
+            order = fill_holes(~ended)
+            backend.keep(order)
+            running = running[order]
+        return running

@@ -62,6 +62,7 @@ class GroupLayout:
             last_prompt_row = len(token_ids) - 1
             for completion in group:
                 length, first_row = len(completion), len(token_ids)
+                # all completions continue from the same row: the prompt's last one predicts each one's first token
                 if length:  # an empty one has no token to predict, but is numbered all the same
                     rows += [last_prompt_row, *range(first_row, first_row + length - 1)]
                     positions.extend(range(len(prompt), len(prompt) + length))
@@ -97,5 +98,6 @@ class GroupLayout:
 
     def per_token(self, per_completion: Sequence[float] | np.ndarray, dtype: torch.dtype = torch.float32) -> Tensor:
         """Spread one value per completion `[M]` over its tokens: `[R]` on the layout's device."""
+        # rounded once, from float64: the values come from NumPy, which computes advantages in it
         values = torch.as_tensor(np.asarray(per_completion, dtype=np.float64), dtype=dtype)
         return values.to(self.completion_index.device)[self.completion_index]

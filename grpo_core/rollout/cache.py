@@ -59,12 +59,6 @@ class GroupCache:
         self.group_of_sequence = np.zeros(0, dtype=np.int64)
         self.num_groups = self.num_sequences = 0
 
-    @staticmethod
-    def bytes_per_group(shape: CacheShape, group_size: int, prompt_tokens: int, new_tokens: int) -> int:
-        """Count the bytes that one more slot takes."""
-        token_bytes = 2 * shape.layers * shape.kv_heads * shape.head_dim * shape.dtype.itemsize  # 2: keys and values
-        return token_bytes * (extent(prompt_tokens) + group_size * extent(new_tokens))
-
     def add_groups(self, lengths: Sequence[int]) -> None:
         """Open slots for prompts of these lengths, with `group_size` empty sequences each."""
         new_groups = np.arange(self.num_groups, self.num_groups + len(lengths))
@@ -74,11 +68,13 @@ class GroupCache:
 
     def keep(self, sequences: np.ndarray) -> None:
         """Make sequence `sequences[i]` sequence i; drop all others, and groups without sequences."""
+        # in place, so that attention goes on reading slices: a copy of the whole cache would double it for a moment
         move(self.suffix, sequences, dim=1)
         group_of_sequence = self.group_of_sequence[sequences]
         # groups move as sequences do: the last ones fill the holes
         groups = fill_holes(np.isin(np.arange(self.num_groups), group_of_sequence))
         move(self.prefix, groups, dim=1)
+        # groups are named by their slot, so sequences follow theirs
         new_slot = np.full(self.num_groups, -1)
         new_slot[groups] = np.arange(len(groups))
         self.group_of_sequence = new_slot[group_of_sequence]

@@ -100,6 +100,7 @@ class StopConditions:
             bool `[B]`.
         """
         stopped = self.end_tokens[tokens]
+        # few sequences have such a token, so few texts are decoded
         for i in np.flatnonzero(self._may_complete[tokens] & ~stopped) if self.strings else ():
             # the whole text, not the last token's: a stop string may span tokens
             token_ids = completions[completion_index[i], : lengths[completion_index[i]]].tolist()
@@ -186,21 +187,26 @@ class LogitsSampling:
         seen = None
         if self.params.rollout.repetition_penalty != 1:
             seen = torch.zeros(logits.shape, dtype=torch.bool, device=self.device)
-        tokens, logprobs = self._sample(logits, rng.row_uniform(keys, 0), seen)
+        # float32 before the copy to a device: the running sums that the numbers are compared with have no more bits
+        uniforms = torch.from_numpy(rng.row_uniform(keys, 0).astype(np.float32)).to(self.device)
+        tokens, logprobs = sample_tokens(logits, uniforms, self.params.rollout, self._never_sampled, seen)
+        # new sequences come last, in every array here as in the decoder
         self._keys = np.r_[self._keys, keys]
         self._count = np.r_[self._count, np.ones(len(keys), dtype=np.int64)]
         self._last = torch.cat((self._last, tokens))
         if seen is not None:
             self._seen = seen if self._seen is None else torch.cat((self._seen, seen))
+        # read when it is called for, not here: on a GPU the copy waits for all steps before it
         return lambda: (tokens[None].cpu().numpy(), logprobs[None].cpu().numpy())
 
     def decode(self, steps: int) -> PendingTokens:
         """Sample `steps` tokens for every sequence."""
         # the numbers of all steps at once: Philox is some hundred NumPy calls, whatever it is asked for
-        uniforms = rng.row_uniform(self._keys[:, None], self._count[:, None] + np.arange(steps))
+        numbers = rng.row_uniform(self._keys[:, None], self._count[:, None] + np.arange(steps)).astype(np.float32)
         tokens, logprobs = [], []
-        for step in range(steps):
-            self._last, logprob = self._sample(self.decoder.step(self._last), uniforms[:, step], self._seen)
+        for uniforms in torch.from_numpy(numbers).to(self.device).unbind(1):
+            logits = self.decoder.step(self._last)
+            self._last, logprob = sample_tokens(logits, uniforms, self.params.rollout, self._never_sampled, self._seen)
             tokens.append(self._last)
             logprobs.append(logprob)
         self._count = self._count + steps
@@ -219,15 +225,6 @@ class LogitsSampling:
         self._last = self._last[index]
         self._seen = None if self._seen is None else self._seen[index]
 
-    def _sample(self, logits: Tensor, uniforms: np.ndarray, seen: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Sample a token from each row of logits: int64 tokens and float32 log-probs. Marks the tokens in `seen`."""
-        # float32 before the copy to a device: the running sums that the numbers are compared with have no more bits
-        draws = torch.from_numpy(uniforms.astype(np.float32)).to(self.device)
-        tokens, logprobs = sample_tokens(logits, draws, self.params.rollout, self._never_sampled, seen)
-        if seen is not None:
-            seen.scatter_(1, tokens[:, None], True)
-        return tokens, logprobs
-
 
 def sample_tokens(
     logits: Tensor,
@@ -245,16 +242,16 @@ def sample_tokens(
         uniforms: `[B]` in (0, 1); temperature 0 reads none.
         rollout: temperature, truncation and penalty.
         never_sampled: int64, ids that are never sampled.
-        seen: bool `[B, V]`, tokens that the repetition penalty applies to.
+        seen: bool `[B, V]`, tokens that the repetition penalty applies to; the sampled ones are added.
 
     Returns:
         int64 `[B]` tokens; float32 `[B]` their log-probabilities under softmax(logits / temperature) over the whole
         vocabulary, before penalty, truncation and forbidden tokens (temperature 1 when greedy).
     """
-    logits = logits.float()
+    logits = logits.float()  # half precision has too few bits for sums over a vocabulary
     if rollout.temperature not in (0.0, 1.0):
         logits = logits / rollout.temperature
-    scores = logits
+    scores = logits  # what is drawn from; `logits` stay as they are for the log-probs
     if seen is not None:
         penalty = rollout.repetition_penalty
         scores = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
@@ -269,6 +266,7 @@ def sample_tokens(
             probabilities.index_fill_(1, never_sampled, 0.0)
         weights = probabilities
         if rollout.top_k and rollout.top_k < weights.shape[1]:
+            # tokens that tie with the last one stay too, as in transformers
             least = weights.topk(rollout.top_k, dim=-1).values[:, -1:]
             weights = weights.masked_fill(weights < least, 0.0)
         if rollout.top_p < 1:
@@ -283,6 +281,8 @@ def sample_tokens(
         if seen is None:
             # saves a second pass over [B, V]: a token that was sampled has a probability above 0, so its log is finite
             return tokens, probabilities.gather(1, tokens[:, None])[:, 0].log_()
+    if seen is not None:
+        seen.scatter_(1, tokens[:, None], True)
     return tokens, torch.log_softmax(logits, dim=-1).gather(1, tokens[:, None])[:, 0]
 
 

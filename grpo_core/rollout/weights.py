@@ -5,8 +5,9 @@ Parameters that FSDP2 has sharded are gathered as they are copied, one matrix at
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter
 from typing import cast
 
@@ -49,6 +50,7 @@ class FusedLinear:
         has_bias = any(layer.bias is not None for layer in layers)
         # zeros: where only some of the layers have a bias (q, k and v may differ), the others' columns add nothing
         self.bias = torch.zeros(self._shape[0], dtype=self._dtype, device=self._device) if has_bias else None
+        # by layer, the state (see refresh) that was copied last
         self._copied: list[tuple[int, int] | None] = [None] * len(layers)
 
     @torch.no_grad()
@@ -84,6 +86,7 @@ class FusedLinear:
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """`x @ weight + bias (+ residual)`, `[rows, in]` → `[rows, sum of out]`."""
         if self.weight is None:
+            # the bias, and the residual by the binary form, are added within oneDNN's kernel: no pass over the output
             linear = torch.ops.mkldnn._linear_pointwise
             if residual is None:
                 return linear(x, self._packed, self.bias, "none", [], "")
@@ -129,7 +132,9 @@ class FusedModel:
 
     Attributes:
         layers, norm, head: copies of the model's weights, at addresses that stay, filled by `refresh`.
+        embed: looks up token embeddings `[B, H]` of int64 `[B]`.
         cache_shape: what the caches hold of each token.
+        token_bytes: bytes that they take for it.
 
     Raises:
         ValueError: the model's family is not registered; see `grpo_core.families`.
@@ -167,8 +172,10 @@ class FusedModel:
         self.norm = norm(decoder, family.final_norm)
         self.head = FusedLinear([cast(nn.Module, model.get_output_embeddings())], packed)
         self._linears.append(self.head)
+        # the module itself and not its weight: it may be wrapped (PEFT's modules_to_save), or scale what it looks up
         self._embedding = cast(nn.Embedding, model.get_input_embeddings())
         self._gathered_embedding: Tensor | None = None
+        self.embed: Callable[[Tensor], Tensor] = self._embedding
         self._rotary = attrgetter(family.rotary)(decoder)
 
         self.dtype, self.device = self.norm.dtype, self.norm.device
@@ -176,8 +183,10 @@ class FusedModel:
         # configs older than head_dim leave it out, some set it to None; both mean an even split of the hidden size
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.eps = config.rms_norm_eps
-        self.vocabulary = config.vocab_size
+        self.vocabulary = config.vocab_size  # for memory estimates
         self.cache_shape = CacheShape(len(self.layers), self.num_kv_heads, self.head_dim, self.dtype)
+        # 2: keys and values
+        self.token_bytes = 2 * len(self.layers) * self.num_kv_heads * self.head_dim * self.dtype.itemsize
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -191,14 +200,9 @@ class FusedModel:
         weight = self._embedding.weight
         if isinstance(weight, DTensor) and self._gathered_embedding is None:
             self._gathered_embedding = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+            self.embed = partial(F.embedding, weight=self._gathered_embedding)
         if self._gathered_embedding is not None:
             self._gathered_embedding.copy_(_gathered(weight))
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Look up token embeddings `[B, H]` of int64 `[B]`."""
-        if self._gathered_embedding is not None:
-            return F.embedding(tokens, self._gathered_embedding)
-        return self._embedding(tokens)
 
     @property
     def embedding_address(self) -> int:

@@ -41,7 +41,7 @@ class TorchDecoder(FusedModel):
     def plan(self, groups: int, prompt_tokens: int, rollout: RolloutConfig, budget: int) -> int:
         """Return how many of `groups` groups fit `budget` bytes at a time, at least 1."""
         size = rollout.group_size
-        cache = GroupCache.bytes_per_group(self.cache_shape, size, prompt_tokens, rollout.max_new_tokens)
+        cache = self.token_bytes * (extent(prompt_tokens) + size * extent(rollout.max_new_tokens))
         # six float32 arrays of [G, V]: logits, log-probs, probabilities, their running sums, and two of slack
         logits = 6 * 4 * self.vocabulary * size
         return max(1, min(groups, budget // (cache + logits)))

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from grpo_core.config.options import RolloutConfig
-from grpo_core.rollout.cache import PREFILL_TOKENS, CacheShape, GroupCache, move, prefill_batches
+from grpo_core.rollout.cache import PREFILL_TOKENS, CacheShape, GroupCache, extent, move, prefill_batches
 from grpo_core.rollout.cuda_graphs import StepGraphs
 from grpo_core.rollout.sampling import PendingTokens, SamplingParams
 from grpo_core.rollout.weights import FusedModel
@@ -175,7 +175,7 @@ class TritonDecoder(FusedModel):
     def plan(self, groups: int, prompt_tokens: int, rollout: RolloutConfig, budget: int) -> int:
         """Return how many of `groups` groups fit `budget` bytes at a time, at least 1."""
         size = rollout.group_size
-        cache = GroupCache.bytes_per_group(self.cache_shape, size, prompt_tokens, rollout.max_new_tokens)
+        cache = self.token_bytes * (extent(prompt_tokens) + size * extent(rollout.max_new_tokens))
         logits = 2 * 4 * self.vocabulary * size  # where truncation wants them: logits, and what it makes of them
         # a layer's activations while prompts are prefilled: three of the MLP's width, and two of QKV and hidden size
         layer = self.layers[0]

@@ -9,8 +9,7 @@ from grpo_core.policy import Policy
 from grpo_core.rollout import cache as cache_module
 from grpo_core.rollout.backends import torch as torch_backend
 from grpo_core.rollout.backends.torch import TorchDecoder
-from grpo_core.rollout.sampler import GroupSampler
-from grpo_core.rollout.scheduler import Scheduler
+from grpo_core.rollout.sampler import GroupSampler, Scheduler
 from tests.grpo_core.conftest import make_lm
 from tests.grpo_core.sampling_models import VOCABULARY, CharTokenizer, make_prompts
 

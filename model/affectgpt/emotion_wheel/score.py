@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -120,11 +121,12 @@ class EmotionWheel:
     def masks(self, texts: Sequence[LabelText], level: int = 1, parse: str = "strict") -> np.ndarray:
         """uint64 [N, W]: bit c of a text's mask is set where one of its labels is in cluster c of the wheel."""
         bits, vocabulary = self._bits[_level(level)], self._vocabulary(parse)
-        if set(map(type, texts)) != {str}:
-            texts = [as_text(text, parse) for text in texts]
-        masks = np.empty((len(texts), bits.shape[1]), np.uint64)
-        for start in range(0, len(texts), CHUNK):
-            chunk = texts[start : start + CHUNK]
+        # one pass over the types is much cheaper than a call for each text, and most batches are strings already
+        plain = set(map(type, texts)) == {str}
+        strings = cast("Sequence[str]", texts) if plain else [as_text(text, parse) for text in texts]
+        masks = np.empty((len(strings), bits.shape[1]), np.uint64)
+        for start in range(0, len(strings), CHUNK):
+            chunk = strings[start : start + CHUNK]
             row_of = dict.fromkeys(chunk)
             repeated = 2 * len(row_of) < len(chunk)  # a group's members share their ground truth: read it once
             tokens = split_batch(list(row_of) if repeated else chunk, parse)
@@ -133,8 +135,8 @@ class EmotionWheel:
             begins = np.flatnonzero(forms == self._mark)[:-1]
             found = np.bitwise_or.reduceat(bits.take(forms, axis=0), begins, axis=0)
             if repeated:
-                row_of = dict(zip(row_of, range(len(row_of)), strict=True))
-                found = found[np.fromiter(map(row_of.__getitem__, chunk), np.intp, len(chunk))]
+                place = dict(zip(row_of, range(len(row_of)), strict=True))
+                found = found[np.fromiter(map(place.__getitem__, chunk), np.intp, len(chunk))]
             masks[start : start + len(chunk)] = found
         return masks
 

@@ -98,6 +98,6 @@ class GroupLayout:
 
     def per_token(self, per_completion: Sequence[float] | np.ndarray, dtype: torch.dtype = torch.float32) -> Tensor:
         """Spread one value per completion `[M]` over its tokens: `[R]` on the layout's device."""
-        # rounded once, from float64: the values come from NumPy, which computes advantages in it
+        # advantages are computed in float64 and rounded once, here
         values = torch.as_tensor(np.asarray(per_completion, dtype=np.float64), dtype=dtype)
         return values.to(self.completion_index.device)[self.completion_index]

@@ -59,7 +59,7 @@ class TorchDecoder(FusedModel):
         self._lengths = torch.zeros(sequences, dtype=torch.int64, device=device)
         self._longest = np.zeros(0, dtype=np.int64)
         # the sequences' arrangement for attention, remade after sequences have come or gone
-        self._plan: SequencePlan | None = None
+        self._arrangement: SequencePlan | None = None
         # index of column 0 of each sequence's 2 K heads in a layer's suffix, flat as [sequences * 2 K * S, D]
         columns = self.cache.suffix.shape[4]
         self._head_starts = torch.arange(sequences * 2 * self.num_kv_heads, device=device).view(sequences, -1) * columns
@@ -110,18 +110,20 @@ class TorchDecoder(FusedModel):
         cache.add_groups(all_lengths)
         self._longest = np.r_[self._longest, np.zeros(cache.num_sequences - before, dtype=np.int64)]
         self._lengths[before : cache.num_sequences] = 0
-        self._plan = None
+        self._arrangement = None
         return torch.cat(logits)
 
     def step(self, tokens: Tensor) -> Tensor:
         """Append one token `[B]` to every sequence; return the logits `[B, V]` after it."""
         cache = self.cache
         assert cache is not None, "start_sampling() comes first"
-        if self._plan is None:
-            self._plan = SequencePlan.build(cache.group_of_sequence, cache.prefix_lengths, self.dtype, self.device)
+        if self._arrangement is None:
+            self._arrangement = SequencePlan.build(
+                cache.group_of_sequence, cache.prefix_lengths, self.dtype, self.device
+            )
         groups, sequences, last_column = cache.num_groups, cache.num_sequences, cache.suffix.shape[4] - 1
         lengths = self._lengths[:sequences]
-        rotations = self._rotations.index_select(0, self._plan.prompt_tokens + lengths)
+        rotations = self._rotations.index_select(0, self._arrangement.prompt_tokens + lengths)
         # where the token's keys and values go in a layer's suffix
         index = (self._head_starts[:sequences] + lengths[:, None]).view(-1)
         # as many columns as the longest completion needs; of each, those up to the new token are seen
@@ -139,7 +141,7 @@ class TorchDecoder(FusedModel):
                 suffix[:sequences, 0, :, :columns],
                 suffix[:sequences, 1, :, :columns],
                 mask,
-                self._plan,
+                self._arrangement,
             )
             x = layer.out(attended, residual=x)
             gate, up = layer.gate_up(rms_norm(x, layer.mlp_norm, self.eps)[0]).chunk(2, dim=-1)
@@ -156,7 +158,7 @@ class TorchDecoder(FusedModel):
         self.cache.keep(sequences)
         move(self._lengths, sequences, dim=0)
         self._longest = self._longest[sequences]
-        self._plan = None
+        self._arrangement = None
 
     def _qkv(self, layer: FusedLayer, x: Tensor, rotations: Tensor) -> Tensor:
         """Compute queries, keys (both rotated) and values of tokens `[T, H]`, as heads `[T, heads + 2 K, D]`.

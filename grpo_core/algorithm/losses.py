@@ -310,7 +310,7 @@ def importance_ratio(
 def token_weights(
     completion_lengths: Tensor,
     completion_index: Tensor,
-    loss_type: str,
+    average: Average,
     *,
     total_completions: int,
     total_tokens: int,
@@ -319,13 +319,13 @@ def token_weights(
 ) -> Tensor:
     """Weight `[R]`, float32, of each token's loss; totals count the whole optimiser step, over micro-batches and ranks.
 
-    By the loss type's `average`, for a token of completion i, of L_i tokens, among M completions and T tokens:
+    By `average`, for a token of completion i, of L_i tokens, among M completions and T tokens:
     sequence `1 / (M · L_i)`; token `1 / T`; constant `1 / (M · L_max)`; sum `1 / M`.
 
     Args:
         completion_lengths: int64 `[M_local]`, tokens of each completion in `completion_index`'s numbering.
         completion_index: int64 `[R]`, the completion that a token belongs to.
-        loss_type: a name in `LOSS_TYPES`.
+        average: of the loss type, `AlgorithmConfig.loss.average`.
         total_completions: M, with those of weight 0.
         total_tokens: T, without the tokens of completions of weight 0.
         max_length: L_max, the longest completion that can be sampled.
@@ -333,9 +333,10 @@ def token_weights(
             one that was cut off at `max_length` (`mask_truncated_completions`).
 
     Raises:
-        ValueError: an unknown loss type.
+        ValueError: an unknown average.
     """
-    average = LOSS_TYPES[loss_type].average
+    if average not in AVERAGES:
+        raise ValueError(f"unknown average of token losses {average!r}: choose one of {', '.join(AVERAGES)}")
     lengths = completion_lengths.double()
     if average == "sequence":
         # a completion without tokens has no weight to give, but its 1 / 0 would still be computed

@@ -183,7 +183,7 @@ def make_minibatches(
             loss_weight = token_weights(
                 torch.tensor([length for n in indices for length in lengths[n]], device=device),
                 layout.completion_index,
-                algorithm.loss_type,
+                algorithm.loss.average,
                 total_completions=total_completions,
                 total_tokens=total_tokens,
                 max_length=config.rollout.max_new_tokens,

@@ -114,7 +114,7 @@ def test_loss_and_gradient_are_the_written_out_ones(name):
     options = {"epsilon": 0.1, "epsilon_high": 0.15}
     options = {"cispo": {"cispo_cap": 1.3}, "sapo": {"temperature_pos": 1.0, "temperature_neg": 1.4}}.get(name, options)
     result = surrogate(name, logprob, old, advantages, **options)
-    weights = token_weights(torch.tensor(LENGTHS), INDEX, name, **TOTALS).double()
+    weights = token_weights(torch.tensor(LENGTHS), INDEX, LOSS_TYPES[name].average, **TOTALS).double()
     loss = (weights * result.loss).sum()
     loss.backward()
     expected, gradient = written_out(name, logprob.tolist(), old.tolist(), advantages.tolist(), options)
@@ -161,7 +161,7 @@ def test_a_micro_batch_at_a_time_the_losses_add_up_to_the_whole():
             tokens = torch.isin(INDEX, keep)
             index = torch.searchsorted(keep, INDEX[tokens])
             parts = (x[tokens] for x in (logprob, old, advantages))
-            weights = token_weights(lengths[keep], index, name, **TOTALS)
+            weights = token_weights(lengths[keep], index, LOSS_TYPES[name].average, **TOTALS)
             return (weights * policy_loss(LOSS_TYPES[name](), *parts, index, len(keep)).loss).sum()
 
         whole = loss(torch.arange(6))
@@ -223,18 +223,20 @@ def test_weights_average_by_sequence_by_token_or_by_constant_length():
     lengths = torch.tensor([2, 0, 3])
     index = torch.tensor([0, 0, 2, 2, 2])
     totals = {"total_completions": 6, "total_tokens": 20, "max_length": 8}
-    grpo = token_weights(lengths, index, "grpo", **totals)
+    grpo = token_weights(lengths, index, LOSS_TYPES["grpo"].average, **totals)
     torch.testing.assert_close(grpo, torch.tensor([1 / 12, 1 / 12, 1 / 18, 1 / 18, 1 / 18]))
-    assert (token_weights(lengths, index, "dapo", **totals) == torch.tensor(1 / 20)).all()
-    assert (token_weights(lengths, index, "dr_grpo", **totals) == torch.tensor(1 / 48)).all()
-    assert (token_weights(lengths, index, "luspo", **totals) == torch.tensor(1 / 6)).all()
+    assert (token_weights(lengths, index, LOSS_TYPES["dapo"].average, **totals) == torch.tensor(1 / 20)).all()
+    assert (token_weights(lengths, index, LOSS_TYPES["dr_grpo"].average, **totals) == torch.tensor(1 / 48)).all()
+    assert (token_weights(lengths, index, LOSS_TYPES["luspo"].average, **totals) == torch.tensor(1 / 6)).all()
 
 
 def test_a_masked_completion_weighs_nothing():
     lengths, index = torch.tensor([2, 3]), torch.tensor([0, 0, 1, 1, 1])
     for name in LOSS_TYPES:
-        whole = token_weights(lengths, index, name, **TOTALS)
-        masked = token_weights(lengths, index, name, **TOTALS, completion_weights=torch.tensor([True, False]))
+        whole = token_weights(lengths, index, LOSS_TYPES[name].average, **TOTALS)
+        masked = token_weights(
+            lengths, index, LOSS_TYPES[name].average, **TOTALS, completion_weights=torch.tensor([True, False])
+        )
         assert (masked[2:] == 0).all()
         assert (masked[:2] == whole[:2]).all()
 
@@ -242,7 +244,9 @@ def test_a_masked_completion_weighs_nothing():
 def test_a_step_without_tokens_has_finite_weights():
     for name in LOSS_TYPES:
         totals = {"total_completions": 2, "total_tokens": 0, "max_length": 4}
-        assert token_weights(torch.zeros(2).long(), torch.zeros(0).long(), name, **totals).shape == (0,)
+        assert token_weights(
+            torch.zeros(2).long(), torch.zeros(0).long(), LOSS_TYPES[name].average, **totals
+        ).shape == (0,)
 
 
 # --- samples of another policy -----------------------------------------------------------------------------------
@@ -364,8 +368,8 @@ def test_a_registered_function_or_class_computes_the_policy_loss(registry):
     assert torch.equal(result.clipped_high, ratio > 1.1)
     assert (LOSS_TYPES["power"].average, LOSS_TYPES["power"].source) == ("sum", "here")
     assert LOSS_TYPES.doc("reinforce") == "Plain policy gradient."
-    weights = token_weights(torch.tensor(LENGTHS), INDEX, "reinforce", **TOTALS)
-    assert torch.equal(weights, token_weights(torch.tensor(LENGTHS), INDEX, "dapo", **TOTALS))
+    weights = token_weights(torch.tensor(LENGTHS), INDEX, LOSS_TYPES["reinforce"].average, **TOTALS)
+    assert torch.equal(weights, token_weights(torch.tensor(LENGTHS), INDEX, LOSS_TYPES["dapo"].average, **TOTALS))
 
 
 def test_a_loss_that_cannot_be_computed_is_not_registered(registry):
@@ -392,9 +396,12 @@ def test_unknown_names_list_the_valid_ones():
     index = torch.zeros(3).long()
     with pytest.raises(ValueError, match="k1, k2 or k3"):
         kl_penalty(logprob, old, "k4")
-    with pytest.raises(ValueError, match="grpo, bnpo, dapo, dr_grpo, gspo, gspo_token, cispo, sapo, luspo"):
-        token_weights(torch.tensor([1]), torch.tensor([0]), "ppo", total_completions=1, total_tokens=1, max_length=1)
-    with pytest.raises(ValueError, match="unknown loss type 'ppo'"):
+    with pytest.raises(ValueError, match="unknown average of token losses 'mean': choose one of sequence, token"):
+        token_weights(torch.tensor([1]), torch.tensor([0]), "mean", total_completions=1, total_tokens=1, max_length=1)
+    with pytest.raises(
+        ValueError,
+        match="'ppo': choose one of grpo, bnpo, dapo, dr_grpo, gspo, gspo_token, cispo, sapo",
+    ):
         LOSS_TYPES["ppo"]
     with pytest.raises(ValueError, match="token, sequence, sequence_token"):
         importance_ratio(logprob, old, index, 1, "word")

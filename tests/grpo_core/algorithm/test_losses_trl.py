@@ -111,7 +111,7 @@ def our_loss(batch, loss_type, level, **options):
         ratio = importance_ratio(logprob, old, *completions, level) if options.get("unbiased") else None
         loss = loss + options["beta"] * kl_penalty(logprob, batch.reference[FLAT], "k3", ratio)
     totals = {"total_completions": M, "total_tokens": int(MASK.sum()), "max_length": MAX_LENGTH}
-    loss = (token_weights(LENGTHS, index, loss_type, **totals) * loss).sum()
+    loss = (token_weights(LENGTHS, index, LOSS_TYPES[loss_type].average, **totals) * loss).sum()
     if "entropy_coef" in options:
         loss = loss - options["entropy_coef"] * entropy_bonus(entropy, int(MASK.sum()))
     loss.backward()

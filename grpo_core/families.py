@@ -13,7 +13,6 @@ Imports neither torch nor transformers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,9 +114,6 @@ def can_fuse(config: Any) -> bool:
     return rope_type in family.rope_types and (family.activations is None or config.hidden_act in family.activations)
 
 
-# Everything below refuses models and lengths for which results would be silently wrong.
-
-
 def check_model(config: Any) -> None:
     """Refuse models whose logits or attention scores are more than products of hidden states and weights.
 
@@ -138,61 +134,3 @@ def check_model(config: Any) -> None:
                 f"config.{key} is {getattr(config, key)}: models with scaled logits cannot be sampled or trained; "
                 f"use one of: {family_names()}"
             )
-
-
-def check_lengths(config: Any, prompt_tokens: int, new_tokens: int) -> None:
-    """Refuse to sample sequences that the model has no positions for, or that its attention window would cut.
-
-    Args:
-        config: of the model.
-        prompt_tokens: P of the longest prompt.
-        new_tokens: `rollout.max_new_tokens`.
-
-    Raises:
-        ValueError: names the config key, the longest prompt and what to change.
-    """
-    total = prompt_tokens + new_tokens
-    for key in ("max_position_embeddings", "n_positions"):
-        limit = getattr(config, key, None)
-        if limit is not None and total > limit:
-            raise ValueError(
-                f"the longest prompt has {prompt_tokens} tokens and rollout.max_new_tokens is {new_tokens}: {total} is "
-                f"more than config.{key} {limit}; shorten the prompt or lower rollout.max_new_tokens"
-            )
-    window = getattr(config, "sliding_window", None)
-    layer_types = getattr(config, "layer_types", None)
-    # Qwen2 configs name a window that no layer uses; a config without layer_types means it for all layers
-    if window is not None and total > window and (layer_types is None or "sliding_attention" in layer_types):
-        raise ValueError(
-            f"the longest prompt has {prompt_tokens} tokens and rollout.max_new_tokens is {new_tokens}: {total} is "
-            f"more than config.sliding_window {window}, and group attention has no window; shorten the prompt, lower "
-            "rollout.max_new_tokens, or set config.sliding_window to None"
-        )
-
-
-def check_attention(
-    sliding_window: int | None,
-    softcap: float | None,
-    prompt_lengths: Sequence[int],
-    completion_lengths: Sequence[Sequence[int]],
-) -> None:
-    """Refuse what a layer asks of group attention in training that it does not compute.
-
-    Args:
-        sliding_window, softcap: as the layer passes them to transformers' attention interface.
-        prompt_lengths: `[N]`.
-        completion_lengths: `[N][G]`.
-
-    Raises:
-        NotImplementedError: a window that cuts a sequence, or a soft cap.
-    """
-    if sliding_window is not None and sliding_window < max(
-        prompt + max(lengths, default=0) for prompt, lengths in zip(prompt_lengths, completion_lengths, strict=True)
-    ):
-        raise NotImplementedError(
-            f"config.sliding_window is {sliding_window} and a sequence is longer: "
-            "group attention has no window, use shorter prompts and completions"
-        )
-    # check_model knows the config keys of today; a model with a key of its own still passes the value here
-    if softcap is not None:
-        raise NotImplementedError("config.attn_logit_softcapping is set: group attention has no soft cap")

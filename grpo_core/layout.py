@@ -28,6 +28,7 @@ class GroupLayout:
         predictor_rows: int64 `[R]`, into T.
         target_ids: int64 `[R]`.
         completion_index: int64 `[R]`, which of the M completions a predicted token belongs to.
+        num_tokens, num_predicted, num_completions: T, R and M.
     """
 
     spans: GroupSpans
@@ -36,6 +37,9 @@ class GroupLayout:
     predictor_rows: Tensor
     target_ids: Tensor
     completion_index: Tensor
+    num_tokens: int
+    num_predicted: int
+    num_completions: int
 
     @classmethod
     def pack(
@@ -47,31 +51,41 @@ class GroupLayout:
         """Pack prompts `[N][P_n]` and completions `[N][G_n][L]`, given as token ids."""
         spans = GroupSpans([len(prompt) for prompt in prompts], [[len(c) for c in group] for group in completions])
         token_ids: list[int] = []
-        positions: list[np.ndarray] = []
-        rows: list[np.ndarray] = []
+        positions: list[int] = []
+        rows: list[int] = []
         targets: list[int] = []
-        owners: list[np.ndarray] = []
+        owners: list[int] = []
         member = 0
-        for prompt, group, start in zip(prompts, completions, spans.prompt_starts, strict=True):
+        for prompt, group in zip(prompts, completions, strict=True):
             token_ids.extend(prompt)
-            positions.append(np.arange(len(prompt)))
-            last_prompt_row = start + len(prompt) - 1
+            positions.extend(range(len(prompt)))
+            last_prompt_row = len(token_ids) - 1
             for completion in group:
-                length = len(completion)
-                if length:
-                    first_row = len(token_ids)
-                    rows.append(np.r_[last_prompt_row, first_row : first_row + length - 1])
-                    positions.append(len(prompt) + np.arange(length))
-                    owners.append(np.full(length, member))
+                length, first_row = len(completion), len(token_ids)
+                # all completions continue from the same row: the prompt's last one predicts each one's first token
+                if length:  # an empty one has no token to predict, but is numbered all the same
+                    rows += [last_prompt_row, *range(first_row, first_row + length - 1)]
+                    positions.extend(range(len(prompt), len(prompt) + length))
+                    owners += [member] * length
                     targets.extend(completion)
                     token_ids.extend(completion)
                 member += 1
-
-        def tensor(values: list[int] | list[np.ndarray]) -> Tensor:
-            flat = np.concatenate(values) if values and isinstance(values[0], np.ndarray) else np.array(values)
-            return torch.from_numpy(flat.astype(np.int64)).to(device)
-
-        return cls(spans, tensor(token_ids), tensor(positions), tensor(rows), tensor(targets), tensor(owners))
+        # lists on the host, then one copy each to the device
+        packed_ids, position_ids, predictor_rows, target_ids, completion_index = (
+            torch.from_numpy(np.array(values, dtype=np.int64)).to(device)
+            for values in (token_ids, positions, rows, targets, owners)
+        )
+        return cls(
+            spans=spans,
+            token_ids=packed_ids,
+            position_ids=position_ids,
+            predictor_rows=predictor_rows,
+            target_ids=target_ids,
+            completion_index=completion_index,
+            num_tokens=len(token_ids),
+            num_predicted=len(targets),
+            num_completions=member,
+        )
 
     @classmethod
     def from_groups(cls, groups: Sequence[Group], device: torch.device | str = "cpu") -> GroupLayout:
@@ -82,22 +96,8 @@ class GroupLayout:
             device,
         )
 
-    @property
-    def num_tokens(self) -> int:
-        """T."""
-        return self.spans.total
-
-    @property
-    def num_predicted(self) -> int:
-        """R."""
-        return self.target_ids.shape[0]
-
-    @property
-    def num_completions(self) -> int:
-        """M."""
-        return sum(len(group) for group in self.spans.completion_lengths)
-
     def per_token(self, per_completion: Sequence[float] | np.ndarray, dtype: torch.dtype = torch.float32) -> Tensor:
         """Spread one value per completion `[M]` over its tokens: `[R]` on the layout's device."""
+        # rounded once, from float64: the values come from NumPy, which computes advantages in it
         values = torch.as_tensor(np.asarray(per_completion, dtype=np.float64), dtype=dtype)
         return values.to(self.completion_index.device)[self.completion_index]

@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from grpo_core.families import check_attention, check_model, family_names
+from grpo_core.families import check_model, family_names
 from grpo_core.layout import GroupLayout
 from grpo_core.types import Prompt
 from grpo_kernels import GroupSpans, group_attention, linear_logprob
@@ -44,9 +44,17 @@ def _attention(
                 f"packed groups: use one of: {family_names()}"
             )
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    check_attention(
-        kwargs.get("sliding_window"), kwargs.get("softcap"), group_spans.prompt_lengths, group_spans.completion_lengths
-    )
+    # a window or a soft cap that the layer asks for here would be left out without a word
+    window = kwargs.get("sliding_window")
+    sequences = zip(group_spans.prompt_lengths, group_spans.completion_lengths, strict=True)
+    if window is not None and window < max(prompt + max(lengths, default=0) for prompt, lengths in sequences):
+        raise NotImplementedError(
+            f"config.sliding_window is {window} and a sequence is longer: "
+            "group attention has no window, use shorter prompts and completions"
+        )
+    # check_model knows the config keys of today; a model with a key of its own still passes the value here
+    if kwargs.get("softcap") is not None:
+        raise NotImplementedError("config.attn_logit_softcapping is set: group attention has no soft cap")
     packed = group_attention(
         query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), group_spans, scale=scaling
     )
@@ -134,9 +142,8 @@ class Policy:
 
     def embed(self, prompts: Sequence[Prompt]) -> list[Tensor]:
         """Embed prompts: `[P_n, H]` each, on the policy's device, with gradient into whatever made them."""
-        return self._embed_tokens(prompts) if self._embed is None else self._embed(prompts)
-
-    def _embed_tokens(self, prompts: Sequence[Prompt]) -> list[Tensor]:
+        if self._embed is not None:
+            return self._embed(prompts)
         # one lookup for all: the gradient of each is as large as the whole table
         ids = torch.tensor([token for prompt in prompts for token in prompt.token_ids], device=self.device)
         return list(self.causal_lm.get_input_embeddings()(ids).split([len(prompt.token_ids) for prompt in prompts]))
@@ -160,7 +167,7 @@ class Policy:
             for prompt, completion in zip(self.embed(prompts), completions, strict=True):
                 pieces += [prompt.to(completion.dtype), completion]
             packed = torch.cat(pieces)
-        output = cast(nn.Module, self.causal_lm.base_model)(
+        output = self.causal_lm.base_model(
             inputs_embeds=packed[None],
             position_ids=layout.position_ids[None],
             # a 4-D mask is used as it is: transformers would build a dense [T, T] one from the positions

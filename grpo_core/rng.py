@@ -11,8 +11,8 @@ one that `triton.language.philox` computes. A draw takes two steps, so that a ke
 
 In Triton: `draw, _, _, _ = tl.philox(row_key, token, column, zero, zero)` with uint32 counters. `token` counts a
 completion's sampled tokens from 0. `column` is 0 for one draw per token (inverse CDF) and the vocabulary index for one
-draw per logit (Gumbel-max). Both interfaces take a 64-bit key as (low word, high word) = (k0, k1). A member of 2³² - 1
-is kept for data order.
+draw per logit (Gumbel-max). Both interfaces take a 64-bit key, whose words are (low, high) = (k0, k1). A member of
+2³² - 1 is kept for data order.
 """
 
 from __future__ import annotations
@@ -29,30 +29,26 @@ _WEYL = 0x9E3779B9, 0xBB67AE85
 _DATA_ORDER = 0xFFFFFFFF
 
 
-def philox(counter: tuple[ArrayLike, ...], key: tuple[ArrayLike, ArrayLike]) -> tuple[NDArray[np.uint64], ...]:
+def philox(counter: tuple[ArrayLike, ...], key: int | ArrayLike) -> tuple[NDArray[np.uint64], ...]:
     """Ten rounds of Philox4x32.
 
     Args:
         counter: four arrays of 32-bit words, broadcast against each other and the key.
-        key: two arrays of 32-bit words.
+        key: 64-bit integers; signed ones are taken modulo 2⁶⁴.
 
     Returns:
         Four uint64 arrays of the broadcast shape, each holding a 32-bit word.
     """
     c0, c1, c2, c3 = (np.asarray(word, dtype=np.uint64) for word in counter)
-    k0, k1 = (np.asarray(word, dtype=np.uint64) for word in key)
+    # NumPy would refuse a Python integer that is negative or has more than 64 bits
+    keys = np.asarray(key & (2**64 - 1) if isinstance(key, int) else key).astype(np.uint64)
+    k0, k1 = keys & _MASK, keys >> _32
     for round_ in range(10):
         r0 = (k0 + np.uint64(round_ * _WEYL[0] & 0xFFFFFFFF)) & _MASK
         r1 = (k1 + np.uint64(round_ * _WEYL[1] & 0xFFFFFFFF)) & _MASK
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]  # 32 × 32 → 64 bits, no overflow
         c0, c1, c2, c3 = (p1 >> _32) ^ c1 ^ r0, p1 & _MASK, (p0 >> _32) ^ c3 ^ r1, p0 & _MASK
     return c0, c1, c2, c3
-
-
-def _words(value: int | ArrayLike) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-    """Low and high 32-bit words of 64-bit integers; signed ones are taken modulo 2⁶⁴."""
-    array = np.asarray(value & (2**64 - 1) if isinstance(value, int) else value).astype(np.uint64)
-    return array & _MASK, array >> _32
 
 
 def prompt_key(prompt_id: str) -> int:
@@ -72,8 +68,8 @@ def row_key(seed: int, step: int, prompt_key: ArrayLike, member: ArrayLike) -> N
     Returns:
         uint64 `[rows]` (the arguments' broadcast shape). For torch, `torch.from_numpy(keys.view(np.int64))`.
     """
-    low, high = _words(prompt_key)
-    words = philox((low, high, np.asarray(step) & 0xFFFFFFFF, np.asarray(member)), _words(seed))
+    prompts = np.asarray(prompt_key).astype(np.uint64)
+    words = philox((prompts & _MASK, prompts >> _32, np.asarray(step) & 0xFFFFFFFF, np.asarray(member)), seed)
     return words[0] | words[1] << _32
 
 
@@ -95,8 +91,8 @@ def uniform(
 
 def row_uniform(row_key: ArrayLike, token: ArrayLike, column: ArrayLike = 0) -> NDArray[np.float64]:
     """`uniform` of rows whose keys are known: uint64 `row_key`, broadcast against `token` and `column`."""
-    draw, _, _, _ = philox((token, column, 0, 0), _words(row_key))
-    return (draw + 0.5) * 2.0**-32
+    draw, _, _, _ = philox((token, column, 0, 0), row_key)
+    return (draw.astype(np.float64) + 0.5) * 2.0**-32
 
 
 def permutation(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
@@ -104,6 +100,6 @@ def permutation(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
 
     Samples are sorted by 64 random bits of their own, so the order is the same on every platform and version of NumPy.
     """
-    low, high = _words(np.arange(n))
-    words = philox((low, high, epoch & 0xFFFFFFFF, _DATA_ORDER), _words(seed))
+    samples = np.arange(n, dtype=np.uint64)
+    words = philox((samples & _MASK, samples >> _32, epoch & 0xFFFFFFFF, _DATA_ORDER), seed)
     return np.argsort(words[0] | words[1] << _32, kind="stable").astype(np.int64)

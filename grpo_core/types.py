@@ -66,8 +66,3 @@ class Group:
     def id(self) -> str:
         """The prompt's id."""
         return self.prompt.id
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the prompt and of all completions."""
-        return len(self.prompt.token_ids) + sum(len(completion.token_ids) for completion in self.completions)

@@ -44,12 +44,13 @@ class Parsed(BaseException):
     """The command line is parsed: nothing more is to be run. Not an Exception, so that no program catches it."""
 
 
-def check(commands: Sequence[str], blocked: Sequence[str] = ()) -> dict[str, str]:
+def check(commands: Sequence[str], blocked: Sequence[str] = (), folder: Path = ROOT) -> dict[str, str]:
     """Check shell command lines; return what is wrong with those that are wrong.
 
     Args:
         commands: one command each; continuation lines are allowed.
         blocked: top-level modules that may not be imported while programs start, as if they were not installed.
+        folder: where the commands are given. It may hold files that a reader has written; ours are found from anywhere.
     """
     done = subprocess.run(
         [sys.executable, "-P", __file__, *blocked],  # -P: tests/grpo_kernels must not pass for the package
@@ -57,7 +58,7 @@ def check(commands: Sequence[str], blocked: Sequence[str] = ()) -> dict[str, str
         capture_output=True,
         text=True,
         check=False,
-        cwd=ROOT,
+        cwd=folder,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
@@ -108,7 +109,8 @@ def problem(words: list[str]) -> str | None:
         return run_until_parsed([name, *arguments], lambda: runpy.run_module(name, run_name="__main__", alter_sys=True))
     script = ROOT / arguments[0]
     if not script.is_file():
-        return f"there is no {arguments[0]}"
+        # a reader's own script takes what it likes; whether it runs is for the page's blocks to show
+        return None if Path(arguments[0]).is_file() else f"there is no {arguments[0]}"
     return run_until_parsed(arguments, lambda: runpy.run_path(str(script), run_name="__main__"), script.parent)
 
 

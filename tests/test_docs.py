@@ -8,6 +8,8 @@ Every fenced block is covered:
   imports of ours are looked up. `<!-- sketch -->` marks a block with gaps, which is not even compiled. A multi-line
   comment that opens with `<!-- python` runs as a block that readers of the page do not see: tensors for an example,
   say.
+- A `python` block that opens with a comment `# name.py`, or `# name.py: what it is`, is a file that readers write.
+  Commands of any page may name it: they are checked in a folder that holds all these files.
 - In `bash` blocks each line is a command that must be one of ours with options that it takes, or a known foreign
   program. In blocks without a language (or `text`) this holds for lines that open with a program of ours. Commands
   are never run.
@@ -134,6 +136,15 @@ def commands_of(block: Block) -> list[str]:
     return []
 
 
+def files_of_readers() -> dict[str, str]:
+    """Files that pages have their readers write, by name: one name is one file, on whatever page it is."""
+    files: dict[str, str] = {}
+    for block in BLOCKS:
+        if block.language == "python" and (name := re.match(r"# (\w+\.py)\b", block.text)):
+            assert files.setdefault(name[1], block.text) == block.text, f"{block}: another page has another {name[1]}"
+    return files
+
+
 def imports_of_ours(text: str) -> Iterator[str]:
     """Dotted names that Python code imports from our packages."""
     for node in ast.walk(ast.parse(text)):
@@ -213,7 +224,7 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
             exec(code, names)
 
 
-def test_commands_are_ones_that_their_programs_take():
+def test_commands_are_ones_that_their_programs_take(tmp_path):
     commands = {command: block for block in BLOCKS for command in commands_of(block)}
     for page in PAGES:
         for code in inline_code(page):
@@ -221,7 +232,10 @@ def test_commands_are_ones_that_their_programs_take():
             if (words[0] in OURS - {"affectgpt"} and len(words) > 1) or code.startswith("affectgpt "):
                 commands.setdefault(code.replace("\n", " "), Block(page, 0, "", code))
     assert len(commands) > 10
-    assert {str(commands[command]): text for command, text in check(list(commands)).items()} == {}
+    for name, text in files_of_readers().items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    wrong = check(list(commands), folder=tmp_path)
+    assert {str(commands[command]): text for command, text in wrong.items()} == {}
 
 
 def test_bash_blocks_hold_nothing_but_commands():

@@ -38,8 +38,20 @@ def group_advantages(
     Raises:
         ValueError: rewards are not two-dimensional, one is infinite, or an unknown scale or baseline.
     """
-    rewards = _checked(rewards)
-    centred, count = _centred(rewards)
+    rewards = np.asarray(rewards, dtype=np.float64)
+    if rewards.ndim != 2:
+        raise ValueError(f"rewards must be [N, G], got shape {rewards.shape}")
+    if np.isinf(rewards).any():
+        raise ValueError(
+            "a reward is infinite: a reward function must return finite numbers, or NaN if it cannot judge"
+        )
+    judged = ~np.isnan(rewards)
+    count = judged.sum(axis=1, keepdims=True)
+    # argmax finds the first judged member; where there is none it gives member 0, NaN, which the masks drop
+    first = np.take_along_axis(rewards, judged.argmax(axis=1)[:, None], axis=1) if rewards.size else rewards[:, :1]
+    shifted = np.where(judged, rewards - first, 0.0)
+    mean = shifted.sum(axis=1, keepdims=True) / np.maximum(count, 1)
+    centred = np.where(judged & (count > 1), shifted - mean, 0.0)  # a lone member has nobody to be compared with
     if scale == "group":
         std = np.sqrt((centred**2).sum(axis=1, keepdims=True) / np.maximum(count - 1, 1))
     elif scale == "batch":
@@ -159,25 +171,3 @@ def choose_groups(signal: np.ndarray, count: int) -> np.ndarray:
         raise ValueError(f"{count} groups are wanted of {len(signal)} sampled ones: sample a reserve")
     # stable: groups of one sort keep their order, on every rank alike; sorted, so that packing sees the sampled order
     return np.sort(np.argsort(~signal, kind="stable")[:count])
-
-
-def _checked(rewards: np.ndarray) -> np.ndarray:
-    rewards = np.asarray(rewards, dtype=np.float64)
-    if rewards.ndim != 2:
-        raise ValueError(f"rewards must be [N, G], got shape {rewards.shape}")
-    if np.isinf(rewards).any():
-        raise ValueError(
-            "a reward is infinite: a reward function must return finite numbers, or NaN if it cannot judge"
-        )
-    return rewards
-
-
-def _centred(rewards: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Subtract the group's mean: `[N, G]`, 0 for NaN and lone members; with the count of judged members `[N, 1]`."""
-    judged = ~np.isnan(rewards)
-    count = judged.sum(axis=1, keepdims=True)
-    # argmax finds the first judged member; where there is none it gives member 0, NaN, which the masks drop
-    first = np.take_along_axis(rewards, judged.argmax(axis=1)[:, None], axis=1) if rewards.size else rewards[:, :1]
-    shifted = np.where(judged, rewards - first, 0.0)
-    mean = shifted.sum(axis=1, keepdims=True) / np.maximum(count, 1)
-    return np.where(judged & (count > 1), shifted - mean, 0.0), count

@@ -18,7 +18,7 @@ from grpo_core.config.fields import Member, is_section, members, type_name
 def help_text(
     cls: type,
     description: str = "",
-    default_config: Path | None = None,
+    default_config: str = "",
     names: Mapping[str, str] | None = None,
     values: Mapping[str, Any] | None = None,
     program: str = "",
@@ -27,7 +27,7 @@ def help_text(
 
     Args:
         description: opens it.
-        default_config: the file that is read where no `--config` is given.
+        default_config: what is read where no `--config` is given, as `--config` would name it.
         names: registry entries that config files choose, by key of their selector.
         values: by key, what config files set: shown as the default, which it is for the command line.
         program: what the usage line calls the program; the script's name unless given.

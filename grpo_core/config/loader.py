@@ -83,7 +83,10 @@ def load_config(
             sources.read_file(node)
         if wants_help:  # the command line is left out: help has to answer beside mistakes too
             values = {key: sources.value(sources.options[key]) for key in sources.settings}
-            print(help_text(cls, description, default_config, sources.names, values, program))
+            default = ""
+            if default_config is not None:  # by name where `--config NAME` finds it, and not by a path into the package
+                default = default_config.stem if default_config.parent == config_folder else str(default_config)
+            print(help_text(cls, description, default, sources.names, values, program))
             raise SystemExit(0)
         sources.read_command_line([pair for pair in pairs if pair.name != "config"])
         return sources.build(cls)

@@ -1,8 +1,12 @@
-"""Group sampling: every prompt prefilled once, its G completions decoded together, many groups at a time."""
+"""Group sampling: every prompt prefilled once, its G completions decoded together; groups come in as others leave."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import time
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import cast
 
 import numpy as np
 import torch
@@ -11,12 +15,10 @@ from tqdm import tqdm
 
 from grpo_core import rng
 from grpo_core.config.options import RolloutConfig
-from grpo_core.families import check_lengths
 from grpo_core.policy import Policy
 from grpo_core.rollout.backends import Decoder, make_decoder
-from grpo_core.rollout.sampling import SamplingParams
-from grpo_core.rollout.scheduler import Scheduler, timed
-from grpo_core.rollout.stopping import StopConditions, Tokenizer
+from grpo_core.rollout.cache import fill_holes
+from grpo_core.rollout.sampling import PendingTokens, SamplingBackend, SamplingParams, StopConditions, Tokenizer
 from grpo_core.types import Completion, FinishReason, Group, Prompt
 
 
@@ -81,31 +83,35 @@ class GroupSampler:
         self.timings |= dict.fromkeys(("prompt_tokens", "completion_tokens", "steps", "slots"), 0)
         if not prompts:
             return []
-        # before anything is computed: a prompt that is too long should not cost a rollout first
-        check_lengths(self.model.config, max(len(prompt.token_ids) for prompt in prompts), rollout.max_new_tokens)
         strings = tuple(rollout.stop_strings)
         if strings not in self._stop_conditions:
             self._stop_conditions[strings] = StopConditions(self.model, self.tokenizer, strings)
         stop = self._stop_conditions[strings]
+        # heads are padded: their rows beyond the tokenizer's ids have no text
         head_rows = self.model.get_output_embeddings().weight.shape[0]
-        params = SamplingParams(
-            rollout=rollout,
-            forbidden_tokens=self.forbidden_tokens,
-            vocabulary=min(len(self.tokenizer), head_rows),
-            end_tokens=stop.end_tokens,
-        )
+        forbidden = {token for token in self.forbidden_tokens if 0 <= token < head_rows}
+        never_sampled = sorted(forbidden.union(range(len(self.tokenizer), head_rows)))
+        params = SamplingParams(rollout, np.array(never_sampled, dtype=np.int64), stop.end_tokens)
+        # a random stream for every completion, so that nothing depends on when and beside what it is decoded
         prompt_keys = np.array([rng.prompt_key(prompt.id) for prompt in prompts], dtype=np.uint64)
         keys = rng.row_key(self.seed, step, prompt_keys[:, None], np.arange(rollout.group_size)).ravel()
 
         # no_grad, not inference_mode: a policy may cache what it embeds, and inference tensors cannot be in a backward
         with timed(self.timings, "embed"), torch.no_grad():
-            embeds = self._embed(prompts)
+            embeds = self._embed(prompts, rollout.max_new_tokens)
         with torch.inference_mode(), tqdm(total=len(prompts), disable=not progress, desc="sample", leave=False) as bar:
             with timed(self.timings, "refresh"):
                 self.decoder.refresh()
+            budget = self.memory_budget
+            if budget is None and self.policy.device.type == "cuda":
+                # measured now, after the embeddings and fused weights have taken their memory: what the driver has
+                # free, plus what torch's allocator holds unused, plus the last rollout's caches, which this one reuses
+                # or frees; a fifth is left to activations and fragmentation
+                device = self.policy.device
+                unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+                budget = int(0.8 * (torch.cuda.mem_get_info(device)[0] + unused + self.decoder.held_bytes))
             scheduler = Scheduler(self.decoder, embeds, keys, params, stop, self.timings, bar)
-            # the budget is measured now, after the embeddings and fused weights have taken their memory
-            scheduler.run(self._free_memory() if self.memory_budget is None else self.memory_budget)
+            scheduler.run(2 << 30 if budget is None else budget)  # on a CPU 2 GiB, whatever else runs there
 
         with timed(self.timings, "text"):
             completions = []
@@ -120,8 +126,31 @@ class GroupSampler:
         size = rollout.group_size
         return [Group(prompt, completions[n * size : (n + 1) * size]) for n, prompt in enumerate(prompts)]
 
-    def _embed(self, prompts: Sequence[Prompt]) -> list[Tensor]:
-        """Embed prompts, `[P_n, H]` each, in the policy's dtype and on its device."""
+    def _embed(self, prompts: Sequence[Prompt], new_tokens: int) -> list[Tensor]:
+        """Embed prompts, `[P_n, H]` each, in the dtype and on the device of the model's own embeddings.
+
+        Lengths are checked first: a prompt that is too long should not cost a rollout.
+
+        Raises:
+            ValueError: the longest prompt and `new_tokens` are more than the model has positions for, or than its
+                attention window, which would cut them; or embeddings that do not fit their prompt's tokens.
+        """
+        config, longest = self.model.config, max(len(prompt.token_ids) for prompt in prompts)
+        total = longest + new_tokens
+        asked = (
+            f"the longest prompt has {longest} tokens and rollout.max_new_tokens is {new_tokens}: {total} is more than"
+        )
+        for key in ("max_position_embeddings", "n_positions"):
+            limit = getattr(config, key, None)
+            if limit is not None and total > limit:
+                raise ValueError(f"{asked} config.{key} {limit}; shorten the prompt or lower rollout.max_new_tokens")
+        window, layer_types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+        # Qwen2 configs name a window that no layer uses; a config without layer_types means it for all layers
+        if window is not None and total > window and (layer_types is None or "sliding_attention" in layer_types):
+            raise ValueError(
+                f"{asked} config.sliding_window {window}, and group attention has no window; shorten the prompt, lower "
+                "rollout.max_new_tokens, or set config.sliding_window to None"
+            )
         embeds = list(self.policy.embed(prompts))
         if len(embeds) != len(prompts):
             raise ValueError(f"policy.embed gave {len(embeds)} tensors for {len(prompts)} prompts")
@@ -131,14 +160,161 @@ class GroupSampler:
                     f"prompt {prompt.id!r} has {len(prompt.token_ids)} tokens, but policy.embed gave "
                     f"{tuple(embed.shape)}: it must give one row per token"
                 )
-        return [embed.detach().to(self.policy.device, self.policy.dtype) for embed in embeds]
+        table = cast(Tensor, self.model.get_input_embeddings().weight)
+        return [embed.detach().to(table.device, table.dtype) for embed in embeds]
 
-    def _free_memory(self) -> int:
-        """Bytes that caches and logits may take when no budget is set."""
-        device = self.policy.device
-        if device.type != "cuda":
-            return 2 << 30
-        # free for the driver, plus what torch's allocator holds unused, plus the last rollout's caches, which this one
-        # reuses or frees; a fifth is left to activations and fragmentation
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(0.8 * (torch.cuda.mem_get_info(device)[0] + unused + self.decoder.held_bytes))
+
+class Scheduler:
+    """Samples G completions for each of N prompts by continuous batching.
+
+    Groups enter the decoder as others leave; sequences leave it when they have ended.
+
+    Completion n·G + g is member g of prompt n. Random numbers are keyed by (prompt, member, token), so neither the
+    order of sequences nor what shares their batch changes a result.
+
+    Args:
+        decoder: holds the caches.
+        embeds: `[P_n, H]` of each prompt.
+        keys: uint64 `[N * G]`, the completions' random keys (`rng.row_key`).
+        params: what tokens may be sampled, and how.
+        stop: when completions end.
+        timings: `prefill`, `decode`, `steps` and `slots` are added here.
+        bar: counts finished groups.
+
+    Attributes:
+        tokens: int64 `[N * G, max_new_tokens]`.
+        logprobs: float32, the same shape.
+        lengths: int64 `[N * G]`.
+        stopped: bool `[N * G]`, ended by a stop condition and not by length.
+        steps_per_read: the number of steps to decode at a time; None takes the decoder's.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        embeds: Sequence[Tensor],
+        keys: np.ndarray,
+        params: SamplingParams,
+        stop: StopConditions,
+        timings: dict[str, float],
+        bar: tqdm,
+    ):
+        self.decoder, self.embeds, self.keys, self.params = decoder, embeds, keys, params
+        self.stop, self.timings, self.bar = stop, timings, bar
+        self.group_size, self.max_new_tokens = params.rollout.group_size, params.rollout.max_new_tokens
+        self.steps_per_read: int | None = None
+        total = len(embeds) * self.group_size
+        # by completion, not by the decoder's sequence: sequences are renumbered whenever some are dropped
+        self.tokens = np.zeros((total, self.max_new_tokens), dtype=np.int64)
+        self.logprobs = np.zeros((total, self.max_new_tokens), dtype=np.float32)
+        self.lengths = np.zeros(total, dtype=np.int64)
+        self.stopped = np.zeros(total, dtype=bool)
+        self._ended = np.zeros(total, dtype=bool)
+        self._ended_by_group = self._ended.reshape(len(embeds), self.group_size)  # a view: the same flags, `[N, G]`
+        # tokens asked of the decoder, with those not yet read: `lengths` lags behind by what is pending
+        self._requested = np.zeros(total, dtype=np.int64)
+        self._groups_reported = 0
+
+    def run(self, budget: int) -> None:
+        """Sample every completion within `budget` bytes of caches and logits.
+
+        If memory runs out all the same, the groups that have not finished start again, half as many at a time.
+        """
+        prompt_tokens = max(map(len, self.embeds))
+        slots = self.decoder.plan(len(self.embeds), prompt_tokens, self.params.rollout, budget)
+        while True:
+            self.timings["slots"] = slots
+            done = False
+            try:
+                self._sample_all(self.decoder.start_sampling(slots, prompt_tokens, self.params), slots)
+                done = True
+                return
+            except RuntimeError as error:
+                # on a CPU a failed allocation is a plain RuntimeError, for which torch has no class
+                out_of_memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+                if slots == 1 or not out_of_memory:
+                    raise
+            finally:
+                # after a failure everything is freed: the next attempt allocates smaller caches
+                self.decoder.release(reuse=done)
+            # a completion that starts again draws the same numbers, so it comes out as it would have. Groups that are
+            # complete stay: what they hold is on the host
+            unfinished = np.repeat(~self._ended_by_group.all(axis=1), self.group_size)
+            for state in (self.lengths, self.stopped, self._ended, self._requested):
+                state[unfinished] = 0
+            slots //= 2
+
+    def _sample_all(self, backend: SamplingBackend, slots: int) -> None:
+        """Sample all unfinished groups, at most `slots` at a time."""
+        running = np.zeros(0, dtype=np.int64)  # the completion that each of the decoder's sequences is
+        pending: deque[tuple[np.ndarray, PendingTokens]] = deque()
+        # long prompts first: prompts of similar length share the cache, so little of it is padding
+        waiting = np.argsort([-len(embed) for embed in self.embeds], kind="stable")
+        waiting = waiting[~self._ended_by_group[waiting].all(axis=1)]
+        while len(waiting) or len(running):
+            # a slot is free once none of its group's sequences is in the decoder; refill before decoding on, since a
+            # step over a full batch takes hardly longer than one over a half-empty batch
+            free = slots - len(np.unique(running // self.group_size)) if len(waiting) else 0
+            if free:
+                with timed(self.timings, "prefill"):
+                    groups, waiting = waiting[:free], waiting[free:]
+                    completions = (groups[:, None] * self.group_size + np.arange(self.group_size)).ravel()
+                    first_tokens = backend.prefill([self.embeds[n] for n in groups], self.keys[completions])
+                    running = np.r_[running, completions]
+                    self._requested[completions] = 1
+                    pending.append((completions, first_tokens))
+                    self._read(pending, backend.max_pending)
+            else:
+                with timed(self.timings, "decode"):
+                    # several steps at a time, as each read would stall a GPU, but no further than the longest
+                    # unfinished sequence can go: the cache has no columns after max_new_tokens (ended sequences may be
+                    # asked for more, they overwrite their last column)
+                    longest = int(self._requested[running[~self._ended[running]]].max())
+                    steps = min(self.steps_per_read or backend.steps_per_read, self.max_new_tokens - longest)
+                    if steps:
+                        self._requested[running] += steps
+                        pending.append((running, backend.decode(steps)))
+                        self.timings["steps"] += steps
+                        self._read(pending, backend.max_pending)
+                    else:  # that sequence has all its tokens, but the last of them are still pending
+                        self._read(pending, len(pending) - 1)
+            with timed(self.timings, "decode"):
+                # to drop sequences moves the cache entries of others into the holes, so it is not done for each: ended
+                # sequences go once that makes steps cheaper, or once it frees a slot for a group that waits
+                alive = ~self._ended[running]
+                finished = int(self._ended_by_group.all(axis=1).sum())
+                slot_wanted = len(waiting) > 0 and finished > self._groups_reported
+                if slot_wanted or backend.worth_dropping(len(running), int(alive.sum())):
+                    order = fill_holes(alive)
+                    backend.keep(order)
+                    running = running[order]
+                self.bar.update(finished - self._groups_reported)
+                self._groups_reported = finished
+
+    def _read(self, pending: deque[tuple[np.ndarray, PendingTokens]], max_pending: int) -> None:
+        """Read the oldest results until at most `max_pending` are left, which keep the device busy meanwhile."""
+        while len(pending) > max_pending:
+            running, wait = pending.popleft()
+            for step_tokens, step_logprobs in zip(*wait(), strict=True):
+                # a sequence may have ended in an earlier step of this read: what it sampled after its end is dropped
+                alive = ~self._ended[running]
+                completions, tokens, logprobs = running[alive], step_tokens[alive], step_logprobs[alive]
+                # checked here, where numbers are on the host anyway: on the device it would be another wait
+                if not np.isfinite(logprobs).all():
+                    raise FloatingPointError("the policy's logits are not finite: its weights have diverged")
+                self.tokens[completions, self.lengths[completions]] = tokens
+                self.logprobs[completions, self.lengths[completions]] = logprobs
+                self.lengths[completions] += 1  # before the check, which reads each completion up to its length
+                self.stopped[completions] = self.stop.check(tokens, self.tokens, completions, self.lengths)
+                at_limit = self.lengths[completions] == self.max_new_tokens
+                self._ended[completions] = self.stopped[completions] | at_limit
+
+
+@contextmanager
+def timed(timings: dict[str, float], phase: str) -> Iterator[None]:
+    """Add the seconds that the block takes to `timings[phase]`."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        timings[phase] += time.perf_counter() - start

@@ -1,15 +1,16 @@
-"""Token sampling during decoding: the interface to the scheduler, and its implementation on top of logits."""
+"""Token sampling during decoding: which tokens may come, how one is drawn from logits, and when a completion ends."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from grpo_core import rng
 from grpo_core.config.options import RolloutConfig
@@ -24,22 +25,93 @@ class SamplingParams:
 
     Attributes:
         rollout: temperature, truncation, repetition penalty, group size and longest completion.
-        forbidden_tokens: ids that are never sampled.
-        vocabulary: ids from here on are never sampled: the tokenizer has no token for them, though the LM head may have
-            rows for them.
+        never_sampled: int64, sorted ids below the LM head's rows that are never sampled.
         end_tokens: bool, at least as long as the LM head: tokens that end a sequence.
     """
 
     rollout: RolloutConfig
-    forbidden_tokens: tuple[int, ...]
-    vocabulary: int
+    never_sampled: np.ndarray
     end_tokens: np.ndarray
 
-    def never_sampled(self, head_rows: int) -> np.ndarray:
-        """List the ids below `head_rows` that are never sampled, int64, sorted."""
-        spare_rows = range(min(self.vocabulary, head_rows), head_rows)
-        forbidden = {token for token in self.forbidden_tokens if 0 <= token < head_rows}
-        return np.array(sorted({*forbidden, *spare_rows}), dtype=np.int64)
+
+class Tokenizer(Protocol):
+    """What sampling needs of a tokenizer; transformers' have it."""
+
+    @property
+    def eos_token_id(self) -> Any: ...
+
+    def __len__(self) -> int:
+        """The number of token ids, special and added ones included."""
+
+    def decode(self, token_ids: list[int], /, *, skip_special_tokens: bool = False) -> Any:
+        """Turn token ids into a string."""
+
+    def batch_decode(self, sequences: list[list[int]], /) -> Any:
+        """Turn lists of token ids into a list of strings; needed for stop strings alone."""
+
+
+class StopConditions:
+    """End tokens and stop strings of a rollout.
+
+    Decoding every sequence's text at every step would cost more than the model. So a table of the vocabulary says which
+    tokens can complete a stop string at all: those whose text holds the last character of one.
+
+    Args:
+        model: its generation config names end tokens.
+        tokenizer: names one more, and decodes text.
+        strings: stop strings.
+
+    Attributes:
+        end_tokens: bool `[V]`, the end tokens.
+
+    Raises:
+        ValueError: a stop string is empty.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Tokenizer, strings: Sequence[str]):
+        if "" in strings:
+            raise ValueError("rollout.stop_strings holds an empty string, which would end every completion: remove it")
+        self.tokenizer, self.strings = tokenizer, tuple(strings)
+        # the largest of three sizes that may all differ: heads are padded, tokenizers are extended
+        size = max(model.config.vocab_size, model.get_output_embeddings().weight.shape[0], len(tokenizer))
+        self.end_tokens = np.zeros(size, dtype=bool)
+        eos = getattr(model.generation_config, "eos_token_id", None)
+        ends = {*(eos if isinstance(eos, list | tuple) else [eos]), tokenizer.eos_token_id}
+        self.end_tokens[[token for token in ends if token is not None]] = True
+        self._may_complete = np.zeros(size, dtype=bool)
+        if strings:
+            # U+FFFD: a token may be only some bytes of a character, whose text shows when the last of them has come
+            last_characters = {string[-1] for string in strings} | {"\ufffd"}
+            for token, text in enumerate(tokenizer.batch_decode([[i] for i in range(len(tokenizer))])):
+                self._may_complete[token] = not text or not last_characters.isdisjoint(text)
+
+    def check(
+        self, tokens: np.ndarray, completions: np.ndarray, completion_index: np.ndarray, lengths: np.ndarray
+    ) -> np.ndarray:
+        """Tell which of B sequences end with the token that they have just got.
+
+        Args:
+            tokens: `[B]`, the new tokens, which are already in `completions`.
+            completions: `[M, max_new_tokens]` token ids.
+            completion_index: `[B]`, which of the M completions each sequence is.
+            lengths: `[M]` tokens of each completion.
+
+        Returns:
+            bool `[B]`.
+        """
+        stopped = self.end_tokens[tokens]
+        # few sequences have such a token, so few texts are decoded
+        for i in np.flatnonzero(self._may_complete[tokens] & ~stopped) if self.strings else ():
+            # the whole text, not the last token's: a stop string may span tokens
+            token_ids = completions[completion_index[i], : lengths[completion_index[i]]].tolist()
+            text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
+            stopped[i] = any(string in text for string in self.strings)
+        return stopped
+
+    def text(self, token_ids: list[int]) -> str:
+        """Decode a completion's text without special tokens, cut before the first stop string."""
+        text: str = self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        return text[: min((at for string in self.strings if (at := text.find(string)) >= 0), default=len(text))]
 
 
 class SamplingBackend(Protocol):
@@ -96,17 +168,15 @@ class LogitsSampling:
     """
 
     max_pending = 0
-    _UNIFORMS_AHEAD = 16  # Philox is some hundred NumPy calls, so numbers are made for several tokens at a time
 
     def __init__(self, decoder: LogitsDecoder, params: SamplingParams, device: torch.device):
         self.decoder, self.params, self.device = decoder, params, device
         # on a CPU a read waits for nothing, and an ended sequence is dropped at once; a GPU would stall at every read
         self.steps_per_read = 1 if device.type == "cpu" else 8
-        self._never_sampled: Tensor | None = None  # made when the first logits tell how long they are
+        self._never_sampled = torch.from_numpy(params.never_sampled).to(device)
+        # by sequence: its random key, the tokens it has sampled, the last of them
         self._keys = np.zeros(0, dtype=np.uint64)
-        self._count = np.zeros(0, dtype=np.int64)  # tokens sampled for each sequence
-        self._uniforms = np.zeros((0, self._UNIFORMS_AHEAD), dtype=np.float32)
-        self._uniforms_from = self._count  # the token that column 0 of _uniforms is for
+        self._count = np.zeros(0, dtype=np.int64)
         self._last = torch.zeros(0, dtype=torch.int64, device=device)
         self._seen: Tensor | None = None  # bool [B, V], tokens of each completion so far; for the repetition penalty
 
@@ -114,29 +184,32 @@ class LogitsSampling:
         """Add groups with prompts `[P_n, H]` and sample the first token of their new sequences."""
         # all members of a group sample their first token from one row of logits
         logits = self.decoder.prefill(embeds).repeat_interleave(self.params.rollout.group_size, dim=0)
-        if self._never_sampled is None:
-            self._never_sampled = torch.from_numpy(self.params.never_sampled(logits.shape[1])).to(self.device)
-        before, zeros = len(self._keys), np.zeros(len(keys), dtype=np.int64)
-        self._keys = np.r_[self._keys, keys]
-        self._count = np.r_[self._count, zeros]
-        self._uniforms = np.r_[self._uniforms, self._make_uniforms(keys, zeros)]
-        self._uniforms_from = np.r_[self._uniforms_from, zeros]
+        seen = None
         if self.params.rollout.repetition_penalty != 1:
-            unseen = torch.zeros(logits.shape, dtype=torch.bool, device=self.device)
-            self._seen = unseen if self._seen is None else torch.cat((self._seen, unseen))
-        tokens, logprobs = self._sample(logits, slice(before, None))
+            seen = torch.zeros(logits.shape, dtype=torch.bool, device=self.device)
+        # float32 before the copy to a device: the running sums that the numbers are compared with have no more bits
+        uniforms = torch.from_numpy(rng.row_uniform(keys, 0).astype(np.float32)).to(self.device)
+        tokens, logprobs = sample_tokens(logits, uniforms, self.params.rollout, self._never_sampled, seen)
+        # new sequences come last, in every array here as in the decoder
+        self._keys = np.r_[self._keys, keys]
+        self._count = np.r_[self._count, np.ones(len(keys), dtype=np.int64)]
         self._last = torch.cat((self._last, tokens))
+        if seen is not None:
+            self._seen = seen if self._seen is None else torch.cat((self._seen, seen))
+        # read when it is called for, not here: on a GPU the copy waits for all steps before it
         return lambda: (tokens[None].cpu().numpy(), logprobs[None].cpu().numpy())
 
     def decode(self, steps: int) -> PendingTokens:
         """Sample `steps` tokens for every sequence."""
-        if (self._count - self._uniforms_from).max() + steps > self._UNIFORMS_AHEAD:
-            self._uniforms, self._uniforms_from = self._make_uniforms(self._keys, self._count), self._count
+        # the numbers of all steps at once: Philox is some hundred NumPy calls, whatever it is asked for
+        numbers = rng.row_uniform(self._keys[:, None], self._count[:, None] + np.arange(steps)).astype(np.float32)
         tokens, logprobs = [], []
-        for _ in range(steps):
-            self._last, logprob = self._sample(self.decoder.step(self._last), slice(None))
+        for uniforms in torch.from_numpy(numbers).to(self.device).unbind(1):
+            logits = self.decoder.step(self._last)
+            self._last, logprob = sample_tokens(logits, uniforms, self.params.rollout, self._never_sampled, self._seen)
             tokens.append(self._last)
             logprobs.append(logprob)
+        self._count = self._count + steps
         step_tokens, step_logprobs = torch.stack(tokens), torch.stack(logprobs)
         return lambda: (step_tokens.cpu().numpy(), step_logprobs.cpu().numpy())
 
@@ -148,37 +221,14 @@ class LogitsSampling:
         """Make sequence `sequences[i]` sequence i; drop all others."""
         self.decoder.keep(sequences)
         self._keys, self._count = self._keys[sequences], self._count[sequences]
-        self._uniforms, self._uniforms_from = self._uniforms[sequences], self._uniforms_from[sequences]
         index = torch.from_numpy(sequences).to(self.device)
         self._last = self._last[index]
         self._seen = None if self._seen is None else self._seen[index]
 
-    def _sample(self, logits: Tensor, sequences: slice) -> tuple[Tensor, Tensor]:
-        """Sample the next token of `sequences`: int64 tokens and float32 log-probs."""
-        uniforms = None
-        if self.params.rollout.temperature > 0:
-            column = self._count[sequences] - self._uniforms_from[sequences]
-            numbers = self._uniforms[sequences][np.arange(len(column)), column]
-            uniforms = torch.from_numpy(numbers).to(self.device)
-        seen = None if self._seen is None else self._seen[sequences]
-        tokens, logprobs = sample_tokens(logits, uniforms, self.params.rollout, self._never_sampled, seen)
-        if seen is not None:
-            seen.scatter_(1, tokens[:, None], True)  # a view: writes into self._seen
-        count = self._count.copy()  # _uniforms_from may be the same array
-        count[sequences] += 1
-        self._count = count
-        return tokens, logprobs
-
-    def _make_uniforms(self, keys: np.ndarray, count: np.ndarray) -> np.ndarray:
-        """Draw the uniform numbers of the next tokens, float32 `[B, 16]`; zeros when greedy, which uses none."""
-        if self.params.rollout.temperature == 0:
-            return np.zeros((len(keys), self._UNIFORMS_AHEAD), dtype=np.float32)
-        return rng.row_uniform(keys[:, None], count[:, None] + np.arange(self._UNIFORMS_AHEAD)).astype(np.float32)
-
 
 def sample_tokens(
     logits: Tensor,
-    uniforms: Tensor | None,
+    uniforms: Tensor,
     rollout: RolloutConfig,
     never_sampled: Tensor | None = None,
     seen: Tensor | None = None,
@@ -189,23 +239,23 @@ def sample_tokens(
 
     Args:
         logits: `[B, V]`.
-        uniforms: `[B]` in (0, 1); None takes the most probable token, as temperature 0 means.
+        uniforms: `[B]` in (0, 1); temperature 0 reads none.
         rollout: temperature, truncation and penalty.
         never_sampled: int64, ids that are never sampled.
-        seen: bool `[B, V]`, tokens that the repetition penalty applies to.
+        seen: bool `[B, V]`, tokens that the repetition penalty applies to; the sampled ones are added.
 
     Returns:
         int64 `[B]` tokens; float32 `[B]` their log-probabilities under softmax(logits / temperature) over the whole
         vocabulary, before penalty, truncation and forbidden tokens (temperature 1 when greedy).
     """
-    logits = logits.float()
+    logits = logits.float()  # half precision has too few bits for sums over a vocabulary
     if rollout.temperature not in (0.0, 1.0):
         logits = logits / rollout.temperature
-    scores = logits
+    scores = logits  # what is drawn from; `logits` stay as they are for the log-probs
     if seen is not None:
         penalty = rollout.repetition_penalty
         scores = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-    if uniforms is None:
+    if rollout.temperature == 0:
         if never_sampled is not None:
             scores = scores.index_fill(1, never_sampled, -torch.inf)
         tokens = scores.argmax(dim=-1)
@@ -216,6 +266,7 @@ def sample_tokens(
             probabilities.index_fill_(1, never_sampled, 0.0)
         weights = probabilities
         if rollout.top_k and rollout.top_k < weights.shape[1]:
+            # tokens that tie with the last one stay too, as in transformers
             least = weights.topk(rollout.top_k, dim=-1).values[:, -1:]
             weights = weights.masked_fill(weights < least, 0.0)
         if rollout.top_p < 1:
@@ -230,6 +281,8 @@ def sample_tokens(
         if seen is None:
             # saves a second pass over [B, V]: a token that was sampled has a probability above 0, so its log is finite
             return tokens, probabilities.gather(1, tokens[:, None])[:, 0].log_()
+    if seen is not None:
+        seen.scatter_(1, tokens[:, None], True)
     return tokens, torch.log_softmax(logits, dim=-1).gather(1, tokens[:, None])[:, 0]
 
 

@@ -5,8 +5,9 @@ Parameters that FSDP2 has sharded are gathered as they are copied, one matrix at
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter
 from typing import cast
 
@@ -49,32 +50,43 @@ class FusedLinear:
         has_bias = any(layer.bias is not None for layer in layers)
         # zeros: where only some of the layers have a bias (q, k and v may differ), the others' columns add nothing
         self.bias = torch.zeros(self._shape[0], dtype=self._dtype, device=self._device) if has_bias else None
+        # by layer, the state (see refresh) that was copied last
         self._copied: list[tuple[int, int] | None] = [None] * len(layers)
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Copy the layers' present weights, adapters merged. Frozen layers that have not changed are skipped."""
-        states = [_frozen_state(module) for module in self.modules]
+        # a frozen plain layer's weight is known again by its address and version (every in-place write counts the
+        # version up); None for any other layer, which is always copied
+        states: list[tuple[int, int] | None] = []
+        for module in self.modules:
+            weight = cast(Tensor, module.weight) if _is_plain(module) else None
+            if weight is None or weight.requires_grad:
+                states.append(None)
+            else:
+                local = weight.to_local() if isinstance(weight, DTensor) else weight
+                states.append((local.data_ptr(), local._version))
         stale = [state is None or state != copied for state, copied in zip(states, self._copied, strict=True)]
         if not any(stale):
             return
-        weight = self.weight
-        if weight is None:  # a packed matrix cannot be changed in part: fill a plain one, pack it, drop it
-            weight = torch.empty(self._shape, dtype=self._dtype, device=self._device).t()
+        fused = self.weight
+        if fused is None:  # a packed matrix cannot be changed in part: fill a plain one, pack it, drop it
+            fused = torch.empty(self._shape, dtype=self._dtype, device=self._device).t()
             stale = [True] * len(stale)
         biases = self.bias.split(self.widths) if self.bias is not None else [None] * len(self.modules)
         for module, columns, bias, write in zip(
-            self.modules, weight.split(self.widths, dim=1), biases, stale, strict=True
+            self.modules, fused.split(self.widths, dim=1), biases, stale, strict=True
         ):
             if write:
                 _write_merged(module, columns, bias)
         if self.weight is None:
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.t())
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(fused.t())
         self._copied = states
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """`x @ weight + bias (+ residual)`, `[rows, in]` → `[rows, sum of out]`."""
         if self.weight is None:
+            # the bias, and the residual by the binary form, are added within oneDNN's kernel: no pass over the output
             linear = torch.ops.mkldnn._linear_pointwise
             if residual is None:
                 return linear(x, self._packed, self.bias, "none", [], "")
@@ -97,30 +109,16 @@ def can_pack(weight: Tensor) -> bool:
     )
 
 
-class FusedNorm:
-    """A copy of a norm's weight, `[width]`, at an address that stays."""
-
-    def __init__(self, module: nn.Module):
-        self.module = module
-        parameter = cast(Tensor, module.weight)
-        self.weight = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
-
-    @torch.no_grad()
-    def refresh(self) -> None:
-        """Copy the norm's present weight."""
-        self.weight.copy_(_gathered(cast(Tensor, self.module.weight)))
-
-
 @dataclass
 class FusedLayer:
-    """The weights of one decoder layer."""
+    """The weights of one decoder layer. A norm is the copy of its weight, `[width]`."""
 
-    input_norm: FusedNorm
+    input_norm: Tensor
     qkv: FusedLinear
-    q_norm: FusedNorm | None
-    k_norm: FusedNorm | None
+    q_norm: Tensor | None
+    k_norm: Tensor | None
     out: FusedLinear
-    mlp_norm: FusedNorm
+    mlp_norm: Tensor
     gate_up: FusedLinear
     down: FusedLinear
 
@@ -133,8 +131,10 @@ class FusedModel:
         packed: see `FusedLinear`.
 
     Attributes:
-        layers, norm, head: copies of the model's weights, filled by `refresh`.
+        layers, norm, head: copies of the model's weights, at addresses that stay, filled by `refresh`.
+        embed: looks up token embeddings `[B, H]` of int64 `[B]`.
         cache_shape: what the caches hold of each token.
+        token_bytes: bytes that they take for it.
 
     Raises:
         ValueError: the model's family is not registered; see `grpo_core.families`.
@@ -144,59 +144,65 @@ class FusedModel:
         config, decoder, family = model.config, model.base_model, get_family(model.config.model_type)
 
         def linear(layer: nn.Module, *names: str) -> FusedLinear:
-            return FusedLinear([attrgetter(name)(layer) for name in names], packed)
+            self._linears.append(FusedLinear([attrgetter(name)(layer) for name in names], packed))
+            return self._linears[-1]
 
-        def norm(module: nn.Module, name: str | None) -> FusedNorm | None:
-            return None if name is None else FusedNorm(attrgetter(name)(module))
+        def norm(parent: nn.Module, name: str) -> Tensor:
+            module = attrgetter(name)(parent)
+            copy = torch.empty(module.weight.shape, dtype=module.weight.dtype, device=module.weight.device)
+            self._norms.append((module, copy))
+            return copy
 
+        self._linears: list[FusedLinear] = []
+        self._norms: list[tuple[nn.Module, Tensor]] = []
         self.layers = [
             FusedLayer(
-                input_norm=FusedNorm(attrgetter(family.input_norm)(layer)),
+                input_norm=norm(layer, family.input_norm),
                 # in this order: queries and keys are rotated as one block, keys and values cached as one
                 qkv=linear(layer, family.q, family.k, family.v),
-                q_norm=norm(layer, family.q_norm),
-                k_norm=norm(layer, family.k_norm),
+                q_norm=None if family.q_norm is None else norm(layer, family.q_norm),
+                k_norm=None if family.k_norm is None else norm(layer, family.k_norm),
                 out=linear(layer, family.o),
-                mlp_norm=FusedNorm(attrgetter(family.mlp_norm)(layer)),
+                mlp_norm=norm(layer, family.mlp_norm),
                 gate_up=linear(layer, family.gate, family.up),
                 down=linear(layer, family.down),
             )
             for layer in attrgetter(family.layers)(decoder)
         ]
-        self.norm = FusedNorm(attrgetter(family.final_norm)(decoder))
+        self.norm = norm(decoder, family.final_norm)
         self.head = FusedLinear([cast(nn.Module, model.get_output_embeddings())], packed)
-        self._copies: list[FusedLinear | FusedNorm] = [self.norm, self.head]
-        for layer in self.layers:
-            self._copies += [copy for copy in vars(layer).values() if copy is not None]
+        self._linears.append(self.head)
+        # the module itself and not its weight: it may be wrapped (PEFT's modules_to_save), or scale what it looks up
         self._embedding = cast(nn.Embedding, model.get_input_embeddings())
         self._gathered_embedding: Tensor | None = None
+        self.embed: Callable[[Tensor], Tensor] = self._embedding
         self._rotary = attrgetter(family.rotary)(decoder)
 
-        self.dtype, self.device = self.norm.weight.dtype, self.norm.weight.device
+        self.dtype, self.device = self.norm.dtype, self.norm.device
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         # configs older than head_dim leave it out, some set it to None; both mean an even split of the hidden size
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.eps = config.rms_norm_eps
-        self.vocabulary = config.vocab_size
+        self.vocabulary = config.vocab_size  # for memory estimates
         self.cache_shape = CacheShape(len(self.layers), self.num_kv_heads, self.head_dim, self.dtype)
+        # 2: keys and values
+        self.token_bytes = 2 * len(self.layers) * self.num_kv_heads * self.head_dim * self.dtype.itemsize
 
+    @torch.no_grad()
     def refresh(self) -> None:
         """Bring every copy up to date with the model."""
-        for copy in self._copies:
-            copy.refresh()
+        # under FSDP2 each of these gathers, a collective: every rank goes through the same list in the same order
+        for linear in self._linears:
+            linear.refresh()
+        for module, copy in self._norms:
+            copy.copy_(_gathered(cast(Tensor, module.weight)))
         # the embedding is the largest tensor and is only looked up, so it is read where it is unless sharded
         weight = self._embedding.weight
         if isinstance(weight, DTensor) and self._gathered_embedding is None:
             self._gathered_embedding = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+            self.embed = partial(F.embedding, weight=self._gathered_embedding)
         if self._gathered_embedding is not None:
-            with torch.no_grad():
-                self._gathered_embedding.copy_(_gathered(weight))
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Look up token embeddings `[B, H]` of int64 `[B]`."""
-        if self._gathered_embedding is not None:
-            return F.embedding(tokens, self._gathered_embedding)
-        return self._embedding(tokens)
+            self._gathered_embedding.copy_(_gathered(weight))
 
     @property
     def embedding_address(self) -> int:
@@ -208,7 +214,7 @@ class FusedModel:
         """Compute cosines and sines `[positions, D / 2]` of the model's own rotary module for positions from 0 on."""
         # through the model's module: scaled rotations need no code here, and values are rounded to the weights' dtype
         # as in the model's forward. Its first argument only tells dtype and device
-        cos, sin = self._rotary(self.norm.weight, torch.arange(positions, device=self.device)[None])
+        cos, sin = self._rotary(self.norm, torch.arange(positions, device=self.device)[None])
         # transformers repeats the angles for both halves of a head; one half is enough
         half = self.head_dim // 2
         return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
@@ -234,15 +240,6 @@ def _base_layer(module: nn.Module) -> nn.Linear:
             module = cast(LoraLinear, module).get_base_layer()
         else:
             return cast(nn.Linear, module)
-
-
-def _frozen_state(module: nn.Module) -> tuple[int, int] | None:
-    """Address and version of a frozen plain layer's weight; None for any other layer, which is always copied."""
-    if not _is_plain(module) or cast(Tensor, module.weight).requires_grad:
-        return None
-    weight = cast(Tensor, module.weight)
-    local = weight.to_local() if isinstance(weight, DTensor) else weight
-    return local.data_ptr(), local._version  # every in-place write counts the version up
 
 
 def _write_merged(module: nn.Module, weight: Tensor, bias: Tensor | None) -> None:

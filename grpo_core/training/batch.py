@@ -16,7 +16,7 @@ from grpo_core.distributed import Distributed, all_reduce_sum, shard
 from grpo_core.layout import GroupLayout
 from grpo_core.rewards import Scores
 from grpo_core.rng import permutation
-from grpo_core.types import Completion, Group, Prompt
+from grpo_core.types import Group, Prompt
 
 Item = TypeVar("Item")
 
@@ -121,6 +121,7 @@ def step_items(items: Sequence[Item], step: int, count: int, seed: int) -> list[
 
     So no step holds an item twice: a prompt's random numbers are keyed by step and prompt, two copies would be one.
     """
+    # by the step's number alone: a resumed run takes up the order where it was, with nothing saved
     epoch, index = divmod(step, len(items) // count)
     return [items[i] for i in permutation(seed, epoch, len(items))[index * count : (index + 1) * count]]
 
@@ -130,6 +131,7 @@ def split_by_tokens(items: Sequence[Item], sizes: Sequence[int], budget: int) ->
     run: list[Item] = []
     total = 0
     for item, size in zip(items, sizes, strict=True):
+        # a run of one may exceed the budget: a group is never split, its completions share their prompt
         if run and total + size > budget:
             yield run
             run, total = [], 0
@@ -152,48 +154,53 @@ def make_minibatches(
         device: where the tensors go.
     """
     algorithm = config.algorithm
-
-    def counts(completion: Completion) -> bool:
-        return not (algorithm.mask_truncated_completions and completion.finish_reason == "length")
-
+    # whether a completion takes part in the loss: one that was cut off may be masked
+    counted = [
+        [not (algorithm.mask_truncated_completions and c.finish_reason == "length") for c in group.completions]
+        for group in groups
+    ]
+    # in Python's integers: the layout below is built on the host as well, and copied once
+    lengths = [[len(c.token_ids) for c in group.completions] for group in groups]
     count = algorithm.steps_per_generation
+    # consecutive groups; some minibatches of this rank may be empty, but every rank has as many
     bounds = [shard(range(len(groups)), i, count) for i in range(count)]
     local = [
         [
-            sum(len(groups[n].completions) for n in bound),
-            sum(len(c.token_ids) for n in bound for c in groups[n].completions if counts(c)),
+            sum(len(lengths[n]) for n in bound),
+            sum(length for n in bound for length, counts in zip(lengths[n], counted[n], strict=True) if counts),
         ]
         for bound in bounds
     ]
-    # one host read a step: the weights below are made from these numbers on the device
+    # One host read a step: the weights below are made from these numbers on the device.
     totals = all_reduce_sum(torch.tensor(local, device=device), dist).tolist()
     minibatches: list[Minibatch] = []
     for bound, (total_completions, total_tokens) in zip(bounds, totals, strict=True):
-        sizes = [groups[n].num_tokens for n in bound]
+        sizes = [len(groups[n].prompt.token_ids) + sum(lengths[n]) for n in bound]
         micro_batches = []
         for indices in split_by_tokens(bound, sizes, config.optim.max_tokens_per_micro_batch):
             packed = [groups[n] for n in indices]
-            members = [completion for group in packed for completion in group.completions]
             layout = GroupLayout.from_groups(packed, device)
             loss_weight = token_weights(
-                torch.tensor([len(c.token_ids) for c in members], device=device),
+                torch.tensor([length for n in indices for length in lengths[n]], device=device),
                 layout.completion_index,
                 algorithm.loss_type,
                 total_completions=total_completions,
                 total_tokens=total_tokens,
                 max_length=config.rollout.max_new_tokens,
-                completion_weights=torch.tensor([float(counts(c)) for c in members], device=device),
+                completion_weights=torch.tensor(
+                    [float(counts) for n in indices for counts in counted[n]], device=device
+                ),
             )
-            sampler_logprob = torch.from_numpy(np.concatenate([c.logprobs for c in members])).to(device)
+            sampler_logprob = np.concatenate([c.logprobs for group in packed for c in group.completions])
             micro_batches.append(
                 MicroBatch(
-                    packed,
-                    [group.prompt for group in packed],
-                    indices[0],
-                    layout,
-                    loss_weight,
-                    sampler_logprob,
-                    total_tokens,
+                    groups=packed,
+                    prompts=[group.prompt for group in packed],
+                    first_group=indices[0],
+                    layout=layout,
+                    loss_weight=loss_weight,
+                    sampler_logprob=torch.from_numpy(sampler_logprob).to(device),
+                    minibatch_tokens=total_tokens,
                 )
             )
         minibatches.append(micro_batches)

@@ -106,6 +106,7 @@ class GRPOTrainer(TrainingLoop):
         started = time.perf_counter()
         experience = self.collect()
         updates = self.learn(experience)
+        # Reported before it is checked: a run that is stopped leaves its completions to look at.
         values = self.report(experience, updates, started)
         if self.step_index == 0 and self.config.run.check_first_step:
             temperature = self.config.rollout.temperature
@@ -113,6 +114,7 @@ class GRPOTrainer(TrainingLoop):
 
         self.step_index += 1
         completions = self.config.run.prompts_per_step * self.config.rollout.group_size
+        # From values over all ranks, so that every rank sets the same coefficients without another collective.
         self.coefficients.update(values.get("kl"), values["entropy"], completions)
         sync_steps = self.config.algorithm.ref_model_sync_steps
         if sync_steps and self.step_index % sync_steps == 0:
@@ -126,8 +128,10 @@ class GRPOTrainer(TrainingLoop):
         sampled = self.sample(prompts)
         sampled_scores = self.score(sampled)
         groups, scores = self.select(sampled, sampled_scores)
+        # Packed once: old pass, reference pass and every epoch run over the same layouts.
         minibatches = make_minibatches(groups, self.config, self.dist, self.policy.device)
         old = self.old_passes(minibatches) if algorithm.needs_old_pass else None
+        # Before the updates and all at once: a frozen reference is exchanged with the trained parameters in place.
         reference = self.reference_values(minibatches) if algorithm.beta > 0 else None
         advantages = self.advantages(scores, minibatches, old, reference)
         return Experience(sampled, sampled_scores, groups, scores, minibatches, old, reference, advantages)
@@ -138,6 +142,7 @@ class GRPOTrainer(TrainingLoop):
         old, updates = experience.old, []
         for epoch in range(algorithm.num_iterations):
             for index, minibatch in enumerate(experience.minibatches):
+                # counted over the whole run, not over this process: a resumed run goes on in the same schedule
                 steps_before = self.step_index * algorithm.num_iterations + epoch
                 schedule_step = steps_before * algorithm.steps_per_generation + index
                 update = self.update(minibatch, experience, old, schedule_step)
@@ -166,6 +171,7 @@ class GRPOTrainer(TrainingLoop):
         size = self.config.rollout.group_size
         with self.clock.phase("sample"):
             groups = self.sampler.sample(prompts, self.config.rollout, step=self.step_index)
+        # A sampler of another make may give what it likes; rewards [N, G] below rely on the size.
         for group in groups:
             if len(group.completions) != size:
                 raise ValueError(
@@ -219,6 +225,7 @@ class GRPOTrainer(TrainingLoop):
             if quantile == 1:
                 return {batch: OldPass(result.logprob) for batch, result in zip(batches, results, strict=True)}
             entropies = [result.entropy for result in results if result.entropy is not None]
+            # A threshold over micro-batches and ranks needs no sort of all entropies: counts of fixed bins add up.
             histogram = entropy_histogram(torch.zeros(0, device=self.policy.device))  # of a rank without groups
             for batch, entropy in zip(batches, entropies, strict=True):
                 histogram = histogram + entropy_histogram(entropy, batch.loss_weight > 0)
@@ -275,9 +282,12 @@ class GRPOTrainer(TrainingLoop):
                 for batch in minibatch
             ]
             beta = self.coefficients.beta(self.step_index)
+            # Off the rewards that advantages are made of, not off those that are logged. The copy to the host waits
+            # for the two passes before; advantages are NumPy in float64, a few numbers a group.
             rewards = rewards - beta * np.concatenate([np.zeros(0), *(sums.cpu().numpy() for sums in kl)]).reshape(
                 rewards.shape
             )
+        # None where each group has a standard deviation of its own: no collective then
         batch_std = self.step_std(rewards) if algorithm.scale_rewards == "batch" else None
         return group_advantages(rewards, algorithm.scale_rewards, algorithm.baseline, batch_std=batch_std)
 
@@ -301,6 +311,7 @@ class GRPOTrainer(TrainingLoop):
         """
         algorithm = self.config.algorithm
         full_kl = algorithm.kl_estimator == "full"
+        # the same in every epoch of the step: controllers move after it
         beta, entropy_coef = self.coefficients.beta(self.step_index), self.coefficients.entropy
         self.policy.module.train()  # gradient checkpointing works in training mode alone; dropout is off
         passes = []
@@ -327,8 +338,9 @@ class GRPOTrainer(TrainingLoop):
                 )
             with self.clock.phase("backward"):
                 made.loss.backward()
+            # gradients add up in the parameters; the loss's weights already count the whole minibatch
             passes.append(made._replace(loss=made.loss.detach()))  # lets the graph go
-        self.policy.module.eval()
+        self.policy.module.eval()  # as the sampler, the reference pass and an evaluation want it
         schedule_length = self.config.run.max_steps * algorithm.num_iterations * algorithm.steps_per_generation
         with self.clock.phase("optimizer"):
             grad_norm, lr = optimizer_step(
@@ -356,6 +368,7 @@ class GRPOTrainer(TrainingLoop):
         self.metrics.max("sampling/seconds/decode", timings["decode"])
         self.metrics.sum("sampling/prompt_tokens", timings["prompt_tokens"])
         self.metrics.sum("sampling/completion_tokens", timings["completion_tokens"])
+        # on a GPU this waits for the step's last kernel: from here on host times are the device's
         for name, seconds in self.clock.read().items():
             self.metrics.max(f"time/{name}", seconds)
         self.metrics.max("step_time", time.perf_counter() - started)
@@ -367,9 +380,9 @@ class GRPOTrainer(TrainingLoop):
 
         if sent is not None:  # on the main process, which alone writes
             step = self.step_index + 1
-            self.completions_file.append({"step": step, **row} for part in sent for row in part["rows"])
-            for name in dict.fromkeys(name for part in sent for name in part["metrics"]):
-                numbers = [number for part in sent for number in part["metrics"].get(name, ())]
+            self.completions_file.append({"step": step, **row} for rank_log in sent for row in rank_log["rows"])
+            for name in dict.fromkeys(name for rank_log in sent for name in rank_log["metrics"]):
+                numbers = [number for rank_log in sent for number in rank_log["metrics"].get(name, ())]
                 values.setdefault(name, float(np.mean(numbers)) if numbers else float("nan"))
         return values
 
@@ -384,5 +397,6 @@ class GRPOTrainer(TrainingLoop):
         self.coefficients.load_state_dict(state)
 
     def extra_tensors(self) -> dict[str, Mapping[str, Tensor]]:
+        # a reference that never moves is the policy at the start: a resumed run makes it anew
         moves = self.config.algorithm.ref_model_sync_steps > 0
         return {REFERENCE_FILE: self.policy.reference_tensors()} if moves else {}

@@ -81,11 +81,13 @@ class TrainingLoop:
         run, main = self.run, self.dist.main_process
         if run.resume:
             self.resume()
+        # After resuming: lines that a killed run wrote beyond its last checkpoint are dropped, their steps come again.
         writer = self.open_writer(self.step_index or None) if main else None
         bar = tqdm(total=run.max_steps, initial=self.step_index, desc=run.name, unit="step", disable=not main)
         while self.step_index < run.max_steps and not self.out_of_patience:
             values = self.step()
             metric = None
+            # on every rank: an evaluation samples, which all ranks do together
             if self.evaluate is not None and run.eval_steps and self.step_index % run.eval_steps == 0:
                 values |= self.evaluate()
                 metric = self.follow_best(values)
@@ -100,6 +102,7 @@ class TrainingLoop:
         bar.close()
         if writer is not None:
             writer.close()
+        # The file, not a copy in memory: what is returned is what a later run can load.
         if run.metric_for_best_model and (best := self.checkpoints.best()):
             self.load_trained(best)
 
@@ -134,6 +137,7 @@ class TrainingLoop:
             return None
         if name not in values:
             raise ValueError(f"run.metric_for_best_model is {name!r}, but an evaluation gives {', '.join(values)}")
+        # NaN (nothing could be scored) is no best, but counts as an evaluation without one
         if math.isfinite(values[name]) and (self.best is None or values[name] > self.best):
             self.best, self.evaluations_since_best = values[name], 0
         else:
@@ -175,9 +179,11 @@ class TrainingLoop:
             RuntimeError: ranks see different checkpoints (a folder that is not shared).
         """
         folder = self.checkpoints.latest()
+        # Ranks on machines that do not share the folder would train different models from here on.
         require_same("the newest checkpoint", folder and folder.name, self.dist)
         if folder is None:
             return
+        # Parameters before the optimiser: its moments are moved to where the parameters are.
         self.load_trained(folder)
         self.checkpoints.load_optimizer(folder, self.optimizer, self.parameters.items())
         manifest = read_manifest(folder)

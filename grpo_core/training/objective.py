@@ -39,6 +39,7 @@ def compute_loss(
     if current.entropy is None:
         raise ValueError("compute_loss reads entropies: ask Policy.logprobs for them with entropy=True")
     index, count = batch.layout.completion_index, batch.layout.num_completions
+    # before averaging: weights are applied once, below, to everything that a token contributes
     surrogate = policy_loss(
         algorithm.loss, current.logprob, old.logprob, advantages, index, count, ratio_level=algorithm.ratio_level
     )
@@ -79,6 +80,7 @@ def compute_loss(
 
     loss = (batch.loss_weight * token_loss).sum()
     if entropy_coef:
+        # A mean over counted tokens whatever the loss type's average is; a masked completion earns no bonus.
         counted = (batch.loss_weight > 0).to(loss.dtype)
         loss = loss - entropy_coef * entropy_bonus(current.entropy, max(batch.minibatch_tokens, 1), counted)
     return BatchPass(

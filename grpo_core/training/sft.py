@@ -61,11 +61,12 @@ class SFTTrainer(TrainingLoop):
         step_examples = step_items(self.examples, self.step_index, self.run.prompts_per_step, self.run.seed)
         examples = shard(step_examples, self.dist.rank, self.dist.world_size)
         counts = torch.tensor([sum(len(example.target_ids) for example in examples)], device=self.policy.device)
+        # of the whole step, so that gradients of micro-batches and ranks add up to that of the mean
         total_tokens = max(all_reduce_sum(counts, self.dist).item(), 1)
         # seeds dropout; a key of 64 bits, less one for the sign
         torch.manual_seed(int(row_key(self.run.seed, self.step_index, 0, self.dist.rank)) >> 1)
         self.policy.module.train()
-        self.metrics.register("sum", "loss")
+        self.metrics.register("sum", "loss")  # a rank may have no example
         sizes = [len(example.prompt.token_ids) + len(example.target_ids) for example in examples]
         for micro_batch in split_by_tokens(examples, sizes, self.optim.max_tokens_per_micro_batch):
             prompts = [example.prompt for example in micro_batch]

@@ -22,12 +22,13 @@ from grpo_core.types import Group
 def log_completions(metrics: MetricAccumulator, groups: Sequence[Group]) -> None:
     """Log how long the completions are, and how they ended."""
     completions = [completion for group in groups for completion in group.completions]
+    # host values: they cost nothing, and go to the device in the one packed row of `reduce`
     lengths = np.array([len(c.token_ids) for c in completions], dtype=np.float64)
     stopped = np.array([c.finish_reason == "stop" for c in completions], dtype=bool)
     metrics.mean("completions/mean_length", lengths)
     metrics.min("completions/min_length", lengths)
     metrics.max("completions/max_length", lengths)
-    metrics.mean("completions/mean_terminated_length", lengths[stopped])
+    metrics.mean("completions/mean_terminated_length", lengths[stopped])  # NaN in a step where none stopped
     metrics.mean("completions/clipped_ratio", (~stopped).astype(np.float64))
     metrics.sum("num_tokens", lengths.sum() + sum(len(group.prompt.token_ids) for group in groups))
 
@@ -45,6 +46,7 @@ def log_rewards(metrics: MetricAccumulator, experience: Experience, gdpo: bool) 
         metrics.max(f"rewards/{name}/seconds", scores.seconds[name])
     metrics.mean("reward", scores.total[~np.isnan(scores.total)])
     metrics.mean("reward_std", _group_std(scores.total))
+    # of all that was sampled, then of what was trained on: dynamic sampling is between the two
     metrics.mean("frac_reward_zero_std", (~scores.signal(gdpo)).astype(np.float64))
     metrics.sum("effective_groups", experience.scores.signal(gdpo).astype(np.float64))
 
@@ -71,6 +73,7 @@ def log_updates(
     metrics.register("mean", *["off_policy_masked"] * (algorithm.off_policy_mask_threshold is not None))
 
     for i, update in enumerate(updates):
+        # sampler and trainer are compared once a step: in later epochs the policy has moved
         first_epoch = i < len(experience.minibatches)
         for batch, made in zip(experience.minibatches[i % len(experience.minibatches)], update.passes, strict=True):
             if first_epoch:
@@ -100,6 +103,7 @@ def log_updates(
             if made.kl is not None:
                 metrics.mean("kl", made.kl)
             metrics.mean("entropy", made.entropy)
+            # a sum over micro-batches and ranks, and the mean over optimiser steps
             metrics.sum("loss", made.loss / len(updates))
             metrics.sum("num_trained_tokens", batch.layout.num_tokens)
         metrics.mean("grad_norm", update.grad_norm)
@@ -130,7 +134,7 @@ def completion_rows(
     scores, size = experience.scores, experience.scores.total.shape[1]
     return [
         {
-            "prompt_id": group.id,
+            "prompt_id": group.prompt.id,
             "member": member,
             "text": completion.text,
             "finish_reason": completion.finish_reason,

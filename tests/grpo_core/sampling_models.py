@@ -51,7 +51,7 @@ class FeaturePolicy(Policy):
         self.projection = torch.nn.Linear(8, self.causal_lm.config.hidden_size)
 
     def embed_features(self, prompts):
-        embeds = self._embed_tokens(prompts)
+        embeds = Policy(self.model).embed(prompts)
         for prompt, rows in zip(prompts, embeds, strict=True):
             if "audio" in prompt.features:
                 rows.data[0] = self.projection(prompt.features["audio"])

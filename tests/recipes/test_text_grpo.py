@@ -98,21 +98,72 @@ def test_adapters_alone_are_trained_and_saved_with_lora(recipe, monkeypatch, inp
     assert any(tensor.any() for name, tensor in tensors.items() if "lora_B" in name)
 
 
+def test_several_rewards_are_weighed_by_name(recipe, monkeypatch, inputs, tmp_path):
+    (inputs / "length.py").write_text("def short(completions):\n    return [-float(len(c)) for c in completions]\n")
+    specs = f"{inputs / 'rewards.py'}:share,{inputs / 'length.py'}:short"
+    changed = {"run.output_dir": str(tmp_path), "run.max_steps": "1", "algorithm.reward_weights.short": "0.25"}
+    start(recipe, monkeypatch, flags(inputs, reward=specs, **changed))
+    completions = [json.loads(line) for line in (tmp_path / "run" / "completions.jsonl").read_text().splitlines()]
+    assert {tuple(row["rewards"]) for row in completions} == {("share", "short")}
+    for row in completions:
+        share = row["text"].count("g") / len(row["text"]) if row["text"] else 0.0  # None: the other reward alone counts
+        # TRL's signature gets a chat's completion as a list of one message
+        length = 1 if row["prompt_id"] in "5678" else len(row["text"])
+        assert row["rewards"]["short"] == -length
+        assert row["reward"] == pytest.approx(share - 0.25 * length)
+
+
+def test_a_loss_type_of_a_plug_in_can_be_named(recipe, monkeypatch, inputs, tmp_path):
+    (inputs / "plain.py").write_text(
+        "from grpo_core import register_loss\n\n\n"
+        '@register_loss("plain", average="token")\n'
+        "def plain(logprob, ratio, advantages):\n"
+        "    return -ratio * advantages\n"
+    )
+    plugin = {"plugins": str(inputs / "plain.py"), "loss_type": "plain"}
+    start(recipe, monkeypatch, flags(inputs, **plugin, **{"run.output_dir": str(tmp_path), "run.max_steps": "1"}))
+    (row,) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert row["grad_norm"] > 0
+    assert row["clip_ratio/region_mean"] == 0
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"reward": "{inputs}/none.py:share"}, "none.py"),
-        ({"reward": "{inputs}/rewards.py:shares"}, "shares names no function"),
-        ({"reward": "no_such_module:share"}, "no_such_module"),
+        ({"model": "{inputs}/none"}, "none"),
+        ({"reward": "{inputs}/none.py:share"}, "there is no file .*none.py"),
+        ({"reward": "{inputs}/rewards.py:shares"}, "defines no 'shares'; did you mean 'share'"),
+        ({"reward": "no_such_module:share"}, "no_such_module cannot be imported"),
+        ({"reward": "{inputs}/rewards.py"}, "is not an import path"),
         ({"data": "{inputs}/none.jsonl"}, "none.jsonl"),
-        ({"data": "{inputs}/without_wanted.jsonl"}, "line 1: columns .* do not fit share: .*'wanted'"),
-        ({"data": "{inputs}/without_prompt.jsonl"}, "line 1: columns .* do not fit share: .*'prompt'"),
+        ({"data": "{inputs}/without_wanted.jsonl"}, "share reads the column 'wanted', which prompt '2' lacks"),
+        ({"data": "{inputs}/without_prompt.jsonl"}, "line 2 has no column 'prompt', but wanted, chat"),
+        ({"data": "{inputs}/without_object.jsonl"}, "line 1 has no column 'prompt', but 3"),
+        ({"data": "{inputs}/cut_off.jsonl"}, "line 1 is not JSON"),
     ],
 )
 def test_what_is_missing_is_named_before_anything_is_trained(recipe, monkeypatch, inputs, tmp_path, changed, message):
-    (inputs / "without_wanted.jsonl").write_text('{"prompt": "ab", "chat": false}\n')
-    (inputs / "without_prompt.jsonl").write_text('{"wanted": "ab", "chat": false}\n')
+    whole = '{"prompt": "ab", "wanted": "a", "chat": false}\n'
+    (inputs / "without_wanted.jsonl").write_text(whole + '{"prompt": "ab", "chat": false}\n')
+    (inputs / "without_prompt.jsonl").write_text(whole + '{"wanted": "ab", "chat": false}\n')
+    (inputs / "without_object.jsonl").write_text("3\n")
+    (inputs / "cut_off.jsonl").write_text(whole[:9])
     changed = {key: value.format(inputs=inputs) for key, value in changed.items()}
-    with pytest.raises((ValueError, OSError, ImportError), match=message):
+    with pytest.raises((ValueError, OSError), match=message):
         start(recipe, monkeypatch, flags(inputs, **changed, **{"run.output_dir": str(tmp_path)}))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_mistake_is_one_line_and_exit_status_1(inputs):
+    command = [sys.executable, str(RECIPE), *flags(inputs, reward=f"{inputs / 'rewards.py'}:shares")]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 1
+    assert run.stderr.strip().splitlines()[-1].startswith("error: reward ")
+    assert "Traceback" not in run.stderr
+
+
+def test_options_are_refused_with_exit_status_2(recipe, monkeypatch, inputs, capsys):
+    with pytest.raises(SystemExit) as leaving:
+        start(recipe, monkeypatch, flags(inputs, reward="[]"))
+    assert leaving.value.code == 2
+    assert "reward is empty" in capsys.readouterr().err

@@ -7,6 +7,7 @@ from typing import Protocol, cast
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from grpo_core.config.options import RolloutConfig
 from grpo_core.families import can_fuse, check_model
 from grpo_core.rollout.backends.torch import TorchDecoder
 from grpo_core.rollout.backends.transformers import TransformersDecoder
@@ -27,17 +28,14 @@ class Decoder(Protocol):
     def refresh(self) -> None:
         """Copy the model's present weights."""
 
-    def plan(self, groups: int, group_size: int, prompt_tokens: int, new_tokens: int, budget: int) -> int:
+    def plan(self, groups: int, prompt_tokens: int, rollout: RolloutConfig, budget: int) -> int:
         """Return how many of `groups` groups fit `budget` bytes at a time, at least 1.
 
-        `prompt_tokens` and `new_tokens` are the longest prompt's and completion's.
+        `prompt_tokens` is the longest prompt's length; group size and longest completion are the rollout's.
         """
 
-    def reserve(self, slots: int, group_size: int, prompt_tokens: int, new_tokens: int) -> None:
-        """Allocate (or clear) caches for `slots` groups of `group_size` sequences."""
-
-    def start_sampling(self, params: SamplingParams) -> SamplingBackend:
-        """Begin a rollout over the reserved caches."""
+    def start_sampling(self, slots: int, prompt_tokens: int, params: SamplingParams) -> SamplingBackend:
+        """Allocate (or clear) caches for `slots` groups, and begin a rollout over them."""
 
     def release(self, reuse: bool = False) -> None:
         """Free the caches; with `reuse`, a decoder may keep them for the next rollout."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from grpo_core.config.options import RolloutConfig
 from grpo_core.rollout.sampling import LogitsSampling, SamplingParams
 
 
@@ -31,27 +32,24 @@ class TransformersDecoder:
     def refresh(self) -> None:
         """Do nothing: the model's weights are read where they are."""
 
-    def plan(self, groups: int, group_size: int, prompt_tokens: int, new_tokens: int, budget: int) -> int:
+    def plan(self, groups: int, prompt_tokens: int, rollout: RolloutConfig, budget: int) -> int:
         """Return 1: transformers' cache pads nothing, so it holds sequences of one prompt."""
         return 1
 
-    def reserve(self, slots: int, group_size: int, prompt_tokens: int, new_tokens: int) -> None:
-        """Prepare for groups of `group_size` sequences: turn dropout off until `release`."""
-        self.group_size = group_size
+    def start_sampling(self, slots: int, prompt_tokens: int, params: SamplingParams) -> LogitsSampling:
+        """Begin a rollout: turn dropout off until `release`."""
+        self.group_size = params.rollout.group_size
         # noted one by one: a trainer may have set only a part of the model to training
         self._in_training = [module for module in self.model.modules() if module.training]
         for module in self._in_training:
             module.training = False
+        return LogitsSampling(self, params, self.model.device)
 
     def release(self, reuse: bool = False) -> None:
         """Free the cache and set the modules that were in training to training again."""
         self.cache = None
         for module in self._in_training:
             module.training = True
-
-    def start_sampling(self, params: SamplingParams) -> LogitsSampling:
-        """Begin a rollout."""
-        return LogitsSampling(self, params, self.model.device)
 
     def prefill(self, embeds: Sequence[Tensor]) -> Tensor:
         """Add the one group, with a prompt `[P, H]`; return the logits `[1, V]` after it."""

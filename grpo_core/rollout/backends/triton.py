@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grpo_core.rollout.cache import PREFILL_TOKENS, CacheShape, GroupCache, move, prefill_batches
+from grpo_core.config.options import RolloutConfig
+from grpo_core.rollout.cache import PREFILL_TOKENS, CacheShape, GroupCache, extent, move, prefill_batches
 from grpo_core.rollout.cuda_graphs import StepGraphs
 from grpo_core.rollout.sampling import PendingTokens, SamplingParams
 from grpo_core.rollout.weights import FusedModel
@@ -171,43 +172,32 @@ class TritonDecoder(FusedModel):
     def held_bytes(self) -> int:
         return 0 if self.cache is None else self.cache.nbytes
 
-    def plan(self, groups: int, group_size: int, prompt_tokens: int, new_tokens: int, budget: int) -> int:
+    def plan(self, groups: int, prompt_tokens: int, rollout: RolloutConfig, budget: int) -> int:
         """Return how many of `groups` groups fit `budget` bytes at a time, at least 1."""
-        cache = GroupCache.bytes_per_group(self.cache_shape, group_size, prompt_tokens, new_tokens)
-        logits = 2 * 4 * self.vocabulary * group_size  # where truncation wants them: logits, and what it makes of them
+        size = rollout.group_size
+        cache = self.token_bytes * (extent(prompt_tokens) + size * extent(rollout.max_new_tokens))
+        logits = 2 * 4 * self.vocabulary * size  # where truncation wants them: logits, and what it makes of them
         # a layer's activations while prompts are prefilled: three of the MLP's width, and two of QKV and hidden size
         layer = self.layers[0]
-        widths = 3 * sum(layer.gate_up.widths) + 2 * sum(layer.qkv.widths) + 4 * self.norm.weight.shape[0]
+        widths = 3 * sum(layer.gate_up.widths) + 2 * sum(layer.qkv.widths) + 4 * self.norm.shape[0]
         prefill = min(PREFILL_TOKENS + prompt_tokens, groups * prompt_tokens) * widths * self.dtype.itemsize
         return max(1, min(groups, (budget - prefill) // (cache + logits)))
 
-    def reserve(self, slots: int, group_size: int, prompt_tokens: int, new_tokens: int) -> None:
-        """Clear the caches of the last rollout if this one fits them, else allocate new ones."""
+    def start_sampling(self, slots: int, prompt_tokens: int, params: SamplingParams) -> TritonDecoder:
+        """Clear the caches of the last rollout if this one fits them, else allocate new ones; begin the rollout."""
+        rollout = params.rollout
+        sizes = (slots, rollout.group_size, prompt_tokens, rollout.max_new_tokens)
         # caches that stay where they are keep the graphs valid, so a rollout that fits captures nothing
-        if self.cache is None or not self.cache.fits(slots, group_size, prompt_tokens, new_tokens):
+        if self.cache is None or not self.cache.fits(*sizes):
             self.release()  # first: old and new caches together might not fit the device
-            self.cache = TritonCache(self.cache_shape, slots, group_size, prompt_tokens, new_tokens, self.device)
+            self.cache = TritonCache(self.cache_shape, *sizes, self.device)
             # graphs hold the caches' addresses, so both live and die together
             self.graphs = StepGraphs(self.device)
             self._cos, self._sin = self.rotary_tables(self.cache.prefix.shape[4] + self.cache.suffix.shape[4])
             head_rows = sum(self.head.widths)
             self._end = torch.zeros(head_rows, dtype=torch.bool, device=self.device)
             self._never_sampled = torch.zeros(head_rows, dtype=torch.bool, device=self.device)
-        self.cache.clear(group_size)
-
-    def release(self, reuse: bool = False) -> None:
-        """Free the caches; with `reuse`, keep them if they are small beside the device's memory."""
-        if reuse:
-            if self.device.type != "cuda":
-                return
-            if self.held_bytes * _KEPT_SHARE <= torch.cuda.get_device_properties(self.device).total_memory:
-                return
-        self.cache = self.graphs = self._seen = None
-
-    def start_sampling(self, params: SamplingParams) -> TritonDecoder:
-        """Begin a rollout over the reserved caches."""
-        assert self.cache is not None, "reserve() comes first"
-        rollout = params.rollout
+        self.cache.clear(rollout.group_size)
         self.max_new_tokens = rollout.max_new_tokens
         self.options = SampleOptions(
             temperature=rollout.temperature,
@@ -220,7 +210,7 @@ class TritonDecoder(FusedModel):
         head_rows = len(self._end)
         self._end.copy_(torch.from_numpy(params.end_tokens[:head_rows]))
         never_sampled = np.zeros(head_rows, dtype=bool)
-        never_sampled[params.never_sampled(head_rows)] = True
+        never_sampled[params.never_sampled] = True
         self._never_sampled.copy_(torch.from_numpy(never_sampled))
         if rollout.repetition_penalty != 1:
             if self._seen is None:
@@ -229,10 +219,19 @@ class TritonDecoder(FusedModel):
             self._seen.zero_()
         return self
 
+    def release(self, reuse: bool = False) -> None:
+        """Free the caches; with `reuse`, keep them if they are small beside the device's memory."""
+        if reuse:
+            if self.device.type != "cuda":
+                return
+            if self.held_bytes * _KEPT_SHARE <= torch.cuda.get_device_properties(self.device).total_memory:
+                return
+        self.cache = self.graphs = self._seen = None
+
     def prefill(self, embeds: Sequence[Tensor], keys: np.ndarray) -> PendingTokens:
         """Add groups with prompts `[P_n, H]` and sample the first token of their new sequences."""
         cache = self.cache
-        assert cache is not None, "reserve() comes first"
+        assert cache is not None, "start_sampling() comes first"
         lengths = [len(embed) for embed in embeds]
         hidden = torch.cat(
             [
@@ -253,7 +252,7 @@ class TritonDecoder(FusedModel):
     def decode(self, steps: int) -> PendingTokens:
         """Sample `steps` tokens for every sequence. Ended sequences repeat their last step."""
         cache, graphs = self.cache, self.graphs
-        assert cache is not None, "reserve() comes first"
+        assert cache is not None, "start_sampling() comes first"
         assert graphs is not None
         records = self._new_records(steps)
         for record in records:
@@ -269,7 +268,7 @@ class TritonDecoder(FusedModel):
 
     def keep(self, sequences: np.ndarray) -> None:
         """Make sequence `sequences[i]` sequence i; drop all others, and groups without sequences."""
-        assert self.cache is not None, "reserve() comes first"
+        assert self.cache is not None, "start_sampling() comes first"
         if self._seen is not None:
             move(self._seen, sequences, dim=0)
         self.cache.keep(sequences)
@@ -346,13 +345,13 @@ class TritonDecoder(FusedModel):
         delta: Tensor = x
         residual: Tensor | None = None
         for depth, layer in enumerate(self.layers):
-            hidden, residual = rms_norm(delta, layer.input_norm.weight, self.eps, residual=residual)
+            hidden, residual = rms_norm(delta, layer.input_norm, self.eps, residual=residual)
             attended = attend(depth, layer.qkv(hidden).view(len(hidden), -1, self.head_dim)).flatten(1)
             if only is not None and depth == len(self.layers) - 1:
                 attended, residual = attended[only], residual[only]
-            hidden, residual = rms_norm(layer.out(attended), layer.mlp_norm.weight, self.eps, residual=residual)
+            hidden, residual = rms_norm(layer.out(attended), layer.mlp_norm, self.eps, residual=residual)
             delta = layer.down(silu_mul(layer.gate_up(hidden)))
-        return rms_norm(delta, self.norm.weight, self.eps, residual=residual)[0]
+        return rms_norm(delta, self.norm, self.eps, residual=residual)[0]
 
     def _rotate(
         self, depth: int, qkv: Tensor, positions: Tensor, cache: Tensor, lengths: Tensor, slots: Tensor | None = None
@@ -368,8 +367,8 @@ class TritonDecoder(FusedModel):
             cache[:, 1],
             lengths,
             cache_rows=slots,
-            q_norm=None if layer.q_norm is None else layer.q_norm.weight,
-            k_norm=None if layer.k_norm is None else layer.k_norm.weight,
+            q_norm=layer.q_norm,
+            k_norm=layer.k_norm,
             eps=self.eps,
         )
 

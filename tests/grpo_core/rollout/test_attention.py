@@ -6,8 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_core.rollout import attention
-from grpo_core.rollout.attention import SequencePlan, decode_attention, extent
+from grpo_core.rollout.backends import torch as torch_backend
+from grpo_core.rollout.backends.torch import SequencePlan, decode_attention
+from grpo_core.rollout.cache import extent
 
 CPU = torch.device("cpu")
 
@@ -41,7 +42,7 @@ def test_decode_attention_equals_dense_attention_of_each_row(path, rows, prefix,
     plan = SequencePlan.build(np.array(rows), prefix, torch.float64, CPU)
     with pytest.MonkeyPatch.context() as patch:
         if path == "reference":
-            patch.setattr(attention, "_attend", attention._attend_reference)
+            patch.setattr(torch_backend, "_attend", torch_backend._attend_reference)
         out = decode_attention(q.flatten(1, 2), prefix_k, prefix_v, suffix_k, suffix_v, mask, plan)
     for i, group in enumerate(rows):
         k = torch.cat((prefix_k[group, :, : prefix[group]], suffix_k[i, :, : own[i]]), dim=1)

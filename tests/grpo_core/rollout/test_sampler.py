@@ -195,7 +195,7 @@ def test_forbidden_tokens_and_spare_head_rows_are_never_sampled():
         for t in c
     }
     assert {PLACEHOLDER, 95, 96} & drawn
-    sampler = GroupSampler(policy, CharTokenizer(95), forbidden_tokens=[PLACEHOLDER])
+    sampler = GroupSampler(policy, CharTokenizer(95), forbidden_tokens=[PLACEHOLDER, -1, 99])
     for temperature in (0.0, 1.0):
         groups = sampled(sampler, prompts, temperature=temperature, **size)
         drawn = {t for group in token_ids(groups) for c in group for t in c}

@@ -45,14 +45,15 @@ def test_cache_stays_within_the_budget():
     for budget in (200_000, 1_000_000):
         sampler = GroupSampler(policy, CharTokenizer(), memory_budget=budget)
         taken = []
-        reserve = sampler.decoder.reserve
+        start = sampler.decoder.start_sampling
 
-        def spy(*sizes, reserve=reserve, sampler=sampler, taken=taken):
-            reserve(*sizes)
+        def spy(*arguments, start=start, sampler=sampler, taken=taken):
+            sampling = start(*arguments)
             cache = sampler.decoder.cache
             taken.append(cache.prefix.nbytes + cache.suffix.nbytes)
+            return sampling
 
-        sampler.decoder.reserve = spy
+        sampler.decoder.start_sampling = spy
         sampled(sampler, make_prompts([20] * 12), group_size=4, max_new_tokens=20)
         assert len(taken) == 1
         assert budget / 10 < taken[0] <= budget

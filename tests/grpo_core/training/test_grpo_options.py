@@ -271,7 +271,7 @@ def test_passes_that_differ_over_the_same_tokens_stop_the_run_in_its_first_step(
 def test_a_feature_without_effect_stops_the_run(tmp_path, used):
     trainer = make_trainer(tmp_path)
     policy = trainer.policy
-    plain = policy._embed_tokens
+    plain = Policy(policy.model).embed
     policy._embed = lambda prompts: [
         e + used * p.features["audio"] for e, p in zip(plain(prompts), prompts, strict=True)
     ]

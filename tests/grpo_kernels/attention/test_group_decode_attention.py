@@ -149,7 +149,7 @@ def test_rows_are_sorted_by_group():
 
 def test_the_decoders_own_attention_agrees():
     """The engine's CPU path and this one read the same cache."""
-    attention = pytest.importorskip("grpo_core.rollout.attention")
+    attention = pytest.importorskip("grpo_core.rollout.backends.torch")
     q, pk, pv, pl, sk, sv, sl, rows = make(heads=(6, 2), room=(512, 80))
     pk, pv, sk, sv = (x.nan_to_num(0.0) for x in (pk, pv, sk, sv))
     sl = sl.clamp(min=1)  # a step appends its own token first

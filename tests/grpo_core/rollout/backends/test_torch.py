@@ -6,11 +6,10 @@ import torch
 
 from grpo_core.config.options import RolloutConfig
 from grpo_core.policy import Policy
-from grpo_core.rollout import attention
 from grpo_core.rollout import cache as cache_module
+from grpo_core.rollout.backends import torch as torch_backend
 from grpo_core.rollout.backends.torch import TorchDecoder
-from grpo_core.rollout.sampler import GroupSampler
-from grpo_core.rollout.scheduler import Scheduler
+from grpo_core.rollout.sampler import GroupSampler, Scheduler
 from tests.grpo_core.conftest import make_lm
 from tests.grpo_core.sampling_models import VOCABULARY, CharTokenizer, make_prompts
 
@@ -48,7 +47,7 @@ def test_prompts_prefilled_in_pieces_give_the_same_completions(monkeypatch):
 def test_attention_without_the_cpu_kernel_gives_the_same_completions(monkeypatch):
     lm = make_lm("mistral")
     expected = sample(lm)
-    monkeypatch.setattr(attention, "_attend", attention._attend_reference)
+    monkeypatch.setattr(torch_backend, "_attend", torch_backend._attend_reference)
     assert sample(lm) == expected
 
 

@@ -1,6 +1,8 @@
 """A task small enough to train in seconds: write the token `7` as often as possible."""
 
+import json
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -75,3 +77,8 @@ def loss_and_gradient(trainer: GRPOTrainer, experience: Experience) -> tuple[flo
 def weights(trainer: GRPOTrainer) -> torch.Tensor:
     """All trained parameters, flat."""
     return torch.cat([p.detach().flatten() for p in trainer.parameters.values()])
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """Rows of a run's `metrics.jsonl` or `completions.jsonl`."""
+    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -1,11 +1,12 @@
 """Rewards, losses, dataset layouts and model families of a user's own, added from outside the source tree and trained.
 
-Every command runs in a process of its own in an empty folder, with the user's files beside it, and trains two steps on
-a tiny model; what the run writes shows that the added thing was used.
+Every command runs in a process of its own, in a folder that holds nothing but the files that docs/guides has readers
+write, and trains two steps on a tiny model; what the run writes shows that the added thing was used.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import subprocess
 import sys
@@ -29,76 +30,28 @@ from grpo_core.config.fields import ConfigError
 from grpo_core.config.loader import load_config
 from grpo_core.config.options import AlgorithmConfig, GRPOConfig
 from grpo_core.families import family_names, get_family
+from tests.commands import split
+from tests.test_docs import BLOCKS, commands_of, files_of_readers
 
-RECIPE = Path(__file__).parents[2] / "recipes/examples/text_grpo.py"
-# the end of a plug-in, by which a test sees when it is imported
-NOTE_IMPORT = """
+ROOT = Path(__file__).parents[2]
+RECIPE = str(ROOT / "recipes/examples/text_grpo.py")
+TRAIN = ["-m", "affectgpt", "train"]
 
-from pathlib import Path
+# --- what the guides do not have ---------------------------------------------------------------------------------
 
-with Path(__file__).with_suffix(".log").open("a") as log:
-    log.write("imported\\n")
-"""
-
-# --- the user's files --------------------------------------------------------------------------------------------
-
-REWARD = """
-def letters(groups):
-    return [[c.text.count("g") for c in group.completions] for group in groups]
-
-
-def share(completion, wanted="g", **others):
-    return completion.count(wanted) / len(completion) if completion else None
-
-
-def brevity(completions, **kwargs):
-    return [-len(completion) for completion in completions]
-"""
-LOSS = (
-    """
-from grpo_core.algorithm.losses import register_loss
+# a loss whose value can be told from what the run writes
+LOSS = """
+from grpo_core import register_loss
 
 
 @register_loss("tempered", average="token", source="a test")
 class Tempered:
-    '''The ratio times the advantage, without a clip.'''
-
     slope: float = 1.0
-    '''Factor of the loss.'''
 
     def __call__(self, logprob, ratio, advantages):
         return -self.slope * ratio * advantages
 """
-    + NOTE_IMPORT
-)
-LAYOUT = (
-    """
-from __future__ import annotations
-
-import json
-from pathlib import Path
-
-from affectgpt.data.datasets import Sample, register_layout
-
-
-@register_layout("splits")
-class Splits:
-    '''A folder per split, with one json of labels.'''
-
-    split: str = "train"
-    '''Which folder is read.'''
-
-    def load(self, root: Path, *, labels, reasons, labelled):
-        folder = root / self.split
-        known = json.loads((folder / "labels.json").read_text())
-        return [
-            Sample(f"{self.split}/{name}", folder / f"{name}.mp4", folder / f"{name}.wav", folder / f"{name}.npy",
-                   subtitle="hello", labels=label if labelled else None)
-            for name, label in known.items()
-        ]
-"""
-    + NOTE_IMPORT
-)
+# Llama's computation under attribute names of its own; its own forward has no cache, so it cannot sample
 FAMILY = """
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -170,7 +123,44 @@ NOVA_NAMES = {
 }
 
 
-# --- a text run --------------------------------------------------------------------------------------------------
+# --- running -----------------------------------------------------------------------------------------------------
+
+
+def start(folder: Path, program: Sequence[str], **options: object) -> subprocess.CompletedProcess:
+    """Run a program of ours in a folder."""
+    flags = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+    command = [sys.executable, *program, *flags]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+
+
+def follow(guide: str, program: str, folder: Path, *more: str) -> None:
+    """Run the commands of a guide that start with this program, as they are written but for options behind them."""
+    page = f"docs/guides/{guide}.md"
+    commands = [split(command) for block in BLOCKS if block.page == page for command in commands_of(block)]
+    commands = [words for words in commands if " ".join(words).startswith(program) and "--help" not in words]
+    assert commands
+    for words in commands:
+        script = [str(ROOT / words[1])] if words[1].startswith("recipes/") else [words[1]]
+        front = script if words[0] == "python" else ["-m", *words[:2]]
+        done = start(folder, [*front, *words[2:], *more])
+        assert done.returncode == 0, (words, done.stderr[-3000:])
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the guides' files, and the tiny model and prompts that one of them makes."""
+    folder = tmp_path_factory.mktemp("reader")
+    for name, text in files_of_readers().items():
+        (folder / name).write_text(text)
+    follow("own_reward", "python make_inputs.py", folder)
+    return folder
+
+
+# --- text runs ---------------------------------------------------------------------------------------------------
 
 
 def make_llama(folder: Path) -> None:
@@ -211,20 +201,10 @@ def make_nova(llama: Path, folder: Path) -> None:
         (folder / file.name).write_bytes(file.read_bytes())
 
 
-def start(folder: Path, program: Sequence[str], **options: object) -> subprocess.CompletedProcess:
-    """Run a program of ours in a folder."""
-    flags = [word for key, value in options.items() for word in (f"--{key}", str(value))]
-    command = [sys.executable, *program, *flags]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
-
-
-def rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-TEXT_OPTIONS = {
+SHORT = ("--run.max_steps", "2", "--run.save_steps", "2")
+TEXT = {
     "data": "prompts.jsonl",
-    "reward": "rewards.py:share",
+    "reward": "my_rewards.py:share",
     "optim.learning_rate": 1e-2,
     "rollout.group_size": 8,
     "rollout.max_new_tokens": 6,
@@ -237,145 +217,163 @@ TEXT_OPTIONS = {
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A user's folder after two steps with a reward and a loss of theirs, on a Llama."""
-    folder = tmp_path_factory.mktemp("text")
-    make_llama(folder / "llama")
-    make_nova(folder / "llama", folder / "nova")
-    prompts = [{"prompt": "abcd"[i:] + "e", "wanted": "g"} for i in range(4)]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
-    for name, code in (("rewards.py", REWARD), ("loss.py", LOSS), ("family.py", FAMILY)):
-        (folder / name).write_text(code)
-    done = start(folder, [str(RECIPE)], model="llama", plugins="loss.py", **TEXT_OPTIONS)
+def llama(written: Path) -> Path:
+    """The folder, after two steps of a Llama with the loss above: `runs/llama`."""
+    make_llama(written / "llama")
+    (written / "loss.py").write_text(LOSS)
+    done = start(written, [RECIPE], model="llama", plugins="loss.py", **TEXT, **{"run.name": "llama"})
     assert done.returncode == 0, done.stderr[-3000:]
-    return folder
+    return written
 
 
-def test_a_reward_per_completion_is_what_the_text_recipe_trains_on(text):
-    completions = rows(text / "runs/run/completions.jsonl")
+def test_rewards_of_all_three_signatures_judge_and_log(written):
+    follow("own_reward", "python recipes", written, *SHORT, "--run.name", "rewards")
+    completions = rows(written / "runs/rewards/completions.jsonl")
     assert len(completions) == 2 * 4 * 8
-    expected = [row["text"].count("g") / len(row["text"]) if row["text"] else None for row in completions]
-    assert [row["rewards"]["share"] for row in completions] == pytest.approx(expected)
-    assert len(set(expected)) > 2
+    for first in range(0, len(completions), 8):
+        group = completions[first : first + 8]
+        shortest = min(row["length"] for row in group)
+        for row in group:
+            text = row["text"]
+            share = text.count("g") / len(text) if text else None
+            starts, short = float(text.startswith("g")), float(row["length"] == shortest)
+            assert row["rewards"] == {"share": share, "starts": starts, "shortest": short}
+            assert row["reward"] == pytest.approx((share or 0) + starts + 0.1 * short)
+            assert row["tokens"] == row["length"]  # a column that `shortest` logs
+    assert len({row["reward"] for row in completions}) > 2
+    for step, row in enumerate(rows(written / "runs/rewards/metrics.jsonl"), 1):
+        started = any(r["rewards"]["starts"] for r in completions if r["step"] == step)
+        assert row["starts/any"] == float(started)
 
 
-def test_a_loss_of_a_plugin_and_its_option_make_the_loss(text):
+def test_a_loss_and_its_option_make_the_loss(llama):
     """Sampled and trained by the same weights, a token's ratio is 1: the loss is −slope times the mean advantage."""
-    completions = [row for row in rows(text / "runs/run/completions.jsonl") if row["step"] == 1]
+    completions = [row for row in rows(llama / "runs/llama/completions.jsonl") if row["step"] == 1]
     tokens = sum(row["length"] for row in completions)
     mean = sum(row["advantage"] * row["length"] for row in completions) / tokens
-    first = rows(text / "runs/run/metrics.jsonl")[0]
+    first = rows(llama / "runs/llama/metrics.jsonl")[0]
     assert abs(mean) > 1e-3
     assert first["loss"] == pytest.approx(-3 * mean, rel=1e-4)
 
 
-def test_a_model_family_of_a_plugin_is_sampled_and_trained_as_the_llama_it_is(text):
-    options = TEXT_OPTIONS | {"model": "nova", "run.name": "nova"}
-    flags = ["--plugins", "family.py", "--plugins", "loss.py"]
-    done = start(text, [str(RECIPE), *flags], **options)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads((text / "runs/nova/model/config.json").read_text())["model_type"] == "nova"
-    ours, theirs = (rows(text / "runs" / name / "completions.jsonl") for name in ("nova", "run"))
-    assert [row["text"] for row in ours] == [row["text"] for row in theirs]
-    trained = load_file(text / "runs/nova/model/model.safetensors")
-    before = load_file(text / "nova/model.safetensors")
-    assert trained.keys() == before.keys()
-    moved = "model.blocks.0.attend.q_proj.weight"
-    assert (trained[moved] - before[moved]).abs().max() > 1e-3
+def test_a_resumed_run_imports_its_plugin_again_and_is_refused_without(written):
+    follow("own_loss", "python recipes", written, *SHORT, "--run.name", "loss")
+    follow("own_loss", "python recipes", written, "--run.max_steps", "3", "--run.name", "loss")
+    metrics = rows(written / "runs/loss/metrics.jsonl")
+    assert [row["step"] for row in metrics] == [1, 2, 3]
+    assert metrics[1]["grad_norm"] > 0
+    options = TEXT | {"loss_type": "soft_reinforce", "algorithm.loss.sharpness": -1, "model": "tiny"}
+    del options["algorithm.loss.slope"]
+    done = start(written, [RECIPE, "--plugins", "my_loss.py"], **options)
+    assert done.stderr == "error: algorithm.loss.sharpness is -1.0: set it to 0 or above\n"
+    done = start(written, [RECIPE], **options)
+    assert done.stderr.startswith("error: algorithm.loss_type (command line) is 'soft_reinforce': it wants one of grpo")
 
-    # without its entry the sampler has to use the model's own forward, and this one cannot sample
-    (text / "unlisted.py").write_text(FAMILY.partition("register_family(\n")[0])
+
+def test_a_model_family_is_sampled_and_trained_as_the_guide_says(written):
+    follow("own_model", "python my_model.py", written)
+    follow("own_model", "python recipes", written, *SHORT, "--run.name", "model")
+    assert json.loads((written / "runs/model/model/config.json").read_text())["model_type"] == "my_llama"
+    before, after = (
+        load_file(written / f"{folder}/model.safetensors") for folder in ("tiny_llama", "runs/model/model")
+    )
+    moved = "model.layers.0.self_attn.q_proj.weight"
+    assert (after[moved] - before[moved]).abs().max() > 1e-3
+
+
+def test_a_model_family_of_other_attribute_names_writes_what_the_same_llama_writes(llama):
+    make_nova(llama / "llama", llama / "nova")
+    (llama / "family.py").write_text(FAMILY)
+    options = TEXT | {"model": "nova", "run.name": "nova"}
+    done = start(llama, [RECIPE, "--plugins", "family.py", "--plugins", "loss.py"], **options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ours, theirs = (rows(llama / "runs" / name / "completions.jsonl") for name in ("nova", "llama"))
+    assert [row["text"] for row in ours] == [row["text"] for row in theirs]
+    assert (
+        load_file(llama / "runs/nova/model/model.safetensors").keys()
+        == load_file(llama / "nova/model.safetensors").keys()
+    )
+    # without its entry the sampler has to use the model's own forward
+    (llama / "unlisted.py").write_text(FAMILY.partition("register_family(\n")[0])
     flags = ["--plugins", "unlisted.py", "--plugins", "loss.py"]
-    refused = start(text, [str(RECIPE), *flags], **options | {"run.name": "unlisted"})
+    refused = start(llama, [RECIPE, *flags], **options | {"run.name": "unlisted"})
     assert refused.returncode == 1
     assert "rollout/backends/transformers.py" in refused.stderr
 
 
-def test_a_resumed_run_imports_its_plugin_again(text):
-    (text / "loss.log").unlink()
-    done = start(text, [str(RECIPE)], model="llama", plugins="loss.py", **TEXT_OPTIONS | {"run.max_steps": 3})
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert (text / "loss.log").read_text() == "imported\n"
-    assert [row["step"] for row in rows(text / "runs/run/metrics.jsonl")] == [1, 2, 3]
-
-
-# --- an emotion run ----------------------------------------------------------------------------------------------
-
-TRAIN = ["-m", "affectgpt", "train"]
+# --- emotion runs ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def emotions(
-    tiny_llm_folder: Path, tiny_clip_folder: Path, tiny_hubert_folder: Path, tmp_path_factory: pytest.TempPathFactory
+def clips(
+    written: Path,
+    tiny_llm_folder: Path,
+    tiny_clip_folder: Path,
+    tiny_hubert_folder: Path,
 ) -> Path:
-    """A user's folder after two steps on clips in a layout of theirs, with rewards of all three signatures."""
-    folder = tmp_path_factory.mktemp("emotions")
-    clips = make_dataset(tmp_path_factory.mktemp("made") / "clips", seed=0, train=6, test=2, workers=1)
-    split = folder / "clips/held_in"
-    split.mkdir(parents=True)
-    labels = {}
-    for line in (clips / "track2_train_ovmerd.csv").read_text().splitlines()[1:]:
-        name, _, label = line.partition(",")
-        labels[name] = label.strip('"')
-        for source in ("video/{}.mp4", "audio/{}.wav", "openface_face/{0}/{0}.npy"):
-            file = clips / source.format(name)
-            file.rename(split / f"{name}{file.suffix}")
-    (split / "labels.json").write_text(json.dumps(labels))
-    for name, code in (("rewards.py", REWARD), ("layout.py", LAYOUT), ("loss.py", LOSS)):
-        (folder / name).write_text(code)
+    """The folder, with clips and models where the guide's slower commands put them."""
+    make_dataset(written / "clips", seed=0, train=8, test=2, workers=1)
+    (written / "models").mkdir()
+    for name, folder in (("llm", tiny_llm_folder), ("visual", tiny_clip_folder), ("audio", tiny_hubert_folder)):
+        (written / "models" / name).symlink_to(folder)
+    return written
+
+
+def test_a_layout_gives_supervised_training_and_evaluation_their_samples(clips):
+    follow("own_dataset", "affectgpt sft", clips)
+    follow("own_dataset", "affectgpt evaluate", clips)
+    assert len(rows(clips / "runs/mine/metrics.jsonl")) == 2
+    evaluation = json.loads((clips / "runs/run/evaluations/evaluation.json").read_text())
+    with (clips / "clips/track2_test.csv").open(newline="") as table:
+        names = {row["name"] for row in csv.DictReader(table)}
+    assert {sample["name"] for sample in evaluation["samples"]} == names
+
+
+@pytest.fixture(scope="module")
+def emotions(clips: Path) -> Path:
+    """The folder after two steps of `affectgpt train` with a layout, a loss and two rewards of the guides."""
     config = {
-        "data": {"format": "splits", "layout": {"split": "held_in"}, "root": "clips", "cache_dir": "features"},
-        "model": {
-            "llm": str(tiny_llm_folder),
-            "visual_encoder": str(tiny_clip_folder),
-            "audio_encoder": str(tiny_hubert_folder),
-        },
-        "reward": {"names": [f"rewards.py:{name}" for name in ("letters", "share", "brevity")]},
+        "data": {"format": "my_table", "layout": {"labels_column": "openset"}, "root": "clips"},
+        "model": {"llm": "models/llm", "visual_encoder": "models/visual", "audio_encoder": "models/audio"},
+        "prompt": {"face_or_frame": "multiframe_audio_frame_text"},
+        "reward": {"names": ["my_rewards.py:few_words", "my_rewards.py:shortest", "accuracy"]},
+        "algorithm": {"loss_type": "soft_reinforce", "loss": {"sharpness": 2}},
         "rollout": {"group_size": 4, "max_new_tokens": 8},
-        "run": {"max_steps": 2, "prompts_per_step": 3, "save_steps": 2},
+        "run": {"name": "emotions", "max_steps": 2, "prompts_per_step": 3, "save_steps": 2},
     }
-    (folder / "mine.yaml").write_text(yaml.safe_dump(config))
-    plugins = ["--plugins", "layout.py", "--plugins", "loss.py"]
-    done = start(
-        folder, [*TRAIN, "--config", "mine.yaml", *plugins], loss_type="tempered", **{"algorithm.loss.slope": 0.5}
-    )
+    (clips / "mine.yaml").write_text(yaml.safe_dump(config))
+    done = start(clips, [*TRAIN, "--config", "mine.yaml", "--plugins", "my_layout.py", "--plugins", "my_loss.py"])
     assert done.returncode == 0, done.stderr[-3000:]
-    return folder
+    return clips
 
 
-def test_rewards_of_all_three_signatures_judge_the_completions(emotions):
-    completions = rows(emotions / "runs/run/completions.jsonl")
+def test_rewards_read_the_columns_of_the_layouts_samples(emotions):
+    with (emotions / "clips/track2_train_ovmerd.csv").open(newline="") as table:
+        labels = {row["name"]: row["openset"] for row in csv.DictReader(table)}
+    completions = rows(emotions / "runs/emotions/completions.jsonl")
     assert len(completions) == 2 * 3 * 4
     for row in completions:
-        text = row["text"]
-        share = text.count("g") / len(text) if text else None
-        assert row["rewards"] == {"letters": text.count("g"), "share": share, "brevity": -len(text)}
-        assert row["reward"] == pytest.approx(text.count("g") + (share or 0) - len(text))
-    assert len({row["reward"] for row in completions}) > 2
-
-
-def test_a_layout_of_a_plugin_and_its_option_give_the_samples(emotions):
-    labels = json.loads((emotions / "clips/held_in/labels.json").read_text())
-    completions = rows(emotions / "runs/run/completions.jsonl")
-    assert {row["prompt_id"] for row in completions} <= {f"held_in/{name}" for name in labels}
-    assert all(row["ground_truth"] == labels[row["prompt_id"].removeprefix("held_in/")] for row in completions)
+        assert row["ground_truth"] == labels[row["prompt_id"]]
+        words, wanted = row["text"].split(), labels[row["prompt_id"]].split()
+        assert row["rewards"]["few_words"] == -float(len(words) > len(wanted))
+        assert row["tokens"] == row["length"]
+    assert {row["rewards"]["shortest"] for row in completions} == {0, 1}
 
 
 def test_the_saved_config_names_the_plugins_and_their_options(emotions):
-    saved = yaml.safe_load((emotions / "runs/run/config.yaml").read_text())
-    assert saved["run"]["plugins"] == [str(emotions / "layout.py"), str(emotions / "loss.py")]
-    assert (saved["algorithm"]["loss_type"], saved["algorithm"]["loss"]) == ("tempered", {"slope": 0.5})
-    assert (saved["data"]["format"], saved["data"]["layout"]) == ("splits", {"split": "held_in"})
+    saved = yaml.safe_load((emotions / "runs/emotions/config.yaml").read_text())
+    assert saved["run"]["plugins"] == [str(emotions / "my_layout.py"), str(emotions / "my_loss.py")]
+    assert (saved["algorithm"]["loss_type"], saved["algorithm"]["loss"]) == ("soft_reinforce", {"sharpness": 2})
+    assert saved["data"]["format"] == "my_table"
+    assert saved["data"]["layout"] == {"name_column": "name", "labels_column": "openset"}
 
 
 def test_a_run_resumed_from_its_saved_config_imports_its_plugins_again(emotions):
-    (emotions / "layout.log").unlink()
-    (emotions / "runs/run/summary.json").unlink()  # as if it had been killed before its end
-    done = start(emotions, [*TRAIN, "--config", "runs/run/config.yaml"], **{"run.max_steps": 3})
+    (emotions / "runs/emotions/summary.json").unlink()  # as if it had been killed before its end
+    done = start(emotions, [*TRAIN, "--config", "runs/emotions/config.yaml"], **{"run.max_steps": 3})
     assert done.returncode == 0, done.stderr[-3000:]
-    assert (emotions / "layout.log").read_text() == "imported\n"
-    assert [row["step"] for row in rows(emotions / "runs/run/metrics.jsonl")] == [1, 2, 3]
-    assert not (emotions / "runs/run.previous").exists()
+    assert [row["step"] for row in rows(emotions / "runs/emotions/metrics.jsonl")] == [1, 2, 3]
+    assert not (emotions / "runs/emotions.previous").exists()
 
 
 # --- refusals ----------------------------------------------------------------------------------------------------
@@ -386,36 +384,38 @@ def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Options that import a loss and a layout; what they register is gone afterwards."""
     for registry in (LOSS_TYPES, LAYOUTS):
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))
-    (tmp_path / "loss.py").write_text(LOSS)
-    (tmp_path / "layout.py").write_text(LAYOUT)
-    return ["--plugins", str(tmp_path / "loss.py"), "--plugins", str(tmp_path / "layout.py")]
+    files = files_of_readers()
+    for name in ("my_loss.py", "my_layout.py"):
+        (tmp_path / name).write_text(files[name])
+    return ["--plugins", str(tmp_path / "my_loss.py"), "--plugins", str(tmp_path / "my_layout.py")]
 
 
 @pytest.mark.parametrize(
     ("key", "value", "fault"),
     [
-        ("algorithm.loss_type", "temperd", "is 'temperd': it wants one of {losses}"),
-        ("data.format", "split", "is 'split': it wants one of {layouts}"),
-        ("algorithm.loss.steepness", "1", "is no option of loss_type tempered: it has slope"),
-        ("data.layout.part", "1", "is no option of format splits: it has split"),
+        ("algorithm.loss_type", "soft_reinforse", "is 'soft_reinforse': it wants one of {losses}"),
+        ("data.format", "my_tabel", "is 'my_tabel': it wants one of {layouts}"),
+        ("algorithm.loss.slope", "1", "is no option of loss_type soft_reinforce: it has sharpness"),
+        ("data.layout.column", "1", "is no option of format my_table: it has name_column, labels_column"),
     ],
 )
 def test_unknown_names_in_a_file_and_on_the_command_line_are_refused_with_those_that_are_known(
     plugins, tmp_path, key, value, fault
 ):
-    chosen = {"algorithm": {"loss_type": "tempered"}, "data": {"format": "splits"}}
+    chosen: dict[str, Any] = {"algorithm": {"loss_type": "soft_reinforce"}, "data": {"format": "my_table"}}
+    flags = ["--algorithm.loss_type", "soft_reinforce", "--data.format", "my_table"]
+    with pytest.raises(ConfigError) as on_the_command_line:
+        load_config(R1Config, [*plugins, *flags, f"--{key}", value])
     section, *between, leaf = key.split(".")
     target = chosen[section]
     for name in between:
         target = target.setdefault(name, {})
-    flags = [word for name in ("algorithm.loss_type tempered", "data.format splits") for word in f"--{name}".split()]
-    with pytest.raises(ConfigError) as on_the_command_line:
-        load_config(R1Config, [*plugins, *flags, f"--{key}", value])
     target[leaf] = value
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(chosen))
     with pytest.raises(ConfigError) as in_a_file:
         load_config(R1Config, [*plugins, "--config", str(tmp_path / "mine.yaml")])
-    assert {"tempered"} <= set(LOSS_TYPES)
+    assert "soft_reinforce" in LOSS_TYPES
+    assert "my_table" in LAYOUTS
     fault = fault.format(losses=", ".join(LOSS_TYPES), layouts=", ".join(LAYOUTS))
     assert str(on_the_command_line.value) == f"{key} (command line) {fault}"
     assert str(in_a_file.value).startswith(f"{key} ({tmp_path / 'mine.yaml'}:")
@@ -424,10 +424,10 @@ def test_unknown_names_in_a_file_and_on_the_command_line_are_refused_with_those_
 
 def test_unknown_names_from_python_are_refused_with_those_that_are_known(plugins):
     load_config(GRPOConfig, plugins[:2])
-    with pytest.raises(ValueError, match=r"^algorithm\.loss_type is 'temperd': it wants one of grpo, .*, tempered$"):
-        AlgorithmConfig(loss_type="temperd")
-    with pytest.raises(ValueError, match=r"^algorithm\.loss\.steepness is no option of loss_type tempered: it has sl"):
-        AlgorithmConfig(loss_type="tempered", loss={"steepness": 1.0})
+    with pytest.raises(ValueError, match=r"^algorithm\.loss_type is 'soft': it wants one of grpo, .*, soft_reinforce$"):
+        AlgorithmConfig(loss_type="soft")
+    with pytest.raises(ValueError, match=r"^algorithm\.loss\.slope is no option of loss_type soft_reinforce: it has "):
+        AlgorithmConfig(loss_type="soft_reinforce", loss={"slope": 1.0})
     with pytest.raises(ValueError, match=f"^model family 'nova' is not known: use one of: {family_names()}; or add it"):
         get_family("nova")
 
@@ -445,12 +445,10 @@ def test_an_unknown_reward_is_refused_with_those_that_are_known(tmp_path, source
     assert str(refused.value) == f"unknown reward 'accurcy': {known}"
 
 
-def test_a_mistyped_name_ends_the_command_with_one_line_and_status_2(tmp_path):
-    (tmp_path / "loss.py").write_text(LOSS)
-    options = {"plugins": "loss.py", "loss_type": "temperd"}
-    for program in ([str(RECIPE), "--model", "x", "--data", "x", "--reward", "x.py:x"], TRAIN):
-        done = start(tmp_path, program, **options)
+def test_a_mistyped_name_ends_the_command_with_one_line_and_status_2(written):
+    known = f"{', '.join(LOSS_TYPES)}, soft_reinforce"
+    for program in ([RECIPE, "--model", "tiny", "--data", "prompts.jsonl", "--reward", "my_rewards.py:share"], TRAIN):
+        done = start(written, program, **{"plugins": "my_loss.py", "loss_type": "soft", "run.name": "mistyped"})
         assert done.returncode == 2
-        expected = f"algorithm.loss_type (command line) is 'temperd': it wants one of {', '.join(LOSS_TYPES)}, tempered"
-        assert done.stderr == f"error: {expected}\n"
-    assert not (tmp_path / "runs").exists()
+        assert done.stderr == f"error: algorithm.loss_type (command line) is 'soft': it wants one of {known}\n"
+    assert not (written / "runs/mistyped").exists()

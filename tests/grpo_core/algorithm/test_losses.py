@@ -4,31 +4,14 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from grpo_core.algorithm.entropy import entropy_bonus, entropy_histogram, entropy_threshold
-from grpo_core.algorithm.kl import completion_kl, kl_penalty
+from grpo_core.algorithm.entropy import entropy_histogram, entropy_threshold
+from grpo_core.algorithm.kl import kl_penalty
 from grpo_core.algorithm.losses import LOSS_TYPES, importance_ratio, policy_loss, register_loss, token_weights
-from grpo_core.algorithm.off_policy import off_policy_mask, sampler_correction
+from grpo_core.algorithm.off_policy import sampler_correction
+from tests.grpo_core.algorithm.tokens import INDEX, LENGTHS, random_completions, random_tokens
 
-LENGTHS = [7, 0, 1, 23, 12, 4]  # a completion without tokens among them
-INDEX = torch.arange(len(LENGTHS)).repeat_interleave(torch.tensor(LENGTHS))
 TOTALS = {"total_completions": len(LENGTHS), "total_tokens": sum(LENGTHS), "max_length": 30}
-
-
-def random_tokens(count: int = 200, seed: int = 0):
-    generator = torch.Generator().manual_seed(seed)
-    old = -3 * torch.rand(count, generator=generator, dtype=torch.float64)
-    logprob = old + 0.6 * torch.randn(count, generator=generator, dtype=torch.float64)
-    advantages = torch.randn(count, generator=generator, dtype=torch.float64)
-    return logprob.requires_grad_(), old, advantages
-
-
-def random_completions(seed: int = 0):
-    """Tokens of `LENGTHS`, with one advantage for each completion."""
-    logprob, old, advantages = random_tokens(len(INDEX), seed)
-    return logprob, old, advantages[: len(LENGTHS)][INDEX]
 
 
 def surrogate(name, logprob, old, advantages, **options):
@@ -168,54 +151,6 @@ def test_a_micro_batch_at_a_time_the_losses_add_up_to_the_whole():
         torch.testing.assert_close(loss(torch.tensor([0, 1, 2])) + loss(torch.tensor([3, 4, 5])), whole)
 
 
-# --- KL ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
-def test_kl_estimators_follow_their_formulas(estimator):
-    logprob, reference, _ = random_tokens(seed=1)
-    d = (logprob - reference).detach()
-    expected = {"k1": d, "k2": d**2 / 2, "k3": torch.exp(-d) - 1 + d}[estimator]
-    torch.testing.assert_close(kl_penalty(logprob, reference, estimator).detach(), expected, atol=1e-12, rtol=1e-12)
-
-
-def test_k3_is_never_negative_and_exactly_zero_for_equal_policies():
-    logprob, reference, _ = random_tokens(seed=2)
-    assert (kl_penalty(logprob, reference) >= 0).all()
-    assert (kl_penalty(logprob.float(), logprob.detach().float()) == 0).all()
-
-
-def test_gradients_of_kl_estimators_in_the_mean():
-    """Over all tokens of a small vocabulary: what a penalty pulls towards, on samples of another policy `old`."""
-    logits = torch.tensor([0.4, -0.3, 1.1], dtype=torch.float64, requires_grad=True)
-    policy, reference, old = logits.softmax(0), torch.tensor([0.2, 0.5, 0.3]).double(), torch.tensor([0.3, 0.4, 0.3])
-    logp = policy.log()
-    (reverse,) = torch.autograd.grad((policy * (policy / reference).log()).sum(), logits, retain_graph=True)
-    (forward,) = torch.autograd.grad((reference * (reference / policy).log()).sum(), logits, retain_graph=True)
-
-    def gradient(estimator, sampled_from, ratio=None):
-        penalty = kl_penalty(logp, reference.log(), estimator, ratio)
-        return torch.autograd.grad((sampled_from.detach() * penalty).sum(), logits, retain_graph=True)[0]
-
-    torch.testing.assert_close(gradient("k1", policy), torch.zeros_like(reverse), atol=1e-12, rtol=0)
-    torch.testing.assert_close(gradient("k2", policy), reverse)
-    torch.testing.assert_close(gradient("k3", policy), forward)
-    ratio = importance_ratio(logp, old.double().log(), torch.arange(3), 3)
-    torch.testing.assert_close(gradient("k3", old.double(), ratio), reverse)
-    value = (old.double() * kl_penalty(logp, reference.log(), "k3", ratio)).sum()
-    torch.testing.assert_close(value, (policy * (policy / reference).log()).sum())
-
-
-def test_a_completions_kl_is_the_sum_over_its_tokens():
-    logprob, reference, _ = random_completions()
-    for estimator in ("k1", "k2", "k3"):
-        by_token = kl_penalty(logprob, reference, estimator).detach().split(LENGTHS)
-        expected = torch.stack([tokens.sum() for tokens in by_token])
-        result = completion_kl(logprob, reference, INDEX, len(LENGTHS), estimator)
-        assert not result.requires_grad
-        torch.testing.assert_close(result, expected)
-
-
 # --- weights -----------------------------------------------------------------------------------------------------
 
 
@@ -247,91 +182,6 @@ def test_a_step_without_tokens_has_finite_weights():
         assert token_weights(
             torch.zeros(2).long(), torch.zeros(0).long(), LOSS_TYPES[name].average, **totals
         ).shape == (0,)
-
-
-# --- samples of another policy -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("level", ["token", "sequence", "geometric"])
-@pytest.mark.parametrize(("low", "high"), [(0.0, 1.4), (0.8, 1.3)])
-def test_sampler_corrections_follow_their_formulas(level, low, high):
-    logprob, sampler, _ = random_completions()
-    truncated = sampler_correction(logprob, sampler, INDEX, len(LENGTHS), f"{level}_truncate", low=low, high=high)
-    masked = sampler_correction(logprob, sampler, INDEX, len(LENGTHS), f"{level}_mask", low=low, high=high)
-    assert not truncated.requires_grad
-    start = 0
-    for length in LENGTHS:
-        differences = [(logprob[t] - sampler[t]).item() for t in range(start, start + length)]
-        for t, difference in enumerate(differences, start):
-            total = sum(differences)
-            weight = math.exp({"token": difference, "sequence": total, "geometric": total / length}[level])
-            assert truncated[t].item() == pytest.approx(min(max(weight, low), high), rel=1e-9)
-            assert masked[t].item() == pytest.approx(weight if low <= weight <= high else 0.0, rel=1e-9)
-        start += length
-    assert (masked == 0).any()
-
-
-def test_a_token_the_sampler_gave_no_logprob_for_counts_as_on_policy():
-    old, sampler = torch.tensor([-1.0, -2.0]), torch.tensor([-1.0, float("nan")])
-    assert (sampler_correction(old, sampler, torch.tensor([0, 0]), 1, "sequence_mask") == 1).all()
-    assert off_policy_mask(old, sampler, torch.tensor([-1.0, -1.0]), torch.tensor([0, 0]), 1, 0.0).all()
-
-
-def test_a_long_unlikely_completion_is_masked_without_overflow():
-    old, sampler = torch.zeros(2000), torch.full((2000,), -1.0)
-    index = torch.zeros(2000).long()
-    assert (sampler_correction(old, sampler, index, 1, "sequence_mask") == 0).all()
-    assert (sampler_correction(old, sampler, index, 1, "sequence_truncate") == 3).all()
-
-
-def test_only_bad_completions_that_became_unlikely_are_dropped():
-    lengths = torch.tensor([2, 2, 2])
-    index = torch.arange(3).repeat_interleave(lengths)
-    sampler = torch.zeros(6)
-    logprob = torch.tensor([-0.9, -0.3, -0.9, -0.3, -0.1, -0.3])  # mean drift 0.6, 0.6, 0.2
-    advantages = torch.tensor([-1.0, 1.0, -1.0])[index]
-    keep = off_policy_mask(logprob, sampler, advantages, index, 3, threshold=0.5)
-    assert keep.tolist() == [False, False, True, True, True, True]
-
-
-# --- entropy -----------------------------------------------------------------------------------------------------
-
-
-@given(st.integers(0, 1000), st.floats(0.01, 1.0), st.integers(1, 400))
-@settings(max_examples=50, deadline=None)
-def test_the_threshold_keeps_the_fraction_of_highest_entropy_to_a_bin(seed, fraction, count):
-    entropy = torch.rand(count, generator=torch.Generator().manual_seed(seed)).pow(4) * 11
-    threshold = entropy_threshold(entropy_histogram(entropy), fraction)
-    kept = entropy >= threshold
-    wanted = math.ceil(fraction * count - 1e-9)
-    assert kept.sum() >= wanted
-    exact = entropy.sort(descending=True).values[wanted - 1]
-    assert threshold <= exact
-    assert threshold >= exact * (1 - 2**-7)
-
-
-def test_the_threshold_does_not_depend_on_how_the_step_is_split():
-    entropy = torch.rand(1000, generator=torch.Generator().manual_seed(0)) * 5
-    whole = entropy_histogram(entropy)
-    split = sum(entropy_histogram(part) for part in entropy.split([300, 1, 699]))
-    assert torch.equal(whole, split)
-    masked = entropy_histogram(entropy, torch.arange(1000) < 300)
-    assert torch.equal(masked, entropy_histogram(entropy[:300]))
-
-
-def test_all_tokens_are_kept_at_fraction_one_and_zero_entropies_are_counted():
-    entropy = torch.tensor([0.0, -0.0, -1e-9, 0.5])
-    histogram = entropy_histogram(entropy)
-    assert histogram.sum() == 4
-    assert histogram[0] == 3
-    assert entropy_threshold(histogram, 1.0) == 0
-
-
-def test_the_bonus_is_the_mean_entropy_over_micro_batches():
-    entropy = torch.rand(10, dtype=torch.float64)
-    mask = torch.arange(10) % 3 > 0
-    parts = [entropy_bonus(e, int(mask.sum()), m) for e, m in zip(entropy.split(4), mask.split(4), strict=True)]
-    torch.testing.assert_close(sum(parts), entropy[mask].mean())
 
 
 # --- registration ------------------------------------------------------------------------------------------------

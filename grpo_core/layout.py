@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from grpo_core.types import Group
-from grpo_kernels.attention.spans import GroupSpans
+from grpo_kernels import GroupSpans
 
 
 @dataclass(frozen=True)

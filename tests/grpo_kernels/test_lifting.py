@@ -50,6 +50,7 @@ def test_the_table_is_read():
     assert len(LIFTED["linear_logprob"]) <= 6
     assert len(LIFTED["selective_logprob"]) <= 4
     assert len(LIFTED["sample_head"]) <= 5
+    assert len(LIFTED["group_attention"]) == 2
     assert len(LIFTED["rms_norm"]) == 2
 
 

@@ -24,7 +24,7 @@ PACKAGES = {
 # flash_attn is used where it is installed; torch's own operators serve elsewhere
 EXCEPTIONS = {
     ("kernels/grpo_kernels/testing/interpreter.py", "numpy"),
-    ("kernels/grpo_kernels/attention/varlen.py", "flash_attn"),
+    ("kernels/grpo_kernels/attention/group_attention.py", "flash_attn"),
 }
 KERNELS_MAY = {"torch", "triton", "grpo_kernels"}
 CORE_MAY = KERNELS_MAY | {"transformers", "peft", "numpy", "safetensors", "tqdm", "yaml", "grpo_core"}

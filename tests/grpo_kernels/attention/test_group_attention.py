@@ -87,14 +87,15 @@ def test_no_tensor_of_tokens_squared_is_made():
     assert largest == spans.total * 2 * 8  # the size of q
 
 
-def test_one_spans_object_serves_many_layers_without_remaking_its_rows(monkeypatch):
+def test_one_spans_object_serves_many_layers_without_remaking_its_rows():
     spans = GroupSpans([5, 3], [[3, 1], [2, 2]])
     qkv, _ = make(spans)
     group_attention(*qkv, spans)
-    made = (spans.self_segments.batches(torch.device("cpu"), True), spans.prompt_segments.on(torch.device("cpu")))
+    cpu = torch.device("cpu")
+    batches, rows = spans.self_segments.batches(cpu), spans.prompt_segments.on(cpu)
     group_attention(*qkv, spans).sum().backward()
-    assert spans.self_segments.batches(torch.device("cpu"), True) is made[0]
-    assert spans.prompt_segments.on(torch.device("cpu")) is made[1]
+    assert spans.self_segments.batches(cpu) is batches
+    assert spans.prompt_segments.on(cpu) is rows
 
 
 def test_bad_input_is_refused():

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from grpo_kernels.attention import varlen
+from grpo_kernels.attention import group_attention as module
 
 from .dense import EVEN, ONES, UNEVEN, assert_equals_dense
 
@@ -16,10 +16,22 @@ from .dense import EVEN, ONES, UNEVEN, assert_equals_dense
 @pytest.mark.parametrize("rows", [2**26, 7], ids=["whole", "chunked"])
 @pytest.mark.parametrize("spans", [UNEVEN, EVEN], ids=["uneven", "even"])
 def test_plain_products_where_no_kernel_is(monkeypatch, spans, rows):
-    monkeypatch.setattr(varlen, "_cpu_forward", varlen._matmul_forward)
-    monkeypatch.setattr(varlen, "_cpu_backward", varlen._matmul_backward)
-    monkeypatch.setattr(varlen, "_MATMUL_SCORES", rows)
+    calls = []
+
+    def forward(q, k, v, dropout_p, causal, *, scale):
+        calls.append("forward")
+        return module._matmul_forward(q, k, v, causal, scale)
+
+    def backward(grad, q, k, v, out, lse, dropout_p, causal, *, scale):
+        calls.append("backward")
+        return module._matmul_backward(grad, q, k, v, out, lse, causal, scale)
+
+    # in place of the CPU's kernel, the call that other devices get
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", forward)
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", backward)
+    monkeypatch.setattr(module, "_MATMUL_SCORES", rows)
     assert_equals_dense(spans)
+    assert set(calls) == {"forward", "backward"}
 
 
 def emulated_varlen(q, k, v, cu_q, cu_k, causal, scale, grad=None, out=None, lse=None):
@@ -31,12 +43,12 @@ def emulated_varlen(q, k, v, cu_q, cu_k, causal, scale, grad=None, out=None, lse
     for a, b, c, d in zip(cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:], strict=True):
         qs, ks, vs = (x.transpose(0, 1)[None] for x in (q[a:b], k[c:d], v[c:d]))
         if grad is None:
-            o, l = varlen._matmul_forward(qs, ks, vs, causal, scale)
+            o, l = module._matmul_forward(qs, ks, vs, causal, scale)
             pieces.append((o[0].transpose(0, 1), l[0].T))
         else:
             assert lse.is_contiguous()
             g, o = (x.transpose(0, 1)[None] for x in (grad[a:b], out[a:b]))
-            parts = varlen._matmul_backward(g, qs, ks, vs, o, lse[None, :, a:b], causal, scale)
+            parts = module._matmul_backward(g, qs, ks, vs, o, lse[None, :, a:b], causal, scale)
             pieces.append([x[0].transpose(0, 1) for x in parts])
     joined = [torch.cat(x) for x in zip(*pieces, strict=True)]
     return (joined[0], joined[1].T.contiguous()) if grad is None else joined
@@ -84,8 +96,8 @@ def emulate_aten(monkeypatch):
 @pytest.mark.parametrize("package", [True, False], ids=["flash_attn", "aten"])
 @pytest.mark.parametrize("spans", [UNEVEN, EVEN, ONES], ids=["uneven", "even", "ones"])
 def test_two_varlen_calls_are_all_that_a_flash_operator_is_asked_for(monkeypatch, spans, package):
-    monkeypatch.setattr(varlen, "_flash_takes", lambda q: True)
-    monkeypatch.setattr(varlen, "_flash_package", emulated_package if package else lambda: None)
+    monkeypatch.setattr(module, "_flash_takes", lambda q: True)
+    monkeypatch.setattr(module, "_flash_package", emulated_package if package else lambda: None)
     if not package:
         emulate_aten(monkeypatch)
     assert_equals_dense(spans)

@@ -141,15 +141,6 @@ class AlgorithmConfig(ConfigSection, key="algorithm"):
         # checked against RATIO_LEVELS, which a type checker cannot see
         return self.importance_sampling_level or self.loss.ratio_level  # type: ignore[return-value]
 
-    @property
-    def needs_old_pass(self) -> bool:
-        """Whether a pass of its own takes old log-probs, before the first gradient."""
-        # elsewhere the first pass of the update gives them for nothing; but a second optimiser step sees moved weights,
-        # a quantile needs all entropies of the step, and a reward needs its KL before advantages are made
-        return (
-            self.steps_per_generation > 1 or self.top_entropy_quantile < 1 or (self.beta > 0 and self.kl_in == "reward")
-        )
-
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_loss()

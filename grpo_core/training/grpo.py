@@ -130,7 +130,12 @@ class GRPOTrainer(TrainingLoop):
         groups, scores = self.select(sampled, sampled_scores)
         # Packed once: old pass, reference pass and every epoch run over the same layouts.
         minibatches = make_minibatches(groups, self.config, self.dist, self.policy.device)
-        old = self.old_passes(minibatches) if algorithm.needs_old_pass else None
+        # The first training pass gives the old log-probs for nothing (see `learn`), unless that is too late: a second
+        # minibatch is trained on weights that have moved, an entropy quantile is a threshold over the whole step, and a
+        # KL in the reward is wanted before there are advantages to train with.
+        needs_old_pass = algorithm.steps_per_generation > 1 or algorithm.top_entropy_quantile < 1
+        needs_old_pass = needs_old_pass or (algorithm.beta > 0 and algorithm.kl_in == "reward")
+        old = self.old_passes(minibatches) if needs_old_pass else None
         # Before the updates and all at once: a frozen reference is exchanged with the trained parameters in place.
         reference = self.reference_values(minibatches) if algorithm.beta > 0 else None
         advantages = self.advantages(scores, minibatches, old, reference)
@@ -207,12 +212,7 @@ class GRPOTrainer(TrainingLoop):
 
     @torch.no_grad()
     def old_passes(self, minibatches: Sequence[Minibatch]) -> Mapping[MicroBatch, OldPass]:
-        """Compute log-probs of the policy that sampled in a pass of its own, and which tokens are uncertain enough.
-
-        Needed where the first training pass comes too late: with several minibatches (the second is trained on a policy
-        that has moved), with an entropy quantile (a threshold over the whole step), and with the KL in the reward
-        (advantages come before any training pass).
-        """
+        """Compute log-probs of the policy that sampled in a pass of its own, and which tokens are uncertain enough."""
         batches = [batch for minibatch in minibatches for batch in minibatch]
         quantile = self.config.algorithm.top_entropy_quantile
         with self.clock.phase("old"):

@@ -21,16 +21,17 @@ except ImportError:
 __all__ = [
     "FLOAT_DTYPES",
     "GRAPH_BREAK",
+    "HAS_TRITON",
     "Backend",
     "TensorDescriptor",
     "accumulator_dtype",
     "choose_backend",
-    "has_triton",
     "interpreted",
     "tl",
     "triton",
 ]
 
+HAS_TRITON = tl is not None
 Backend = Literal["triton", "torch"]
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -38,14 +39,9 @@ GRAPH_BREAK = "grpo_kernels' heads run outside the graph: call them in a functio
 """The reason `torch.compiler.disable` is given; torch prints it where `fullgraph=True` forbids a graph break."""
 
 
-def has_triton() -> bool:
-    """Whether Triton is installed."""
-    return tl is not None
-
-
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter: TRITON_INTERPRET=1 at Triton's import, or `testing.interpret()`."""
-    return has_triton() and triton.knobs.runtime.interpret
+    return HAS_TRITON and triton.knobs.runtime.interpret
 
 
 def choose_backend(device: torch.device, backend: Backend | None, dtype: torch.dtype) -> Backend:
@@ -58,10 +54,11 @@ def choose_backend(device: torch.device, backend: Backend | None, dtype: torch.d
     """
     if backend not in (None, "triton", "torch"):
         raise ValueError(f"unknown backend {backend!r}: choose 'triton', 'torch' or None")
-    able = has_triton() and dtype != torch.float64 and (device.type == "cuda" or interpreted())
+    # float64 is for oracles: kernels accumulate in float32. CPU tensors run in the interpreter alone
+    able = HAS_TRITON and dtype != torch.float64 and (device.type == "cuda" or triton.knobs.runtime.interpret)
     if backend is None:
         return "triton" if able else "torch"
-    if backend == "triton" and not has_triton():
+    if backend == "triton" and not HAS_TRITON:
         raise ValueError("backend='triton' needs Triton, which is not installed here: use backend='torch' or None")
     if backend == "triton" and not able:
         raise ValueError(

@@ -176,7 +176,7 @@ def part_backward(
         return torch.ops.aten._flash_attention_backward(
             grad, q, k, v, out, lse, *lengths, 0.0, segments.causal, unused, unused, scale=scale
         )
-    batches, order = segments.batches(q.device)
+    batches, order = segments.batches(q.device)  # the forward's, not made anew
     lse = lse.transpose(0, 1)[..., None]  # [T, Hq, 1], to be cut as queries are
     gradients_by_batch = []
     for batch in batches:
@@ -198,7 +198,7 @@ def part_backward(
 
 def _flash_takes(q: Tensor) -> bool:
     """Whether the CUDA flash operators take these queries."""
-    return (
+    return (  # FlashAttention-2's limits: Ampere or later, D a multiple of 8 up to 256
         q.is_cuda
         and q.dtype in _FLASH_DTYPES
         and q.shape[-1] % 8 == 0

@@ -23,17 +23,6 @@ MIN_SLAB = 256
 """Fewest tokens of such a slab: a thinner product would not be a GEMM."""
 
 
-def replicated(parameter: Tensor) -> Tensor:
-    """Gather a `DTensor` parameter (FSDP2, outside its module's forward); give any other tensor as it is.
-
-    Each rank is taken to hold different tokens, as in data parallelism: the gradient is averaged over the mesh on its
-    way back to the shards, as FSDP2 does.
-    """
-    if not torch.distributed.is_available() or not isinstance(parameter, DTensor):
-        return parameter
-    return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
-
-
 def fits_descriptors(*tensors: Tensor) -> bool:
     """Whether TMA descriptors can be made: 16-byte aligned rows of half precision or float32, equal in dtype."""
     return all(
@@ -206,12 +195,22 @@ class HeadGradients:
         return self.hidden, weight, None if self.bias is None else self.bias.to(self.bias_dtype)
 
 
-def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, reference_hidden: Tensor | None = None) -> None:
-    """Refuse a hidden state and a head that do not fit each other.
+def gather_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, reference_hidden: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Give a head's weight and bias whole, and refuse ones that do not fit the hidden states.
+
+    A `DTensor` parameter (FSDP2, outside its module's forward) is gathered. Each rank is taken to hold different
+    tokens, as in data parallelism: the gradient is averaged over the mesh on its way back to the shards, as FSDP2 does.
 
     Raises:
         ValueError: shapes or devices differ. TypeError: dtypes that are not floating point.
     """
+    if torch.distributed.is_available():  # else torch has no DTensor
+        if isinstance(weight, DTensor):
+            weight = weight.full_tensor(grad_placements=[Partial("avg")] * weight.device_mesh.ndim)
+        if isinstance(bias, DTensor):
+            bias = bias.full_tensor(grad_placements=[Partial("avg")] * bias.device_mesh.ndim)
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"need hidden [T, H] and weight [V, H], got {list(hidden.shape)} and {list(weight.shape)}; "
@@ -235,3 +234,4 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, reference_hi
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
         if tensor.device != hidden.device:
             raise ValueError(f"{name} is on {tensor.device}, hidden on {hidden.device}")
+    return weight, bias

@@ -24,7 +24,8 @@ a row, found from a bound on the row's entries: |g_logp| (1 − p_y) + |g_H| H +
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -66,8 +67,7 @@ class Transform(NamedTuple):
         return drift.div_(self.softcap).tanh_().mul_(product.neg_().add_(1.0)).mul_(self.softcap / self.temperature)
 
 
-@dataclass(frozen=True)
-class RowStatistics:
+class RowStatistics(NamedTuple):
     """Statistics of rows, each `[T]` in accumulator precision; a gradient needs `row_max` and `log_sum` again."""
 
     logprob: Tensor
@@ -85,10 +85,8 @@ class RowStatistics:
     @classmethod
     def empty(cls, rows: int, device: torch.device, dtype: torch.dtype, *, entropy: bool, kl: bool) -> RowStatistics:
         """Allocate the statistics of `rows` rows; None for those that are not wanted."""
-
-        def allocate() -> Tensor:
-            return torch.empty(rows, device=device, dtype=dtype)
-
+        # tensors of their own, not rows of one: some are results, whose memory and version would be those of all
+        allocate = partial(torch.empty, rows, device=device, dtype=dtype)
         return cls(
             logprob=allocate(),
             row_max=allocate(),
@@ -101,11 +99,7 @@ class RowStatistics:
 
     def rows(self, rows: slice) -> RowStatistics:
         """View of some rows: a chunk writes its statistics into the whole."""
-        return RowStatistics(*(None if tensor is None else tensor[rows] for tensor in self.tensors()))  # type: ignore[arg-type]
-
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """The fields, in order."""
-        return tuple(getattr(self, field.name) for field in fields(self))
+        return RowStatistics(*(None if tensor is None else tensor[rows] for tensor in self))  # type: ignore[arg-type]
 
 
 class RowGradient(NamedTuple):
@@ -276,14 +270,19 @@ class TorchRows:
         self.drift = drift  # becomes δ
         self.others = self.exp.new_empty(self.exp.shape[0], 1)  # Σ_{v≠y} exp(z − m)
         self.saved, self.ready = saved, False
+        count, vocabulary = self.exp.shape
+        block_rows = max(1, BLOCK_BYTES // max(1, vocabulary * self.exp.element_size()))
+        if self.exp.is_cuda:  # all at once: a GPU has no such cache, and launches each operation apart
+            block_rows = max(1, count)
+        self.blocks = [slice(start, min(start + block_rows, count)) for start in range(0, count, block_rows)]
 
     def statistics_(self) -> None:
         """Fill `stats`."""
         shifted = None
         if self.stats.entropy is not None or self.stats.kl is not None:
-            # one buffer for all blocks: fresh memory costs more than what is done in it
-            shifted = self.exp.new_empty(self._block_rows(), self.exp.shape[1])
-        for rows in self._blocks():
+            # one buffer for all blocks (the first is the largest): fresh memory costs more than what is done in it
+            shifted = self.exp.new_empty(self.blocks[0].stop if self.blocks else 0, self.exp.shape[1])
+        for rows in self.blocks:
             stats, targets, x = self.stats.rows(rows), self.targets[rows], self.exp[rows]
             if self.drift is not None:
                 delta = self.transform.difference(x, self.drift[rows])  # before x is overwritten
@@ -335,7 +334,7 @@ class TorchRows:
             self.exp.scatter_(1, self.targets, -self.others)
             factor = -upstream * inverse_sum
         else:
-            for rows in self._blocks():
+            for rows in self.blocks:
                 self._gradient_block(rows, upstream[rows], grad_entropy, grad_kl)
             factor = inverse_sum
         if self.out is None:  # the GEMMs that follow multiply by the factor: no pass over [r, V] for it
@@ -377,7 +376,7 @@ class TorchRows:
 
     def _restore(self, kl: bool) -> None:
         """exp(z − m), and δ, from saved statistics."""
-        for rows in self._blocks():
+        for rows in self.blocks:
             if kl:
                 assert self.drift is not None
                 assert self.stats.peak_drift is not None
@@ -386,16 +385,6 @@ class TorchRows:
             self.transform(self.exp[rows]).sub_(self.stats.row_max[rows, None]).exp_()
         # others = (1 − p_y) · s
         torch.mul(torch.expm1(self.stats.logprob).neg_(), self.stats.log_sum.exp(), out=self.others[:, 0])
-
-    def _block_rows(self) -> int:
-        """Rows of a block: all on a GPU, which has no such cache and launches each operation apart."""
-        count, vocabulary = self.exp.shape
-        size = max(1, BLOCK_BYTES // max(1, vocabulary * self.exp.element_size()))
-        return count if self.exp.is_cuda else min(size, count)
-
-    def _blocks(self) -> Iterator[slice]:
-        count, size = self.exp.shape[0], self._block_rows()
-        return (slice(start, min(start + size, count)) for start in range(0, count, max(1, size)))
 
 
 def torch_kl(p: Tensor, logp: Tensor, delta: Tensor, mean: Tensor) -> Tensor:
@@ -412,22 +401,7 @@ def torch_kl(p: Tensor, logp: Tensor, delta: Tensor, mean: Tensor) -> Tensor:
 
 Rows = TritonRows | TorchRows
 """A chunk of rows, on either backend."""
-
-
-def make_rows(
-    backend: Backend,
-    logits: Tensor,
-    targets: Tensor,
-    transform: Transform,
-    stats: RowStatistics,
-    *,
-    saved: bool = False,
-    drift: Tensor | None = None,
-    out: Tensor | None = None,
-) -> Rows:
-    """A chunk of rows on a backend; `TritonRows` says what the arguments are."""
-    rows = TritonRows if backend == "triton" else TorchRows
-    return rows(logits, targets, transform, stats, saved=saved, drift=drift, out=out)
+ROWS: dict[Backend, type[TritonRows] | type[TorchRows]] = {"triton": TritonRows, "torch": TorchRows}
 
 
 def default_chunk_bytes(device: torch.device) -> int:
@@ -437,14 +411,12 @@ def default_chunk_bytes(device: torch.device) -> int:
     return CPU_CHUNK_BYTES
 
 
-def row_chunks(rows: int, row_bytes: int, device: torch.device, chunk_bytes: int | None) -> Iterator[slice]:
+def row_chunks(rows: int, row_bytes: int, device: torch.device, chunk_bytes: int | None) -> list[slice]:
     """Split `rows` into the fewest near-equal slices of at most `chunk_bytes` (at least one row each)."""
-    chunk_bytes = chunk_bytes or default_chunk_bytes(device)
-    most = max(1, chunk_bytes // max(1, row_bytes))
+    most = max(1, (chunk_bytes or default_chunk_bytes(device)) // max(1, row_bytes))
     count = -(-rows // most)
-    size = -(-rows // max(1, count))
-    for start in range(0, rows, max(1, size)):
-        yield slice(start, min(start + size, rows))
+    size = max(1, -(-rows // max(1, count)))
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
 @dataclass(frozen=True)
@@ -497,8 +469,7 @@ def head_rows(
             logits.add_(bias)  # the drift needs none: it cancels in a difference
         yield (
             rows,
-            make_rows(
-                options.backend,
+            ROWS[options.backend](
                 logits,
                 targets[rows],
                 options.transform,
@@ -535,13 +506,12 @@ def logit_rows(
         size, vocabulary = view.shape
         pieces = [slice(0, size)] if size else []
         if backend == "torch":  # it copies to accumulator precision: exp(z − m), and z − m for the entropy
-            pieces = list(row_chunks(size, 2 * vocabulary * stats.logprob.dtype.itemsize, logits.device, None))
+            pieces = row_chunks(size, 2 * vocabulary * stats.logprob.dtype.itemsize, logits.device, None)
         for piece in pieces:
             rows = slice(start + piece.start, start + piece.stop)  # of all leading indices, flattened
             yield (
                 rows,
-                make_rows(
-                    backend,
+                ROWS[backend](
                     view[piece],
                     targets[rows],
                     transform,
@@ -566,13 +536,33 @@ def check_logits(logits: Tensor, targets: Tensor) -> Tensor:
     return logits if logits.stride(-1) == 1 or logits.shape[-1] <= 1 else logits.contiguous()
 
 
-def check_targets(targets: Tensor, rows: int, vocabulary: int, device: torch.device, validate: bool) -> None:
-    """Refuse targets of a wrong shape, dtype, device, or (where it costs no device synchronisation) range.
+def check_softmax(
+    transform: Transform,
+    targets: Tensor,
+    rows: int,
+    vocabulary: int,
+    device: torch.device,
+    *,
+    chunk_bytes: int | None = None,
+    validate: bool,
+) -> None:
+    """Refuse arguments of a softmax over `rows` rows of logits that have no meaning, or do not fit each other.
+
+    The range of targets is checked where it costs no device synchronisation, or with `validate`.
 
     Raises:
-        ValueError: a wrong shape or device. TypeError: not int32 or int64. IndexError: a target outside `[0, V)`, or
-            any target where V = 0.
+        ValueError: a temperature, softcap or chunk size that is 0, negative or NaN; targets of a wrong shape or device.
+        TypeError: targets that are not int32 or int64. IndexError: a target outside `[0, V)`, or any target where
+            V = 0.
     """
+    if not transform.temperature > 0:
+        raise ValueError(
+            f"temperature must be positive, got {transform.temperature}; greedy decoding has no distribution"
+        )
+    if transform.softcap is not None and not transform.softcap > 0:
+        raise ValueError(f"softcap must be positive or None, got {transform.softcap}")
+    if chunk_bytes is not None and not chunk_bytes > 0:
+        raise ValueError(f"chunk_bytes must be positive or None, got {chunk_bytes}")
     if targets.shape != (rows,):
         raise ValueError(f"targets must have shape [{rows}], one id per row, got {list(targets.shape)}")
     if targets.dtype not in (torch.int64, torch.int32):
@@ -590,17 +580,3 @@ def check_targets(targets: Tensor, rows: int, vocabulary: int, device: torch.dev
                 f"targets must lie in [0, {vocabulary}), got {low}..{high}; "
                 "drop ignored rows, or give any valid id a weight of 0"
             )
-
-
-def check_softmax(temperature: float, softcap: float | None, chunk_bytes: int | None = None) -> None:
-    """Refuse a temperature, softcap or chunk size that is not positive.
-
-    Raises:
-        ValueError: one of them is 0, negative or NaN; the message says which.
-    """
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}; greedy decoding has no distribution")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive or None, got {softcap}")
-    if chunk_bytes is not None and not chunk_bytes > 0:
-        raise ValueError(f"chunk_bytes must be positive or None, got {chunk_bytes}")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from grpo_kernels._backend import GRAPH_BREAK, Backend, accumulator_dtype, choose_backend, has_triton, tl, triton
+from grpo_kernels._backend import GRAPH_BREAK, HAS_TRITON, Backend, accumulator_dtype, choose_backend, tl, triton
 from grpo_kernels.lm_head._rows import (
     RowGradient,
     Rows,
@@ -23,7 +23,6 @@ from grpo_kernels.lm_head._rows import (
     Transform,
     check_logits,
     check_softmax,
-    check_targets,
     logit_rows,
 )
 from grpo_kernels.lm_head.token_loss import KLEstimator, LossConfig, LossInputs, LossType
@@ -159,7 +158,7 @@ def scale_kernel(x, factor_ptr, n, BLOCK: tl.constexpr):
 
 def scale_(tensor: Tensor, factor: Tensor) -> None:
     """`tensor ·= factor` (0-d) in place; the usual factor of 1 costs neither a pass nor a synchronisation."""
-    if tensor.is_cuda and tensor.is_contiguous() and has_triton():
+    if tensor.is_cuda and tensor.is_contiguous() and HAS_TRITON:
         scale_kernel[(triton.cdiv(tensor.numel(), SCALE["BLOCK"]),)](
             x=tensor, factor_ptr=factor, n=tensor.numel(), **SCALE
         )
@@ -209,7 +208,6 @@ def grpo_loss(
     """
     logits = check_logits(logits, targets)
     shape, rows = targets.shape, targets.numel()
-    check_softmax(temperature, softcap)
     inputs = LossInputs.checked(
         rows,
         logits.device,
@@ -233,8 +231,8 @@ def grpo_loss(
         num_completions=num_completions,
     )
     flat = inputs.without_ignored_ids(targets.reshape(-1))
-    check_targets(flat, rows, logits.shape[-1], logits.device, validate)
     transform, backend = Transform(temperature, softcap), choose_backend(logits.device, backend, logits.dtype)
+    check_softmax(transform, flat, rows, logits.shape[-1], logits.device, validate=validate)
 
     def compute(needs: Sequence[bool]) -> tuple[GRPOLoss, Sequence[Tensor | None]]:
         stats = RowStatistics.empty(rows, logits.device, accumulator_dtype(logits), entropy=True, kl=False)

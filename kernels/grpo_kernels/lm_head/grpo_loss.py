@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from grpo_kernels._backend import GRAPH_BREAK, Backend, accumulator_dtype, choose_backend
-from grpo_kernels.lm_head._gemm import Head, HeadGradients, check_head, replicated
-from grpo_kernels.lm_head._rows import HeadOptions, RowStatistics, Transform, check_softmax, check_targets, head_rows
+from grpo_kernels.lm_head._gemm import Head, HeadGradients, gather_head
+from grpo_kernels.lm_head._rows import HeadOptions, RowStatistics, Transform, check_softmax, head_rows
 from grpo_kernels.lm_head.from_logits import GRPOLoss, loss_pass, with_gradients
 from grpo_kernels.lm_head.token_loss import KLEstimator, LossConfig, LossInputs, LossType
 
@@ -84,9 +84,7 @@ def linear_grpo_loss(
     Raises:
         ValueError, TypeError, IndexError: arguments that do not fit each other; the message says which and why.
     """
-    weight, bias = replicated(weight), None if bias is None else replicated(bias)
-    check_head(hidden, weight, bias)
-    check_softmax(temperature, softcap, chunk_bytes)
+    weight, bias = gather_head(hidden, weight, bias)
     rows = hidden.shape[0]
     inputs = LossInputs.checked(
         rows,
@@ -114,9 +112,12 @@ def linear_grpo_loss(
     if live is not None:  # rows of weight 0 go before the first GEMM
         hidden, targets, inputs = hidden[live], targets[live], inputs.rows(live)
     targets = inputs.without_ignored_ids(targets)
-    check_targets(targets, hidden.shape[0], weight.shape[0], hidden.device, validate)
+    transform = Transform(temperature, softcap)
+    check_softmax(
+        transform, targets, hidden.shape[0], weight.shape[0], hidden.device, chunk_bytes=chunk_bytes, validate=validate
+    )
     options = HeadOptions(
-        transform=Transform(temperature, softcap),
+        transform=transform,
         entropy=True,
         chunk_bytes=chunk_bytes,
         backend=choose_backend(hidden.device, backend, inputs.weight.dtype),

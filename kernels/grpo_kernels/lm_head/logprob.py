@@ -20,13 +20,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from grpo_kernels._backend import GRAPH_BREAK, Backend, accumulator_dtype, choose_backend
-from grpo_kernels.lm_head._gemm import Head, HeadGradients, check_head, fits_descriptors, replicated
+from grpo_kernels.lm_head._gemm import Head, HeadGradients, fits_descriptors, gather_head
 from grpo_kernels.lm_head._rows import (
     HeadOptions,
     RowStatistics,
     Transform,
     check_softmax,
-    check_targets,
     default_chunk_bytes,
     head_rows,
 )
@@ -62,20 +61,26 @@ class _LinearLogprob(torch.autograd.Function):
             entropy=options.entropy,
             kl=reference_hidden is not None,
         )
-        if _without_logits(ctx, hidden, weight, reference_hidden, options):
-            lm_head_stats(hidden, weight, targets, options.transform, stats, bias)
-            return stats.logprob, stats.entropy, stats.kl
+        grad_wanted = options.grad and any(ctx.needs_input_grad)
+        if options.backend == "triton" and not grad_wanted and reference_hidden is None:
+            logits_bytes = hidden.shape[0] * weight.shape[0] * 4
+            chunk_bytes = options.chunk_bytes or default_chunk_bytes(hidden.device)
+            if logits_bytes > chunk_bytes and fits_descriptors(hidden, weight):
+                # several chunks of logits would be written and read again: the other kernel writes none. One chunk is
+                # left to cuBLAS and the row pass
+                lm_head_stats(hidden, weight, targets, options.transform, stats, bias)
+                return stats.logprob, stats.entropy, stats.kl
         head_frozen = not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2])
         head = Head(hidden, weight, options.backend)
         # ∂ logprob / ∂ hidden [T, H] while the logits are there: with a frozen head it is all that a backward needs
         logprob_slope = None
-        if options.grad and ctx.needs_input_grad[0] and head_frozen and reference_hidden is None:
+        if grad_wanted and head_frozen and reference_hidden is None:
             logprob_slope = torch.empty_like(hidden, dtype=head.accumulator)  # rounded once, after the upstream factor
         ctx.options, ctx.kept_chunk = options, None
         for rows, chunk in head_rows(head, hidden, bias, targets, stats, options, reference_hidden=reference_hidden):
             if logprob_slope is None:
                 chunk.statistics_()
-                if options.grad and any(ctx.needs_input_grad) and rows == slice(0, hidden.shape[0]):
+                if grad_wanted and rows == slice(0, hidden.shape[0]):
                     # logits of a single chunk are kept, and not computed again. Without its statistics: those are
                     # results, which hold this graph, so [T, V] would live until the collector finds the cycle
                     del chunk.stats
@@ -83,7 +88,7 @@ class _LinearLogprob(torch.autograd.Function):
             else:
                 head.grad_hidden(chunk.gradient_(None), out=logprob_slope[rows])
         ctx.set_materialize_grads(False)  # an output without an upstream gradient gives None, not a tensor of zeros
-        ctx.save_for_backward(hidden, weight, bias, reference_hidden, targets, logprob_slope, *stats.tensors())
+        ctx.save_for_backward(hidden, weight, bias, reference_hidden, targets, logprob_slope, *stats)
         return stats.logprob, stats.entropy, stats.kl
 
     @staticmethod
@@ -129,19 +134,6 @@ class _LinearLogprob(torch.autograd.Function):
         return *gradients.results(), None, None, None
 
 
-def _without_logits(
-    ctx: Any, hidden: Tensor, weight: Tensor, reference_hidden: Tensor | None, options: HeadOptions
-) -> bool:
-    """Whether to go without logits: no gradient is wanted, and they would not fit into one chunk."""
-    grad_wanted = options.grad and any(ctx.needs_input_grad[:3])
-    if grad_wanted or reference_hidden is not None or options.backend != "triton":
-        return False
-    if not fits_descriptors(hidden, weight):
-        return False
-    logits_bytes = hidden.shape[0] * weight.shape[0] * 4
-    return logits_bytes > (options.chunk_bytes or default_chunk_bytes(hidden.device))
-
-
 @torch.compiler.disable(reason=GRAPH_BREAK)
 def linear_logprob(
     hidden: Tensor,
@@ -181,12 +173,13 @@ def linear_logprob(
     Raises:
         ValueError, TypeError, IndexError: arguments that do not fit each other; the message says which and why.
     """
-    weight, bias = replicated(weight), None if bias is None else replicated(bias)
-    check_head(hidden, weight, bias, reference_hidden)
-    check_targets(targets, hidden.shape[0], weight.shape[0], hidden.device, validate)
-    check_softmax(temperature, softcap, chunk_bytes)
+    weight, bias = gather_head(hidden, weight, bias, reference_hidden)
+    transform = Transform(temperature, softcap)
+    check_softmax(
+        transform, targets, hidden.shape[0], weight.shape[0], hidden.device, chunk_bytes=chunk_bytes, validate=validate
+    )
     options = HeadOptions(
-        transform=Transform(temperature, softcap),
+        transform=transform,
         entropy=entropy,
         chunk_bytes=chunk_bytes,
         backend=choose_backend(hidden.device, backend, accumulator_dtype(hidden, weight)),

@@ -21,7 +21,6 @@ from grpo_kernels.lm_head._rows import (
     Transform,
     check_logits,
     check_softmax,
-    check_targets,
     logit_rows,
 )
 
@@ -47,7 +46,7 @@ class _SelectiveLogprob(torch.autograd.Function):
             chunk.statistics_()
         ctx.set_materialize_grads(False)  # an output without an upstream gradient gives None, not a tensor of zeros
         ctx.transform, ctx.inplace, ctx.backend = transform, inplace, backend
-        ctx.save_for_backward(logits, targets, *stats.tensors())
+        ctx.save_for_backward(logits, targets, *stats)
         return stats.logprob, stats.entropy
 
     @staticmethod
@@ -97,12 +96,12 @@ def selective_logprob(
     """
     logits = check_logits(logits, targets)
     flat = targets.reshape(-1).contiguous()
-    check_targets(flat, flat.shape[0], logits.shape[-1], logits.device, validate)
-    check_softmax(temperature, softcap)
+    transform = Transform(temperature, softcap)
+    check_softmax(transform, flat, flat.shape[0], logits.shape[-1], logits.device, validate=validate)
     logprob, row_entropy = _SelectiveLogprob.apply(
         logits,
         flat,
-        Transform(temperature, softcap),
+        transform,
         entropy,
         inplace,
         choose_backend(logits.device, backend, logits.dtype),

@@ -262,7 +262,7 @@ class LossInputs(NamedTuple):
     def without_ignored_ids(self, targets: Tensor) -> Tensor:
         """Targets with id 0 where the weight is 0: ids of ignored rows may be −100, or padding past V."""
         if targets.shape != self.weight.shape or targets.is_floating_point():
-            return targets  # for `check_targets` to refuse
+            return targets  # for `check_softmax` to refuse
         return torch.where(self.weight != 0, targets, 0)
 
     def loss(self, logprob: Tensor, entropy: Tensor | None) -> TokenLoss:

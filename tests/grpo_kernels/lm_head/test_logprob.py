@@ -342,8 +342,12 @@ def test_a_second_backward_gives_the_same_gradient():
 
 def test_kept_logits_go_with_the_results(monkeypatch):
     chunks = []
-    original = _rows.make_rows
-    monkeypatch.setattr(_rows, "make_rows", lambda *a, **k: chunks.append(made := original(*a, **k)) or made)
+
+    def watched(*arguments, **options):
+        chunks.append(_rows.TorchRows(*arguments, **options))
+        return chunks[-1]
+
+    monkeypatch.setitem(_rows.ROWS, "torch", watched)
     hidden, weight, targets, *_ = make(9, 8, 40)
     results = linear_logprob(hidden.requires_grad_(), weight.requires_grad_(), targets, entropy=True)
     kept = weakref.ref(chunks.pop())

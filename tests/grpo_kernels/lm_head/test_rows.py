@@ -127,7 +127,7 @@ def test_products_of_large_entries_are_those_of_a_dense_matrix():
 
 def test_chunks_are_the_fewest_and_of_nearly_one_size():
     def sizes(rows, row_bytes, chunk_bytes):
-        chunks = list(row_chunks(rows, row_bytes, torch.device("cpu"), chunk_bytes))
+        chunks = row_chunks(rows, row_bytes, torch.device("cpu"), chunk_bytes)
         assert [row for chunk in chunks for row in range(chunk.start, chunk.stop)] == list(range(rows))
         return [chunk.stop - chunk.start for chunk in chunks]
 

@@ -51,7 +51,7 @@ class Tempered:
     def __call__(self, logprob, ratio, advantages):
         return -self.slope * ratio * advantages
 """
-# Llama's computation under attribute names of its own; its own forward has no cache, so it cannot sample
+# Llama's computation under other attribute names; its forward wants positions, which generation would not pass
 FAMILY = """
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.modeling_outputs import BaseModelOutputWithPast

@@ -100,6 +100,14 @@ def test_every_folder_of_modules_is_a_package_that_setup_finds(package):
     assert not {str(folder) for folder in folders if not (folder / "__init__.py").is_file()}
 
 
+@pytest.mark.parametrize("package", PACKAGES)
+def test_tests_are_in_rooms_of_the_same_names_as_modules(package):
+    tests = ROOT / "tests" / package
+    rooms = {path.parent.relative_to(tests) for path in tests.rglob("test_*.py")}
+    assert len(rooms) > 4
+    assert not {str(room) for room in rooms if not (PACKAGES[package] / room / "__init__.py").is_file()}
+
+
 def test_no_folder_hides_another_project():
     """A package `kernels` would shadow the one transformers imports, and `model` is nobody's to claim."""
     assert not (ROOT / "kernels/__init__.py").exists()

@@ -611,3 +611,16 @@ def test_options_and_help_of_a_run_need_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("\nFalse\n")
+
+
+@pytest.mark.parametrize(("saved", "trackers"), [(False, []), (True, ["tensorboard"])])
+def test_a_run_saved_with_a_switch_for_tensorboard_names_it_among_its_trackers(saved, trackers):
+    before = to_dict(GRPOConfig())
+    del before["run"]["trackers"]
+    before["run"]["tensorboard"] = saved
+    assert translate_saved_config(before, GRPOConfig) == to_dict(GRPOConfig(run=RunConfig(trackers=tuple(trackers))))
+
+
+def test_the_switch_for_tensorboard_is_refused_with_its_new_name():
+    with pytest.raises(ConfigError, match=r"run.tensorboard.* run.trackers"):
+        load_config(GRPOConfig, ["--run.tensorboard", "true"])

@@ -14,6 +14,7 @@ import torch
 from grpo_core.algorithm.completions import completion_sum
 from grpo_core.algorithm.kl import kl_penalty
 from grpo_core.config.options import AlgorithmConfig
+from grpo_core.storage.jsonl import jsonable
 from grpo_core.training.accumulator import MetricAccumulator
 from grpo_core.training.batch import Experience, Update
 from grpo_core.types import Group
@@ -142,7 +143,8 @@ def completion_rows(
             "rewards": {name: float(scores.by_reward[k, n, member]) for k, name in enumerate(scores.names)},
             "reward": float(scores.total[n, member]),
             "advantage": float(experience.advantages[n, member]),
-            **{name: values[n * size + member] for name, values in scores.columns.items()},
+            # a reward may log NumPy's numbers; rows travel between ranks as JSON
+            **{name: jsonable(values[n * size + member]) for name, values in scores.columns.items()},
             **(describe(group, member) if describe else {}),
         }
         for n, group in enumerate(experience.groups)

@@ -1,10 +1,13 @@
 """The GRPO loop on a toy task: it learns, and counts right however work is split."""
 
+from typing import ClassVar
+
 import numpy as np
 import pytest
 import torch
 
 from grpo_core.algorithm.losses import LOSS_TYPES
+from grpo_core.rewards import RewardOutput
 from tests.grpo_core.toy import lines, loss_and_gradient, make_trainer, weights
 
 
@@ -146,3 +149,34 @@ def test_a_reward_that_cannot_judge_moves_nothing(tmp_path):
     assert row["frac_reward_zero_std"] == 1
     assert row["effective_groups"] == 0
     assert row["reward"] is None
+
+
+def test_what_a_reward_logs_is_written_with_the_groups_that_are_trained_on(tmp_path):
+    """Also where dynamic sampling leaves groups out: a column follows its completion."""
+
+    class Logging:
+        name = "sevens"
+        steps: ClassVar = []
+
+        def begin_step(self, step, max_steps):
+            self.steps.append((step, max_steps))
+
+        def __call__(self, groups):
+            sevens = np.array([[c.token_ids.count(7) for c in group.completions] for group in groups])
+            first = np.array([[c.token_ids[0] for c in group.completions] for group in groups])
+            return RewardOutput(sevens + 0.0, {"sevens/most": [sevens.max(), 0]}, {"first": list(first.ravel())})
+
+    trainer = make_trainer(tmp_path, steps=2, dynamic_sampling=True, reserve_prompts=4)
+    trainer.rewards = [Logging()]
+    token_ids = []
+    learn = trainer.learn
+    trainer.learn = lambda experience: (
+        token_ids.extend(c.token_ids[0] for group in experience.groups for c in group.completions) or learn(experience)
+    )
+    trainer.train()
+    rows = lines(tmp_path / "toy" / "completions.jsonl")
+    assert [row["first"] for row in rows] == token_ids
+    assert len(rows) == 2 * 4 * 4
+    assert Logging.steps == [(0, 2), (1, 2)]
+    for metrics in lines(tmp_path / "toy" / "metrics.jsonl"):
+        assert metrics["sevens/most"] in (0, 0.5, 1, 1.5, 2, 2.5, 3)  # the mean of two numbers

@@ -1,4 +1,4 @@
-"""What the benchmarks share: shapes of models, memory's high-water mark, measured ceilings, and where results go."""
+"""Shared code of the benchmarks: model shapes, peak memory, measured ceilings, and result files."""
 
 from __future__ import annotations
 
@@ -63,13 +63,13 @@ def make_model(preset: str, device: str, positions: int, *, lora: bool = False, 
 
 
 def matrix_parameters(preset: str) -> int:
-    """Parameters of the decoder layers' matrices."""
+    """Count the parameters of the decoder layers' matrices."""
     hidden, intermediate, layers, heads, kv_heads, _ = PRESETS[preset]
     return layers * (2 * hidden * hidden + 2 * hidden * hidden * kv_heads // heads + 3 * hidden * intermediate)
 
 
 class Memory:
-    """Peak bytes since it was made, beyond what was held then."""
+    """Measures the peak of memory since it was made, in bytes beyond what was allocated then."""
 
     def __init__(self, device: str):
         self.cuda = device == "cuda"
@@ -92,13 +92,13 @@ class Memory:
 
 
 def synchronize(device: str) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has finished all submitted work."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 def fastest(function: Callable[[], object], device: str, calls: int = 5) -> float:
-    """Seconds of the fastest call, after one that warms up."""
+    """Return the seconds of the fastest call, after a warm-up call."""
     times = []
     for _ in range(calls + 1):
         synchronize(device)

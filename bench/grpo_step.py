@@ -3,8 +3,8 @@
     python bench/grpo_step.py --prompt-tokens 512 --completion-tokens 32 --group-size 16 --json out.json
     python bench/grpo_step.py --device cuda --preset 7B --lora --prompt-tokens 1024 --completion-tokens 256 --prompts 8
 
-Four contenders, each in a process of its own, on all cores (or the GPU): ours; ours with sharing off, where every
-completion is a group of its own with its own copy of the prompt, in sampling and in training; TRL
+Four contenders, each in a separate process, on all cores (or the GPU): ours; ours with sharing off, where every
+completion is a separate group with its own copy of the prompt, in sampling and in training; TRL
 (`pip install trl==1.16.0`) as it comes; and TRL without gradient checkpointing, its default. On a CPU they take a step
 each in turn, so that a busy minute of the machine is everyone's; on a GPU, whose memory they would have to share, one
 runs after the other. TRL trains on a group at a time (at P = 192, G = 16, 4 prompts the whole step in one micro-batch
@@ -43,20 +43,20 @@ ANSWER = "answer: "
 
 
 def make_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """One word a token: w0, w1, …"""
+    """Make a tokenizer with one word per token: w0, w1, …"""
     tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocabulary)}, unk_token="w2"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w1", pad_token="w0", unk_token="w2")
 
 
 def make_prompts(args: argparse.Namespace) -> np.ndarray:
-    """Token ids `[steps + 1, prompts, P]`, of the whole run."""
+    """Draw the prompts of the whole run, token ids `[steps + 1, prompts, P]`."""
     shape = (args.steps + 1, args.prompts, args.prompt_tokens)
     return np.random.default_rng(0).integers(3, PRESETS[args.preset][-1], shape)
 
 
 def even_share(token_ids: np.ndarray) -> float:
-    """The reward: the share of even tokens."""
+    """Reward the share of even tokens."""
     return float((token_ids % 2 == 0).mean())
 
 
@@ -80,7 +80,7 @@ def run_ours(args: argparse.Namespace, shared: bool) -> None:
             return np.array([[even_share(np.array(c.token_ids)) for c in group.completions] for group in groups])
 
     class WithoutSharing(GRPOTrainer):
-        """Every completion with a prompt of its own."""
+        """Give every completion its own copy of the prompt."""
 
         def sample(self, prompts):
             size = self.config.rollout.group_size
@@ -206,7 +206,7 @@ def run_trl(args: argparse.Namespace, checkpointing: bool) -> None:
 
 
 class Worker:
-    """A contender in a process of its own, with this one's arguments."""
+    """A contender in a separate process, with the arguments of this one."""
 
     def __init__(self, name: str):
         self.name, self.steps = name, []
@@ -214,14 +214,14 @@ class Worker:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def step(self) -> None:
-        """Let it take a step."""
+        """Let the contender make a step."""
         with contextlib.suppress(BrokenPipeError):  # a process that has ended has said why
             self.process.stdin.write("\n")
             self.process.stdin.flush()
         self.steps.append(self._hear())
 
     def result(self) -> dict:
-        """Its fastest step but for the first, and its peak of memory."""
+        """Return its fastest step after the first, and its peak memory."""
         return min(self.steps[1:], key=lambda step: step["seconds"]) | self._hear()
 
     def _hear(self) -> dict:
@@ -237,12 +237,12 @@ def wait_for_turn() -> None:
 
 
 def answer(values: dict) -> None:
-    """In a worker: tell what was measured."""
+    """In a worker: report the measurements."""
     print(ANSWER + json.dumps(values), flush=True)
 
 
 def compare(names: list[str], steps: int) -> dict[str, dict]:
-    """Results of contenders that take their steps in turn."""
+    """Measure contenders that make their steps in turn."""
     workers = [Worker(name) for name in names]
     try:
         for _ in tqdm(range(steps + 1), desc=", ".join(names), unit="step", leave=False):

@@ -38,7 +38,7 @@ CPU_SIZE = (2048, 512, 32_768)
 
 
 class Batch:
-    """Random inputs of one size: hidden `[T, H]` and head `[V, H]` with logits of unit scale, both to be trained."""
+    """Draw inputs of one size: hidden `[T, H]` and head `[V, H]` with logits of unit scale, both to be trained."""
 
     def __init__(self, tokens: int, width: int, vocabulary: int, device: str, dtype: torch.dtype):
         g = torch.Generator(device).manual_seed(0)
@@ -54,7 +54,7 @@ class Batch:
 
 
 def surrogate(b: Batch, logprob: Tensor) -> Tensor:
-    """The on-policy GRPO loss of log-probs."""
+    """Compute the on-policy GRPO loss of log-probs."""
     return -(torch.exp(logprob - logprob.detach()) * b.advantages * b.loss_weight).sum()
 
 
@@ -150,7 +150,7 @@ CONTENDERS: dict[str, tuple[Callable[[Batch], Tensor], str]] = {
 
 
 def available(device: str) -> dict[str, Callable[[Batch], Tensor]]:
-    """Contenders that are installed and can run on the device; says which are not."""
+    """List the contenders that are installed and run on the device, and print which are not."""
     found, missing = {}, []
     for name, (function, package) in CONTENDERS.items():
         triton_only = name in ("Liger: fused linear cross-entropy", "cut-cross-entropy")
@@ -174,13 +174,13 @@ def step(function: Callable[[Batch], Tensor], batch: Batch) -> None:
 
 
 def status_mib(field: str) -> float:
-    """A memory figure of this process, from the kernel's own accounting (Linux)."""
+    """Read a memory figure of this process from the operating system (Linux)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 
 def cpu_worker(name: str, rounds: int) -> dict[str, float]:
-    """One contender in this process: best seconds of forward and backward, peak MiB beyond the inputs."""
+    """Time one contender in this process: best seconds of forward and backward, peak MiB beyond the inputs."""
     torch.set_num_threads(1)
     batch = Batch(*CPU_SIZE, "cpu", torch.float32)
     before = status_mib("VmRSS")
@@ -194,7 +194,7 @@ def cpu_worker(name: str, rounds: int) -> dict[str, float]:
 
 
 def cpu_pair(ours: str, peer: str, rounds: int) -> dict[str, dict[str, float]]:
-    """Both at the same time, one thread each."""
+    """Time both at the same time, on one thread each."""
     command = [sys.executable, __file__, "--rounds", str(rounds), "--worker"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     runs = {
@@ -235,7 +235,7 @@ def run_cpu(rounds: int) -> dict:
 
 
 def gpu_ms(function: Callable[[], object], calls: int) -> float:
-    """Median milliseconds of a call, after two calls of warm-up."""
+    """Return the median milliseconds of a call, after two warm-up calls."""
     times = []
     for call in range(calls + 2):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -249,7 +249,7 @@ def gpu_ms(function: Callable[[], object], calls: int) -> float:
 
 
 def gemms_ms(b: Batch, calls: int) -> dict[str, float]:
-    """The three GEMMs of the head alone: the ceiling, measured at this very size."""
+    """Time the three GEMMs of the head alone, which are the ceiling at this size."""
     hidden, weight = b.hidden.detach(), b.weight.detach()
     logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
     grad = logits.view(hidden.dtype)[:, : weight.shape[0]]
@@ -261,7 +261,7 @@ def gemms_ms(b: Batch, calls: int) -> dict[str, float]:
 
 
 def gpu_errors(b: Batch) -> dict[str, float]:
-    """Largest log-prob errors of the first rows against float64: a figure without this would mean nothing."""
+    """Compute the largest log-prob errors of the first rows against float64; a time means nothing without them."""
     rows = slice(0, min(64, len(b.targets)))
     hidden, weight, targets = b.hidden.detach()[rows], b.weight.detach(), b.targets[rows]
     want = torch.log_softmax(hidden.double() @ weight.double().T, -1).gather(1, targets[:, None])[:, 0]
@@ -321,7 +321,7 @@ def run_gpu(sizes: list[str], tokens: list[int], calls: int) -> dict:
 
 
 def gpu_contender(function: Callable[[Batch], Tensor], batch: Batch, calls: int) -> dict:
-    """Milliseconds and peak GB beyond the inputs, or why there are none."""
+    """Measure milliseconds and peak GB beyond the inputs, or say why it failed."""
     batch.clear()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
@@ -339,7 +339,7 @@ def gpu_contender(function: Callable[[Batch], Tensor], batch: Batch, calls: int)
 
 
 def row_pass(calls: int) -> dict[str, float]:
-    """The element-wise pass alone (fp32 logits in, bf16 gradient out, in place) beside a copy of as many bytes."""
+    """Time the element-wise pass alone (fp32 logits in, bf16 gradient out, in place) and a copy of as many bytes."""
     from grpo_kernels.lm_head._rows import RowStatistics, Transform, TritonRows
     from grpo_kernels.lm_head.token_loss import LossConfig, LossInputs
 

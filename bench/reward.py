@@ -5,7 +5,7 @@ words drawn by Zipf's law (exponent 0.7, random ranks) from all word forms of th
 and annotators use (bare, bracketed, Python list), every tenth word unknown to the tables. So nearly all predictions are
 distinct strings; the share is printed. Nothing carries over from one pass to the next but the tables.
 
-Time is the process's own processor time on one core, so that other programs on the machine do not count.
+Time is this process's processor time on one core, so that other programs on the machine do not count.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BLOCK, ROUNDS = 10_000, 7
 
 
 class PlainWheel:
-    """The same rules one sample at a time: dictionaries and sets, as one writes them first."""
+    """The same rules one sample at a time, with dictionaries and sets, as a first version would have them."""
 
     def __init__(self, wheel: EmotionWheel, level: int = 1):
         clusters = wheel.tables.clusters[level - 1]
@@ -56,7 +56,7 @@ class PlainWheel:
 
 
 def draw_pairs(wheel: EmotionWheel, n: int, seed: int = 0) -> tuple[list[str], list[str]]:
-    """n ground truths (each repeated for its group) and n predictions."""
+    """Draw n ground truths (each repeated for its group) and n predictions."""
     rng = np.random.default_rng(seed)
     words = np.array(rng.permutation(wheel.tables.words))
     weights = (1.0 + np.arange(len(words))) ** -0.7
@@ -77,7 +77,7 @@ def draw_pairs(wheel: EmotionWheel, n: int, seed: int = 0) -> tuple[list[str], l
 
 
 def pairs_per_second(score: Callable[[list[str], list[str]], object], truth: list[str], guess: list[str]) -> float:
-    """Pairs in a second of processor time: each block's fastest round, since a disturbance can only add to it."""
+    """Return pairs per second of processor time, by each block's fastest round, as disturbances only add time."""
     total = 0.0
     for start in range(0, len(truth), BLOCK):
         block = truth[start : start + BLOCK], guess[start : start + BLOCK]
@@ -91,7 +91,7 @@ def pairs_per_second(score: Callable[[list[str], list[str]], object], truth: lis
 
 
 def cpu_model() -> str:
-    """The processor's name."""
+    """Return the processor's name."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return next(

@@ -36,7 +36,7 @@ CONTENDERS = ("ours", "generate", "generate, static cache")
 
 
 class NoTokenizer:
-    """A vocabulary without text: completions are timed, not read."""
+    """Tokenizer without text: completions are timed, not read."""
 
     eos_token_id = None
 
@@ -51,7 +51,7 @@ class NoTokenizer:
 
 
 def floor(preset: str, prompts: int, args: argparse.Namespace, speeds: dict[str, float]) -> dict[str, float]:
-    """Floor of a rollout's decoding, seconds, and its KV bytes with and without sharing."""
+    """Compute the least seconds of a rollout's decoding, and its KV bytes with and without sharing."""
     hidden, _, layers, heads, kv_heads, vocabulary = PRESETS[preset]
     members, prompt, completion = args.group_size, args.prompt_tokens, args.completion_tokens
     size = 2 if args.device == "cuda" else 4
@@ -70,7 +70,7 @@ def floor(preset: str, prompts: int, args: argparse.Namespace, speeds: dict[str,
 
 
 def take_turns(functions: dict[str, Callable[[], None]], device: str, rounds: int) -> dict[str, float | None]:
-    """Seconds of each function's fastest call after one that warms up; None where memory ran out."""
+    """Time each function's fastest call after a warm-up call, in seconds; None if memory ran out."""
     seconds: dict[str, float | None] = dict.fromkeys(functions, float("inf"))
     for turn in range(rounds + 1):
         for name, function in functions.items():
@@ -89,7 +89,7 @@ def take_turns(functions: dict[str, Callable[[], None]], device: str, rounds: in
 
 
 def measure(preset: str, model, prompts: int, args: argparse.Namespace, speeds: dict[str, float]) -> dict:
-    """One row of the table."""
+    """Format one row of the table."""
     vocabulary = PRESETS[preset][-1]
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary, (prompts, args.prompt_tokens), generator=generator).to(args.device)

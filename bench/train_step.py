@@ -26,7 +26,7 @@ from grpo_core.types import Prompt
 
 
 def floor_ratio(preset: str, prompt: int, completion: int, members: int) -> float:
-    """Floating-point operations of dense copies over those of the shared layout."""
+    """Compute the ratio of floating-point operations, dense copies over shared layout."""
     width, _, layers, _, _, vocabulary = PRESETS[preset]  # heads · head size is the hidden size, in Qwen2.5
     matrices = matrix_parameters(preset)
     head = 2 * width * vocabulary * members * completion
@@ -38,7 +38,7 @@ def floor_ratio(preset: str, prompt: int, completion: int, members: int) -> floa
 
 
 def measure(policy: Policy, passes: list[tuple[GroupLayout, list[Prompt]]], args: argparse.Namespace) -> dict:
-    """Seconds and peak bytes of forward and backward over all passes, and the gradient."""
+    """Measure seconds and peak bytes of forward and backward over all passes, and return the gradient."""
     parameters = list(policy.named_parameters().values())
     counts = [layout.num_predicted for layout, _ in passes]
     weights = torch.randn(sum(counts), generator=torch.Generator().manual_seed(0)).to(args.device).split(counts)

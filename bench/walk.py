@@ -36,7 +36,7 @@ PACKAGES = ("grpo_core", "grpo_kernels")
 
 @dataclass
 class Walk:
-    """What was executed, by file. Paths are relative to the folder that holds the package."""
+    """Executed functions and lines by file, with paths relative to the folder of the package."""
 
     functions: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     lines: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
@@ -50,7 +50,7 @@ class Walk:
         }
 
     def table(self) -> str:
-        """One row a file, longest first, and the totals."""
+        """Format one row per file, longest first, and the totals."""
         width = max(map(len, self.lines))
         rows = [f"{'file':{width}}  functions  lines"]
         for path in sorted(self.lines, key=lambda path: (-len(self.lines[path]), path)):

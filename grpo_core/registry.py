@@ -1,4 +1,4 @@
-"""A table of named entries that plug-ins extend; an option's choices, its help and its refusals derive from it."""
+"""Registry of named entries that plug-ins extend; an option's choices, help and error messages derive from it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ Entry = TypeVar("Entry")
 class Registry(Generic[Entry]):
     """Entries by name, in the order in which they were registered.
 
-    An entry that has options is a frozen dataclass: the fields are its options, and its instance is what a run uses
+    An entry with options is a frozen dataclass: its fields are the options, and a run uses an instance of it
     (`grpo_core.config.chosen_by` makes a config section of it).
 
     Args:
-        noun: what an entry is, for messages: "loss type".
+        noun: name of an entry in messages, e.g. "loss type".
     """
 
     def __init__(self, noun: str):
@@ -27,17 +27,18 @@ class Registry(Generic[Entry]):
         """Add an entry.
 
         Raises:
-            ValueError: the name is taken. Replacing an entry silently would change what a saved config means.
+            ValueError: the name is registered already.
         """
+        # not replaced: that would silently change what a saved config means
         if name in self._entries:
             raise ValueError(f"{self.noun} {name!r} is registered already: choose another name")
         self._entries[name] = entry
 
     def register(self, name: str) -> Callable[[Entry], Entry]:
-        """Decorator that adds the class or function below it.
+        """Make a decorator that adds the class or function below it.
 
         Raises:
-            ValueError: as `add`.
+            ValueError: the name is registered already.
         """
 
         def decorate(entry: Entry) -> Entry:
@@ -47,11 +48,12 @@ class Registry(Generic[Entry]):
         return decorate
 
     def __getitem__(self, name: str) -> Entry:
-        """The entry of a name.
+        """Return the entry of a name.
 
         Raises:
-            ValueError: an unknown name; the message lists the known ones.
+            ValueError: the name is unknown; the message lists the known ones.
         """
+        # ValueError and not KeyError, whose text is the key in quotes: this message reaches users of Python too
         if name not in self._entries:
             raise ValueError(f"unknown {self.noun} {name!r}: choose one of {', '.join(self)}")
         return self._entries[name]
@@ -66,8 +68,8 @@ class Registry(Generic[Entry]):
         return len(self._entries)
 
     def doc(self, name: str) -> str:
-        """First paragraph of the entry's docstring, as one line; empty where it has none."""
+        """Return the first paragraph of the entry's docstring as one line; empty if it has none."""
         entry = self[name]
         text = inspect.cleandoc(getattr(entry, "__doc__", None) or "").partition("\n\n")[0]
-        # dataclass writes a signature where a class has no docstring: that is no description
+        # a dataclass without docstring gets its signature as docstring, which is not a description
         return "" if text.startswith(f"{getattr(entry, '__name__', '')}(") else " ".join(text.split())

@@ -1,4 +1,4 @@
-"""Rewards of your own by import path, adapted to the engine's protocol from whichever signature they have."""
+"""Import a user's rewards by path, and adapt their signatures to the engine's protocol."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from grpo_core.types import Completion, Group, Prompt
 
 @dataclass(frozen=True)
 class TrainerState:
-    """How far training is, as rewards of TRL read it from `trainer_state`.
+    """Progress of training, as rewards written for TRL read it from `trainer_state`.
 
     Attributes:
         global_step: steps made before this one.
@@ -36,7 +36,7 @@ class TrainerState:
 def load_reward(spec: str) -> Reward:
     """Import a reward and adapt it to `Reward`.
 
-    Three signatures are known; the parameters' names tell them apart:
+    Three signatures are accepted; the parameters' names tell them apart:
 
     ```
     reward(groups) -> float64 [N, G] or RewardOutput             ours: all groups of a step at once
@@ -44,20 +44,20 @@ def load_reward(spec: str) -> Reward:
     reward(prompts, completions, completion_ids, wanted, trainer_state, log_extra, log_metric, **kwargs) -> list   TRL's
     ```
 
-    Each may name as few of these parameters as it likes. A function that takes `**kwargs` and names neither `groups`,
-    `prompt` nor `completion` is TRL's. Any of the three may be async, and may be a function, an object with `__call__`,
-    or a class that is made without arguments. None, where it cannot judge, becomes NaN.
+    Each may leave out any of these parameters. A function that takes `**kwargs` and none of `groups`, `prompt` and
+    `completion` is TRL's. Any of the three may be async, and may be a function, an object with `__call__`, or a class
+    whose constructor needs no arguments. None, returned where it cannot judge, becomes NaN.
 
     Args:
-        spec: `file.py:name` or `package.module:name`. A file is run once, however many rewards are taken from it.
+        spec: `file.py:name` or `package.module:name`. A file is imported once, however many rewards come from it.
 
     Raises:
-        ValueError: no such file, module or name, a name that cannot be called, or a signature of none of these forms.
+        ValueError: there is no such file, module or name, it cannot be called, or its signature is not one of these.
     """
-    source, _, name = spec.rpartition(":")
+    source, _, name = spec.rpartition(":")  # from the right: a Windows path has a colon behind the drive
     if not source or not name:
         raise ValueError(f"reward {spec!r} is not an import path: write file.py:name or package.module:name")
-    # a file becomes a module as plug-ins do: once a process, however many rewards are taken from it
+    # as a plug-in, which is imported once per process: two rewards of one file share its module and its models
     module = load_plugin(Path(source), f"reward {spec}") if source.endswith(".py") else _import_module(spec, source)
     if not hasattr(module, name):
         near = difflib.get_close_matches(name, vars(module), 1)
@@ -67,14 +67,14 @@ def load_reward(spec: str) -> Reward:
 
 
 def adapt_reward(function: Any, name: str, spec: str | None = None) -> Reward:
-    """A callable of one of the three forms of `load_reward` as a `Reward`.
+    """Adapt a callable of one of the three forms of `load_reward` to `Reward`.
 
     Args:
-        name: labels the reward, unless the callable has a `name` of its own.
-        spec: what messages call it; the name unless given.
+        name: label of the reward, unless the callable has an attribute `name`.
+        spec: the callable's name in messages; by default `name`.
 
     Raises:
-        ValueError: as `load_reward`.
+        ValueError: it cannot be called, or its signature is not one of the three.
     """
     spec = spec or name
     if not callable(function):
@@ -88,11 +88,11 @@ def adapt_reward(function: Any, name: str, spec: str | None = None) -> Reward:
             )
         function = function()
     label = getattr(function, "name", None)
-    label = label if isinstance(label, str) else name
+    label = label if isinstance(label, str) else name  # an object's `name` may be anything
     parameters = _parameters(function, spec)
     names = [p.name for p in parameters]
     if "groups" in names:
-        # an object with a name that is not async keeps our protocol as it stands
+        # an object that has a name and is not async keeps the protocol already, and may have further methods
         plain = label == getattr(function, "name", None) and not inspect.iscoroutinefunction(function.__call__)
         return cast(Reward, function if plain else _GroupReward(function, label, spec))
     if {"completion", "prompt"}.intersection(names):
@@ -101,16 +101,16 @@ def adapt_reward(function: Any, name: str, spec: str | None = None) -> Reward:
     if takes_any or {"prompts", "completions", "completion_ids"}.intersection(names):
         return cast(Reward, _TRLReward(function, label, spec))
     raise ValueError(
-        f"reward {spec} takes ({', '.join(names)}), which is none of the known signatures: name `groups` (all of a "
+        f"reward {spec} takes ({', '.join(names)}), which is not one of the known signatures: name `groups` (all of a "
         "step), `completion` (one at a time) or `completions` (a list, as TRL calls it) among its parameters"
     )
 
 
 def check_columns(reward: Reward, prompt: Prompt) -> None:
-    """Refuse a sample that lacks a column which the reward reads; does nothing for rewards that read none by name.
+    """Refuse a sample that lacks a column that the reward reads; rewards that read no column by name accept all.
 
     Raises:
-        ValueError: naming the reward, the column, and the columns there are.
+        ValueError: naming the reward, the column, and the columns that the sample has.
     """
     check = getattr(reward, "check_columns", None)
     if check is not None:
@@ -118,10 +118,10 @@ def check_columns(reward: Reward, prompt: Prompt) -> None:
 
 
 class _Adapter:
-    """What the adapters share: the name, the step, and the arguments that a function's signature accepts."""
+    """Base of the adapters: the reward's name, the step, and the arguments that its signature accepts."""
 
     offers: frozenset[str] = frozenset()
-    """Parameters that are filled from elsewhere than the samples' columns."""
+    """Parameters that the adapter fills itself; all others are columns of the samples."""
 
     def __init__(self, function: Callable[..., Any], name: str, spec: str):
         self.function, self.name, self.spec = function, name, spec
@@ -132,17 +132,17 @@ class _Adapter:
         self._required = [p.name for p in parameters if _is_required(p)]
 
     def begin_step(self, step: int, max_steps: int) -> None:
-        """Note which step the next call belongs to, and tell the function if it has such a method too."""
+        """Record the step of the next call, and pass it on if the function has this method too."""
         self.state = TrainerState(step, max_steps)
         begin_step = getattr(self.function, "begin_step", None)
         if begin_step is not None:
             begin_step(step, max_steps)
 
     def check_columns(self, prompt: Prompt) -> None:
-        """As the module's `check_columns`."""
+        """Refuse a sample without a column that the function needs, see the module's `check_columns`."""
         columns = _columns(prompt)
         for name in self._required:
-            # TRL's plural stands for the column `prompt`
+            # TRL passes the column `prompt` as `prompts`
             column = "prompt" if name == "prompts" else name
             if name not in self.offers and column not in columns:
                 raise ValueError(
@@ -151,15 +151,15 @@ class _Adapter:
                 )
 
     def _accepted(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Those of the arguments that the function can take."""
+        """Select the arguments that the function can take."""
         return arguments if self._takes_any else {k: v for k, v in arguments.items() if k in self._names}
 
     def _number(self, value: Any, group: Group, member: int) -> float:
-        """A returned value as a float; NaN for None."""
+        """Convert a returned value to float; None becomes NaN."""
         if value is None:
             return float("nan")
         try:
-            if isinstance(value, str):  # float would read digits, and a reward that returns text is a mistake
+            if isinstance(value, str):  # float("1") would pass, but a reward that returns text is a mistake
                 raise TypeError
             return float(value)
         except (TypeError, ValueError):
@@ -170,7 +170,7 @@ class _Adapter:
 
 
 class _GroupReward(_Adapter):
-    """A function of all groups: `[N, G]` numbers or None, or a `RewardOutput`."""
+    """Adapter of a function of all groups, which returns `[N, G]` numbers or None, or a `RewardOutput`."""
 
     offers = frozenset({"groups"})
 
@@ -182,7 +182,10 @@ class _GroupReward(_Adapter):
 
 
 class _CompletionReward(_Adapter):
-    """A function of one completion's text, its prompt and its sample's columns. Async calls of a step run together."""
+    """Adapter of a function of one completion's text, its prompt and its sample's columns.
+
+    Async calls of a step run concurrently.
+    """
 
     offers = frozenset({"completion"})
 
@@ -191,7 +194,9 @@ class _CompletionReward(_Adapter):
         for group in groups:
             columns = _columns(group.prompt)
             for completion in group.completions:
+                # the completion's text last: a column of that name must not replace it
                 returned.append(self.function(**self._accepted({**columns, "completion": completion.text})))
+        # all calls are made before any is awaited, so that a thousand requests to a judge are under way at once
         if returned and inspect.isawaitable(returned[0]):
             returned = _wait_for(_gather(returned))
         members = [(group, member) for group in groups for member in range(len(group.completions))]
@@ -200,9 +205,9 @@ class _CompletionReward(_Adapter):
 
 
 class _TRLReward(_Adapter):
-    """A function as TRL 1.16 calls it (`GRPOTrainer._calculate_rewards`): with lists over all completions of the step.
+    """Adapter of a function that TRL 1.16 could call (`GRPOTrainer._calculate_rewards`), with lists over completions.
 
-    Where a sample's `prompt` is a list of messages, its completions are lists of one assistant message, as TRL has it.
+    If a sample's `prompt` is a list of messages, its completions are lists of one assistant message, as in TRL.
     """
 
     offers = frozenset({"completions", "completion_ids", "trainer_state", "log_extra", "log_metric"})
@@ -210,7 +215,7 @@ class _TRLReward(_Adapter):
     def __call__(self, groups: Sequence[Group]) -> np.ndarray | RewardOutput:
         members = [(group, member) for group in groups for member in range(len(group.completions))]
         rows = [columns for group in groups for columns in [_columns(group.prompt)] * len(group.completions)]
-        # rows may have different keys: a column that a row lacks is None there, as in a table
+        # samples may have different columns: a missing value is None, as in a table
         keys = dict.fromkeys(key for row in rows for key in row)
         arguments: dict[str, Any] = {
             key: [row.get(key) for row in rows] for key in keys if key not in ("prompt", "completion", "completion_ids")
@@ -220,6 +225,7 @@ class _TRLReward(_Adapter):
         completions = [group.completions[member] for group, member in members]
         metrics: dict[str, list[float]] = {}
         columns: dict[str, list[Any]] = {}
+        # after the columns: TRL's arguments win over columns of the same names
         arguments |= {
             "completions": [_as_trl(c, row.get("prompt")) for c, row in zip(completions, rows, strict=True)],
             "completion_ids": [list(completion.token_ids) for completion in completions],
@@ -244,7 +250,7 @@ class _TRLReward(_Adapter):
 def _parameters(function: Callable[..., Any], spec: str) -> list[inspect.Parameter]:
     try:
         return list(inspect.signature(function).parameters.values())
-    except ValueError as error:  # some built-in functions
+    except ValueError as error:  # some built-in functions have no signature to inspect
         raise ValueError(f"reward {spec}: its signature cannot be read ({error}): wrap it in a function") from error
 
 
@@ -254,13 +260,14 @@ def _is_required(parameter: inspect.Parameter) -> bool:
 
 
 def _columns(prompt: Prompt) -> dict[str, Any]:
-    """A sample's columns: the items of a mapping, or the fields of a dataclass."""
+    """Return a sample's columns: the items of a mapping, or the fields of a dataclass."""
     sample = prompt.sample
     if sample is None:
         return {}
     if isinstance(sample, Mapping):
         return dict(sample)
     if is_dataclass(sample):
+        # not `asdict`, which would copy a sample's arrays for every completion
         return {field.name: getattr(sample, field.name) for field in fields(sample)}
     raise ValueError(
         f"the sample of prompt {prompt.id!r} is a {type(sample).__name__}, whose columns are not known: use a dict or "
@@ -269,7 +276,7 @@ def _columns(prompt: Prompt) -> dict[str, Any]:
 
 
 def _as_trl(completion: Completion, prompt: Any) -> Any:
-    """A completion as TRL hands it over: text, or messages where the prompt is a chat."""
+    """Return a completion as TRL passes it: text, or messages if the prompt is a list of messages."""
     return completion.text if not isinstance(prompt, list) else [{"role": "assistant", "content": completion.text}]
 
 
@@ -287,19 +294,21 @@ _event_loop: asyncio.AbstractEventLoop | None = None
 
 
 def _wait_for(result: Any) -> Any:
-    """The result, awaited if it is a coroutine.
+    """Return the result, awaited if it is a coroutine.
 
-    One loop, in a thread of its own, serves the whole process: a client that a reward keeps between steps is bound to
-    the loop it was made on, and a notebook's thread has a running loop already.
+    One event loop in one background thread serves the whole process: a client that a reward keeps between steps is
+    bound to the loop it was made on, and the main thread of a notebook has a running loop already.
     """
     global _event_loop
     if not inspect.isawaitable(result):
         return result
     if _event_loop is None:
         _event_loop = asyncio.new_event_loop()
+        # daemon: a request that never ends must not keep the process alive after training
         threading.Thread(target=_event_loop.run_forever, name="async rewards", daemon=True).start()
     return asyncio.run_coroutine_threadsafe(cast(Coroutine[Any, Any, Any], result), _event_loop).result()
 
 
+# `asyncio.gather` needs a running loop, so it is called inside a coroutine on that loop
 async def _gather(calls: Sequence[Awaitable[Any]]) -> list[Any]:
     return list(await asyncio.gather(*calls))

@@ -1,4 +1,4 @@
-"""Rewards as numbers: the protocol that a reward keeps, and the scores that several of them give a step."""
+"""Score completions: the protocol of a reward, and the scores of several rewards for a step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Reward(Protocol):
     `name` labels it in metrics, logs and `algorithm.reward_weights`. Called with N groups of G completions each, it
     returns float64 `[N, G]` (or a `RewardOutput`), NaN where it cannot judge: a completion that no reward judges gets
     advantage 0. It must be a pure function of the groups: the same groups give the same numbers on every rank and after
-    a resume. If it has a method `begin_step(step, max_steps)`, that is called before it judges a step.
+    a resume. A method `begin_step(step, max_steps)`, if there is one, is called before each step.
     """
 
     name: str
@@ -29,7 +29,7 @@ class Reward(Protocol):
 
 
 class RewardOutput(NamedTuple):
-    """What a reward gives that also logs something."""
+    """Result of a reward that also logs something."""
 
     values: np.ndarray
     """float64 `[N, G]`, NaN where it cannot judge."""
@@ -41,14 +41,14 @@ class RewardOutput(NamedTuple):
 
 @dataclass(frozen=True)
 class Scores:
-    """What K rewards say of N groups of G completions.
+    """Scores that K rewards give N groups of G completions.
 
     Attributes:
-        names: of the rewards.
+        names: names of the rewards.
         by_reward: float64 `[K, N, G]`, NaN where a reward could not judge.
-        total: float64 `[N, G]`, the weighted sum of what the rewards could judge; NaN where none could.
-        seconds: that each reward took, by name.
-        metrics, columns: what rewards logged, see `RewardOutput`; the columns are of all that was scored.
+        total: float64 `[N, G]`, the weighted sum over the rewards that could judge; NaN where none could.
+        seconds: time that each reward took, by name.
+        metrics, columns: values that rewards logged, see `RewardOutput`; columns hold all N · G completions.
     """
 
     names: tuple[str, ...]
@@ -59,13 +59,18 @@ class Scores:
     columns: Mapping[str, Sequence[Any]]
 
     def signal(self, each_reward: bool) -> np.ndarray:
-        """bool `[N]`: the group teaches something, since its totals (or those of any one reward) are not all equal."""
+        """Find the groups with a learning signal, bool `[N]`: their totals (or one reward's values) are not all equal.
+
+        Args:
+            each_reward: a reward that differs within the group is enough, as for GDPO.
+        """
         if not each_reward:
             return has_signal(self.total)
+        # the totals too: they differ where one member alone lacks a reward's judgement
         return np.any([has_signal(self.total), *(has_signal(values) for values in self.by_reward)], axis=0)
 
     def select(self, groups: np.ndarray) -> Scores:
-        """The scores of some groups, int64 `[n]` into N."""
+        """Return the scores of some groups, int64 `[n]` indices into N; metrics and seconds stay those of all."""
         size = self.total.shape[1]
         members = (groups[:, None] * size + np.arange(size)).ravel()
         columns = {name: [values[i] for i in members] for name, values in self.columns.items()}
@@ -73,10 +78,10 @@ class Scores:
 
 
 def check_reward_weights(rewards: Sequence[Reward], weights: Mapping[str, float]) -> None:
-    """Refuse a weight that names no reward.
+    """Refuse weights of unknown rewards, and rewards that share a name.
 
     Raises:
-        ValueError: naming the key and the rewards there are.
+        ValueError: naming the key and the run's rewards, or the names.
     """
     names = [reward.name for reward in rewards]
     if len(set(names)) != len(names):
@@ -95,11 +100,11 @@ def score(
     step: int = 0,
     max_steps: int = 0,
 ) -> Scores:
-    """Ask every reward about N groups of `group_size` completions.
+    """Score N groups of `group_size` completions by every reward.
 
     Args:
-        weights: by reward name; a reward that is not named weighs 1.
-        step, max_steps: where the run is; see `Reward`.
+        weights: weight by reward name; a reward that is not named weighs 1.
+        step, max_steps: progress of the run, see `Reward`.
 
     Raises:
         ValueError: a reward returns another shape than `[N, G]`, or an infinite number.
@@ -107,6 +112,7 @@ def score(
     shape = (len(groups), group_size)
     by_reward = np.zeros((len(rewards), *shape))
     total, judged = np.zeros(shape), np.zeros(shape, dtype=bool)
+    # filled for every reward, so that a rank without prompts has the same metrics and makes the same collectives
     seconds = {reward.name: 0.0 for reward in rewards}
     metrics: dict[str, list[float]] = {}
     columns: dict[str, Sequence[Any]] = {}
@@ -130,9 +136,10 @@ def score(
                 f"reward {reward.name!r} is infinite for prompt {groups[row].id!r}, completion {member}: "
                 "return a finite number, or NaN if it cannot judge"
             )
+        # summed in the order of the rewards, so that the total rounds alike wherever it is computed
         known = ~np.isnan(values)
         total += np.where(known, values, 0.0) * weights.get(reward.name, 1.0)
         judged |= known
         by_reward[index] = values
-    total[~judged] = np.nan
+    total[~judged] = np.nan  # not 0, which would count as a score in the group's mean
     return Scores(tuple(seconds), by_reward, total, seconds, metrics, columns)

@@ -176,7 +176,7 @@ def test_a_wrong_command_is_noticed():
     wrong = {
         "python recipes/missing.py": "there is no recipes/missing.py",
         "python recipes/affectgpt_r1.py --algorithm.bta 1": "unknown key 'algorithm.bta'",
-        "python recipes/affectgpt_r1.py --config nosuch": "no config of that name",
+        "python recipes/affectgpt_r1.py --config nosuch": "there is no such file or config",
         "python bench/rollout.py --round 2 --lora": "unrecognized arguments: --lora",
         "python bench/rollout.py --preset 8B": "invalid choice",
         "python -m affectgpt.synthetic make": "required",

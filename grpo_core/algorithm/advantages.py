@@ -1,8 +1,8 @@
-"""Group-relative advantages as pure functions in float64.
+"""Compute group-relative advantages as pure functions in float64.
 
-Everywhere, a group's first reward is subtracted before anything else, so equal rewards give exactly 0 whatever their
-value: a residue of rounding would have the same sign for all members and push the whole group. NaN means that a
-completion could not be judged; a group that is smaller than others is a row padded with NaN.
+A group's first reward is always subtracted before anything else, so equal rewards give exactly 0 whatever their value:
+a residue of rounding would have the same sign for all members and push the whole group. NaN means that a completion
+could not be judged; a group with fewer members than others is a row padded with NaN.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ def group_advantages(
     """Compare each completion with its group: `(r − mean) / (std + 1e-4)` (DeepSeekMath, arXiv 2402.03300, eq. 3).
 
     Args:
-        rewards: float64 `[N, G]`. NaN is left out of its group's statistics and gets 0.
+        rewards: float64 `[N, G]`. NaN is left out of its group's statistics and gets advantage 0.
         scale: divide by the standard deviation of the group, or of all rewards of the step (`batch`; arXiv 2508.08221),
             or only centre (`none`; Dr. GRPO). Standard deviations are unbiased, as TRL's.
         baseline: `mean` of the group; `leave_one_out`, the mean of the *other* members (RLOO, arXiv 2402.14740), which
-            makes it n / (n − 1) times as much.
-        batch_std: for scale `batch`, the standard deviation over all ranks, `moments_std` of their moments; of these
-            rewards unless given.
+            makes the advantage n / (n − 1) times as large.
+        batch_std: for scale `batch`, the standard deviation over all ranks, `moments_std` of their moments; by default
+            that of these rewards.
 
     Returns:
         float64 `[N, G]`. A group with fewer than two judged members gets 0.
 
     Raises:
-        ValueError: rewards are not two-dimensional, one is infinite, or an unknown scale or baseline.
+        ValueError: rewards are not two-dimensional, one is infinite, or the scale or baseline is unknown.
     """
     rewards = np.asarray(rewards, dtype=np.float64)
     if rewards.ndim != 2:
@@ -47,7 +47,7 @@ def group_advantages(
         )
     judged = ~np.isnan(rewards)
     count = judged.sum(axis=1, keepdims=True)
-    # argmax finds the first judged member; where there is none it gives member 0, NaN, which the masks drop
+    # argmax finds the first judged member; if there is none it gives member 0, whose NaN the masks drop
     first = np.take_along_axis(rewards, judged.argmax(axis=1)[:, None], axis=1) if rewards.size else rewards[:, :1]
     shifted = np.where(judged, rewards - first, 0.0)
     mean = shifted.sum(axis=1, keepdims=True) / np.maximum(count, 1)
@@ -77,7 +77,7 @@ def combined_advantages(
         rewards: float64 `[K, N, G]`, of K rewards; NaN where one could not judge adds nothing.
         weights: `[K]`.
         baseline: as for `group_advantages`.
-        batch_std: standard deviation over all ranks of `weighted_advantages`; of these unless given.
+        batch_std: standard deviation of `weighted_advantages` over all ranks; by default over these.
 
     Returns:
         float64 `[N, G]`; 0 where no reward could judge.
@@ -88,12 +88,12 @@ def combined_advantages(
 
 
 def weighted_advantages(rewards: np.ndarray, weights: Sequence[float], baseline: str = "mean") -> np.ndarray:
-    """The weighted sum of each reward's own group advantages, float64 `[N, G]`, NaN where no reward could judge.
+    """Sum the group advantages of each reward by weight, float64 `[N, G]`, NaN where no reward could judge.
 
-    Arguments as `combined_advantages`, which scales it over the batch: ranks exchange the `moments` of this.
+    Arguments as in `combined_advantages`, which scales the sum over the batch: ranks exchange its `moments`.
 
     Raises:
-        ValueError: rewards are not `[K, N, G]` with a weight each, or as `group_advantages`.
+        ValueError: rewards are not `[K, N, G]` with K weights, or `group_advantages` refuses one of them.
     """
     rewards = np.asarray(rewards, dtype=np.float64)
     if rewards.ndim != 3 or len(rewards) != len(weights):
@@ -107,10 +107,10 @@ def weighted_advantages(rewards: np.ndarray, weights: Sequence[float], baseline:
 
 
 def moments(values: np.ndarray) -> np.ndarray:
-    """float64 `[3]`: count, mean, and sum of squared deviations from the mean, of all values that are not NaN.
+    """Compute the moments of all values that are not NaN, float64 `[3]`: count, mean, sum of squared deviations.
 
-    What ranks exchange for a standard deviation over all of them (`gather_rows`, then `combine_moments`). Sums of
-    squares alone could be added too, but lose the digits of a small spread at a large mean.
+    Ranks exchange them for a standard deviation over all ranks (`gather_rows`, then `combine_moments`). Plain sums of
+    squares could simply be added, but lose the digits of a small spread at a large mean.
     """
     values = np.asarray(values, dtype=np.float64)
     values = values[~np.isnan(values)]
@@ -125,13 +125,14 @@ def combine_moments(rows: np.ndarray) -> np.ndarray:
     """Combine the moments `[W, 3]` of disjoint sets into those of their union, `[3]` (Chan, Golub and LeVeque)."""
     count, mean, squares = 0.0, 0.0, 0.0
     # in the order of the ranks, so that every rank gets the same bits
-    for n, m, s in np.asarray(rows, dtype=np.float64).reshape(-1, 3).tolist():
-        if not n:
+    for row_count, row_mean, row_squares in np.asarray(rows, dtype=np.float64).reshape(-1, 3).tolist():
+        if not row_count:  # its mean is a placeholder
             continue
-        total = count + n
-        difference = m - mean if count else 0.0
-        mean = mean + difference * n / total if count else m
-        squares += s + difference**2 * count * n / total
+        total = count + row_count
+        # the first mean is taken as it is: mean · n / n may round, and one rank's moments must come back unchanged
+        difference = row_mean - mean if count else 0.0
+        mean = mean + difference * row_count / total if count else row_mean
+        squares += row_squares + difference**2 * count * row_count / total
         count = total
     return np.array([count, mean, squares])
 
@@ -164,10 +165,10 @@ def choose_groups(signal: np.ndarray, count: int) -> np.ndarray:
         int64 `[count]`, ascending.
 
     Raises:
-        ValueError: fewer groups than are wanted.
+        ValueError: there are fewer groups than `count`.
     """
     signal = np.asarray(signal, dtype=bool)
     if count > len(signal):
         raise ValueError(f"{count} groups are wanted of {len(signal)} sampled ones: sample a reserve")
-    # stable: groups of one sort keep their order, on every rank alike; sorted, so that packing sees the sampled order
+    # stable, so that every rank keeps the same groups; sorted, so that packing sees them in the sampled order
     return np.sort(np.argsort(~signal, kind="stable")[:count])

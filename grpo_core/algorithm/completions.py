@@ -1,4 +1,4 @@
-"""Sums and means of a completion's tokens."""
+"""Sum and average values over the tokens of each completion."""
 
 from __future__ import annotations
 
@@ -21,6 +21,6 @@ def completion_sum(values: Tensor, completion_index: Tensor, num_completions: in
 
 
 def completion_mean(values: Tensor, completion_index: Tensor, num_completions: int) -> Tensor:
-    """Average each completion's tokens, float64 `[M]`, differentiable; arguments and empty ones as `completion_sum`."""
+    """Average each completion's tokens, float64 `[M]`, differentiable; arguments as in `completion_sum`."""
     count = completion_sum(values.new_ones(values.shape), completion_index, num_completions)
-    return completion_sum(values, completion_index, num_completions) / count.clamp(min=1.0)
+    return completion_sum(values, completion_index, num_completions) / count.clamp(min=1.0)  # 0 / 1 without tokens

@@ -1,7 +1,7 @@
-"""Coefficients that change during a run: β by a schedule or towards a KL, the entropy bonus towards an entropy.
+"""Control coefficients during a run: β by a schedule or towards a target KL, the entropy bonus towards an entropy.
 
-A controller reads a metric of the whole step (the same on every rank) after the step and sets the coefficient of the
-next; its `state_dict` is JSON-serialisable and must be saved in the checkpoint.
+A controller reads a metric of the whole step (the same on every rank) after the step and sets the next step's
+coefficient; its `state_dict` is JSON-serialisable and must be saved in the checkpoint.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from grpo_core.config.options import AlgorithmConfig
 
 
 def beta_schedule(step: int, total_steps: int, start: float, end: float, shape: str = "linear") -> float:
-    """β of step 0…total_steps − 1: `start` on the first, `end` on the last, on a line or half a cosine between them.
+    """Compute β of step 0…total_steps − 1, from `start` on the first to `end` on the last, on a line or half a cosine.
 
     Raises:
-        ValueError: an unknown shape.
+        ValueError: the shape is unknown.
     """
-    # a run that is continued with fewer steps than it has done stays at the end
+    # clamped: a run may be resumed with fewer total steps than it has made
     progress = min(max(step / max(total_steps - 1, 1), 0.0), 1.0)
     if shape == "cosine":
         progress = (1 - math.cos(math.pi * progress)) / 2
@@ -37,7 +37,7 @@ class AdaptiveKL:
     Attributes:
         beta: current coefficient.
         target: KL to keep, in the unit of `update`'s argument (nats per token in a run).
-        horizon: completions in which β can grow or fall by a fifth.
+        horizon: completions after which β can have grown or fallen by a fifth.
     """
 
     beta: float
@@ -51,7 +51,7 @@ class AdaptiveKL:
             )
 
     def update(self, kl: float, completions: int) -> float:
-        """Set and return the next step's β; a KL that is not finite leaves it as it is."""
+        """Set and return the next step's β; a KL that is not finite leaves it unchanged."""
         if math.isfinite(kl):  # a step in which every completion was masked has no KL
             error = min(max(kl / self.target - 1.0, -0.2), 0.2)
             # a step larger than the horizon would otherwise change β by more than the fifth that the clip allows
@@ -59,7 +59,7 @@ class AdaptiveKL:
         return self.beta
 
     def state_dict(self) -> dict[str, float]:
-        """What changes from step to step."""
+        """Return the state that changes from step to step; target and horizon come from the config."""
         return {"beta": self.beta}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
@@ -71,11 +71,11 @@ class AdaptiveKL:
 class AdaptiveEntropy:
     """Adapt the entropy bonus, paid only while entropy is at or below a target (Skywork-OR1, arXiv 2505.22312).
 
-    After each step the coefficient grows by `delta` where the entropy is at or below the target, and falls by it
+    After each step the coefficient grows by `delta` if the entropy is at or below the target, and falls by it
     otherwise, within `[minimum, maximum]`.
 
     Attributes:
-        coefficient: current value, whether or not it is applied.
+        coefficient: current value, also while it is not applied.
         target: nats per token.
         delta: change per step.
         entropy: of the last step; None before the first, in which no bonus is paid.
@@ -97,19 +97,19 @@ class AdaptiveEntropy:
     @property
     def applied(self) -> float:
         """The coefficient of the next step."""
-        # nothing before the first step: its entropy is not known yet
+        # 0 before the first step, as no entropy is known yet
         return self.coefficient if self.entropy is not None and self.entropy <= self.target else 0.0
 
     def update(self, entropy: float) -> float:
         """Adapt to a step's mean entropy and return the next step's coefficient; ignore one that is not finite."""
         if math.isfinite(entropy):
-            self.entropy = entropy  # `applied` compares it, so that the bonus stops at once, whatever the coefficient
+            self.entropy = entropy  # for `applied`: above the target the bonus stops at once, not when it has decayed
             change = self.delta if entropy <= self.target else -self.delta
             self.coefficient = min(max(self.coefficient + change, self.minimum), self.maximum)
         return self.applied
 
     def state_dict(self) -> dict[str, float | None]:
-        """What changes from step to step."""
+        """Return the state that changes from step to step."""
         return {"coefficient": self.coefficient, "entropy": self.entropy}
 
     def load_state_dict(self, state: dict[str, float | None]) -> None:
@@ -123,8 +123,8 @@ class Coefficients:
     """β and the weight of the entropy bonus at each step of a run: constant, scheduled or adaptive.
 
     Args:
-        algorithm: the options that say which.
-        max_steps: of the run; a schedule ends there.
+        algorithm: options that choose among these.
+        max_steps: steps of the run; a schedule ends there.
     """
 
     def __init__(self, algorithm: AlgorithmConfig, max_steps: int):
@@ -143,7 +143,7 @@ class Coefficients:
             )
 
     def beta(self, step: int) -> float:
-        """β of a step, counted from 0."""
+        """Return β of a step, counted from 0."""
         algorithm = self.algorithm
         if self._adaptive_kl is not None:  # AlgorithmConfig refuses a target and a schedule together
             return self._adaptive_kl.beta
@@ -157,14 +157,14 @@ class Coefficients:
         return self.algorithm.entropy_coef if self._adaptive_entropy is None else self._adaptive_entropy.applied
 
     def update(self, kl: float | None, entropy: float, completions: int) -> None:
-        """Adapt to a step's mean KL and entropy, over all ranks: a rank's own would let the ranks drift apart."""
+        """Adapt to a step's mean KL and entropy over all ranks; with local means the ranks would drift apart."""
         if self._adaptive_kl is not None and kl is not None:
             self._adaptive_kl.update(kl, completions)
         if self._adaptive_entropy is not None:
             self._adaptive_entropy.update(entropy)
 
     def state_dict(self) -> dict[str, Any]:
-        """What changes from step to step, JSON-serialisable."""
+        """Return the state that changes from step to step, JSON-serialisable."""
         controllers = {"kl": self._adaptive_kl, "entropy": self._adaptive_entropy}
         return {name: controller.state_dict() for name, controller in controllers.items() if controller is not None}
 

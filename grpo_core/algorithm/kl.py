@@ -1,4 +1,4 @@
-"""Estimates of how far the policy has gone from its reference, from sampled tokens."""
+"""Estimate the KL divergence of the policy from its reference, from sampled tokens."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ def kl_penalty(
     kl_estimator: str = "k3",
     ratio: Tensor | None = None,
 ) -> Tensor:
-    """Estimate the KL to the reference per token, `[R]`, differentiable: `kl_estimate`, times the ratio if given.
+    """Estimate the KL to the reference per token, `[R]`, differentiable: `kl_estimate`, times `ratio` if there is one.
 
-    k3 is unbiased on the policy's own samples and never negative. As a penalty, though, its *gradient* there is that of
-    the forward KL, k1's is zero in the mean, and only k2's is that of the reverse KL. Multiplied by the ratio, k3 is
-    unbiased in value and gradient, on and off policy (DeepSeek-V3.2, arXiv 2512.02556; TRL's `use_bias_correction_kl`).
+    k3 is unbiased on samples of the policy itself and never negative. As a penalty, though, its *gradient* there is
+    that of the forward KL, k1's is zero in the mean, and only k2's is that of the reverse KL. Multiplied by the ratio,
+    k3 is unbiased in value and gradient, on and off policy (DeepSeek-V3.2, arXiv 2512.02556; TRL's
+    `use_bias_correction_kl`).
 
     Args:
         logprob, reference_logprob: `[R]`; no gradient flows into the reference.
         kl_estimator: k1, k2 or k3.
-        ratio: `[R]`, `importance_ratio` with its gradient, to multiply by.
+        ratio: `[R]`, factor of the estimate: `importance_ratio` with its gradient.
 
     Raises:
         ValueError: an unknown estimator.

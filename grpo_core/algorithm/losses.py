@@ -1,8 +1,8 @@
-"""Loss types: how a token's loss is made from its ratio and advantage, and how token losses are averaged.
+"""Define loss types: how a token's loss is computed from its ratio and advantage, and how token losses are averaged.
 
 A loss type is a frozen dataclass registered under a name: its fields are its options (`algorithm.loss.…`), its call
-computes the surrogate, and `register_loss` notes its ratio level, its average and its source. docs/algorithms.md has
-the table, and shows how to add one.
+computes the surrogate, and `register_loss` records its ratio level, its average and its source. docs/algorithms.md
+has the table and shows how to add one.
 
 Nothing here imports torch when the module is loaded: `--help` and a mistyped key must not wait seconds for it.
 """
@@ -44,18 +44,18 @@ class LossType(Protocol):
     """A registered loss type: an instance holds its options."""
 
     ratio_level: ClassVar[RatioLevel]
-    """Whose ratio it takes unless the run says otherwise: see `importance_ratio`."""
+    """Default level of its importance ratio: see `importance_ratio`."""
     average: ClassVar[Average]
     """How token losses are averaged: see `token_weights`."""
     source: ClassVar[str]
     """The paper or code that defines it."""
 
     def __call__(self, logprob: Tensor, ratio: Tensor, advantages: Tensor) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """Token losses `[R]`; with them, where clipping is reported, the bool masks (clipped_low, clipped_high)."""
+        """Compute token losses `[R]`; to report clipping, return (losses, clipped_low, clipped_high), masks as bool."""
 
 
 LOSS_TYPES: Registry[Any] = Registry("loss type")
-"""Loss types by name, each a class as `LossType` describes it."""
+"""Loss types by name; each is a class that keeps `LossType`."""
 
 Loss = TypeVar("Loss", bound=Callable[..., Any])
 
@@ -66,16 +66,16 @@ def register_loss(
     """Register the class or function below as loss type `name`.
 
     A class becomes a frozen dataclass: its fields are its options. A function has none. Either is called as
-    `loss(logprob=…, ratio=…, advantages=…)`, all `[R]`, and returns what `LossType` says.
+    `loss(logprob=…, ratio=…, advantages=…)`, all `[R]`, and returns what `LossType.__call__` returns.
 
     Args:
         ratio: default level of the importance ratio, see `importance_ratio`.
-        average: of the token losses, see `token_weights`.
+        average: average of the token losses, see `token_weights`.
         source: the paper that defines it.
 
     Raises:
-        ValueError: the name or the class is taken, the ratio level or average is unknown, or nothing computes the
-            surrogate.
+        ValueError: the name or the class is registered already, the ratio level or average is unknown, or nothing
+            computes the surrogate.
     """
     for option, value, known in (("ratio", ratio, RATIO_LEVELS), ("average", average, AVERAGES)):
         if value not in known:
@@ -94,6 +94,7 @@ def register_loss(
             raise ValueError(f"loss type {name!r}: {loss.__name__} is registered already, register a subclass of it")
         entry: Any = loss
         if not isinstance(loss, type):
+            # a function becomes a class without options, so that configs and messages treat both alike
             body = {"__call__": staticmethod(loss), "__doc__": loss.__doc__, "__module__": loss.__module__}
             entry = make_dataclass(loss.__name__, [], frozen=True, namespace=body)
         elif "__dataclass_fields__" not in vars(loss):  # also where a base has them: this class may add options
@@ -102,7 +103,7 @@ def register_loss(
             raise ValueError(f"loss type {name!r}: make {loss.__name__} a @dataclass(frozen=True)")
         LOSS_TYPES.add(name, entry)
         entry.ratio_level, entry.average, entry.source = ratio, average, source
-        return loss
+        return loss  # as written, so that a decorated function can still be called
 
     return decorate
 
@@ -119,10 +120,10 @@ class Clip(ConfigSection, key="algorithm.loss"):
     """PPO's clipped surrogate, −min(min(r, δ) · A, clip(r, 1 − ε, 1 + ε_high) · A)."""
 
     epsilon: float | None = None
-    """Lower clip range: a ratio below 1 − epsilon gives no gradient to a falling advantage. Unset, the range of the
-    loss type's paper."""
+    """Lower clip range: a token of negative advantage has no gradient at ratios below 1 − epsilon. Unset, the range of
+    the loss type's paper."""
     epsilon_high: float | None = None
-    """Upper clip range; unset, the same as epsilon, or that of the loss type's paper."""
+    """Upper clip range; unset, epsilon, or the range of the loss type's paper."""
     delta: float | None = None
     """Upper cap of the ratio for negative advantages (two-sided clipping); unset, off."""
 
@@ -141,7 +142,7 @@ class Clip(ConfigSection, key="algorithm.loss"):
     def clip_range(self) -> tuple[float, float]:
         """(clip_low, clip_high)."""
         low, high = self.paper_range
-        if self.epsilon is not None:  # both, as in TRL: DAPO's higher upper range is not added to another epsilon
+        if self.epsilon is not None:  # for both, as in TRL: the paper's upper range does not fit another epsilon
             low = high = self.epsilon
         return low, high if self.epsilon_high is None else self.epsilon_high
 
@@ -151,6 +152,7 @@ class Clip(ConfigSection, key="algorithm.loss"):
         clip_low, clip_high = self.clip_range
         loss = clipped_surrogate(ratio, advantages, clip_low, clip_high, self.delta)
         ratio = ratio.detach()
+        # the min in the formula clips a ratio only where moving it further would raise the objective
         clipped_low = (ratio < 1.0 - clip_low) & (advantages < 0)
         return loss, clipped_low, (ratio > 1.0 + clip_high) & (advantages > 0)
 
@@ -187,7 +189,7 @@ class GSPO(Clip):
 
 @register_loss("gspo_token", ratio="sequence_token", average="sequence", source="GSPO, arXiv 2507.18071, eq. 13")
 class GSPOToken(GSPO):
-    """As gspo, with the gradient of each token's own ratio."""
+    """As gspo, with the gradient of each token's ratio."""
 
 
 @register_loss("cispo", average="token", source="MiniMax-M1, arXiv 2506.13585")
@@ -218,8 +220,8 @@ class SAPO(ConfigSection, key="algorithm.loss"):
 
     temperature_pos: float = 1.0
     """Steepness τ of the gate for positive advantages."""
-    temperature_neg: float = 1.05  # above the positive one: a rising bad token spreads its mass over all others
-    """The same for the others."""
+    temperature_neg: float = 1.05  # above the positive one: a negative advantage raises all unsampled tokens' logits
+    """Steepness τ for all other advantages."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -251,15 +253,15 @@ def policy_loss(
     *,
     ratio_level: RatioLevel | None = None,
 ) -> Surrogate:
-    """Losses of tokens under a loss type, before averaging.
+    """Compute the losses of tokens under a loss type, before averaging.
 
     Args:
         loss: an instance of a registered loss type, `AlgorithmConfig.loss`.
         logprob: `[R]` log-probability of each token under the policy.
-        old_logprob: `[R]` the same under the policy of the first pass; no gradient flows into it.
+        old_logprob: `[R]` the same under the weights that sampled; no gradient flows into it.
         advantages: `[R]`.
-        completion_index: int64 `[R]`, the completion that a token belongs to, in `[0, num_completions)`.
-        ratio_level: instead of the loss type's own.
+        completion_index: int64 `[R]`, each token's completion, in `[0, num_completions)`.
+        ratio_level: replaces the loss type's default.
 
     Raises:
         ValueError: an unknown ratio level.
@@ -282,7 +284,7 @@ def importance_ratio(
     num_completions: int,
     level: RatioLevel = "token",
 ) -> Tensor:
-    """π / π_old of each token `[R]`, differentiable in `logprob`.
+    """Compute π / π_old of each token, `[R]`, differentiable in `logprob`.
 
     With `d_t = logp_t − logp_old_t`: token `exp(d_t)`; sequence `s = exp(mean d over the completion)` (GSPO, arXiv
     2507.18071, eq. 7), the same for all its tokens; sequence_token `sg(s) · π_t / sg(π_t)` (eq. 14): the value of the
@@ -290,10 +292,10 @@ def importance_ratio(
 
     Args:
         logprob, old_logprob: `[R]`; no gradient flows into the old one.
-        completion_index: int64 `[R]`, the completion that a token belongs to, in `[0, num_completions)`.
+        completion_index: int64 `[R]`, each token's completion, in `[0, num_completions)`.
 
     Raises:
-        ValueError: an unknown level.
+        ValueError: the level is unknown.
     """
     log_ratio = logprob - old_logprob.detach()
     if level == "token":
@@ -302,7 +304,7 @@ def importance_ratio(
         raise ValueError(f"unknown ratio level {level!r}: choose one of {', '.join(RATIO_LEVELS)}")
     sequence = completion_mean(log_ratio, completion_index, num_completions).to(logprob.dtype)[completion_index]
     if level == "sequence_token":
-        # added in log space, where the difference is exactly 0: the value stays the sequence's to the last bit
+        # added in log space, where logprob − sg(logprob) is exactly 0: the value stays the sequence's to the last bit
         sequence = sequence.detach() + (logprob - logprob.detach())
     return sequence.exp()
 
@@ -317,7 +319,7 @@ def token_weights(
     max_length: int,
     completion_weights: Tensor | None = None,
 ) -> Tensor:
-    """Weight `[R]`, float32, of each token's loss; totals count the whole optimiser step, over micro-batches and ranks.
+    """Compute the weight of each token's loss, float32 `[R]`; totals are those of the optimiser step, over all ranks.
 
     By `average`, for a token of completion i, of L_i tokens, among M completions and T tokens:
     sequence `1 / (M · L_i)`; token `1 / T`; constant `1 / (M · L_max)`; sum `1 / M`.
@@ -329,17 +331,17 @@ def token_weights(
         total_completions: M, with those of weight 0.
         total_tokens: T, without the tokens of completions of weight 0.
         max_length: L_max, the longest completion that can be sampled.
-        completion_weights: `[M_local]` further factor of all of a completion's tokens: 0 leaves a completion out, as
-            one that was cut off at `max_length` (`mask_truncated_completions`).
+        completion_weights: `[M_local]`, a further factor for all tokens of a completion: 0 leaves it out, e.g. because
+            it was cut off at `max_length` (`mask_truncated_completions`).
 
     Raises:
         ValueError: an unknown average.
     """
     if average not in AVERAGES:
         raise ValueError(f"unknown average of token losses {average!r}: choose one of {', '.join(AVERAGES)}")
-    lengths = completion_lengths.double()
+    lengths = completion_lengths.double()  # M · L_max may exceed 2^24, beyond which float32 skips integers
     if average == "sequence":
-        # a completion without tokens has no weight to give, but its 1 / 0 would still be computed
+        # a completion without tokens gives its weight to none, but its 1 / 0 would still be computed
         weights = 1.0 / (total_completions * lengths.clamp(min=1.0))
     else:
         count = {"token": total_tokens, "constant": total_completions * max_length, "sum": total_completions}[average]

@@ -1,4 +1,4 @@
-"""Weights and masks for samples of another policy: a sampler that rounds differently, or an earlier step."""
+"""Correct for samples of another policy: a sampler that rounds differently, or the policy of an earlier step."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def sampler_correction(
 
     Args:
         old_logprob: `[R]` the trainer's log-probabilities under the weights that sampled.
-        sampler_logprob: `[R]`; NaN where the sampler gave none: the difference is 0 there.
-        completion_index: int64 `[R]`, the completion that a token belongs to, in `[0, num_completions)`.
+        sampler_logprob: `[R]`; NaN where the sampler gave none, where the difference counts as 0.
+        completion_index: int64 `[R]`, each token's completion, in `[0, num_completions)`.
         correction: one of `SAMPLER_CORRECTIONS`.
         low, high: bounds of the weight.
 
@@ -55,13 +55,13 @@ def sampler_correction(
     if not 0 <= low < high:
         raise ValueError(f"sampler correction bounds are {low} and {high}: need 0 ≤ low < high")
     level, mode = correction.split("_")
-    # a weight, not a term of the loss: detached, whether or not the old log-probs are the first pass's own
+    # detached, because it is a weight; the old log-probs may be those of the first pass, which carry a gradient
     log_weight = (old_logprob - sampler_logprob).detach().nan_to_num(nan=0.0)
     if level != "token":
         # in log space: a product of 2,000 ratios would leave float32's range on the way, a sum only at the end
         reduce = completion_sum if level == "sequence" else completion_mean
         log_weight = reduce(log_weight, completion_index, num_completions)[completion_index]
-    weight = log_weight.exp().to(old_logprob.dtype)
+    weight = log_weight.exp().to(old_logprob.dtype)  # sums of completions are float64
     if mode == "truncate":
         return weight.clamp(low, high)
     return weight.masked_fill(~((weight >= low) & (weight <= high)), 0.0)

@@ -61,7 +61,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # on first use: the losses, which `options` imports, are config sections themselves and import `fields`
+    # loaded on first use: `options` imports the losses, which are config sections themselves and import `fields`
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

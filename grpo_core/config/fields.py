@@ -1,4 +1,4 @@
-"""Fields of config dataclasses: their types, choices and defaults, and the check of their values."""
+"""Describe the fields of config dataclasses (types, choices, defaults) and check their values."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, Union, get_args, get_origin, get_type_hints
 
-# Text from YAML or the command line before a field's type reads it: null, text as written, or lists and mappings of it.
+# A value from YAML or the command line, before its field's type reads it: null, text, or lists and mappings of these.
 Raw = None | str | list["Raw"] | dict[str, "Raw"]
 
 _PLAIN = {
@@ -22,11 +22,12 @@ _PLAIN = {
     types.NoneType: "none",
 }
 _BOOLS = {"true": True, "false": False}
-_INFINITIES = {".inf": "inf", "+.inf": "inf", "-.inf": "-inf"}  # YAML's spelling, Python's
+# Python's float() refuses YAML's spelling with the dot
+_INFINITIES = {".inf": "inf", "+.inf": "inf", "-.inf": "-inf"}
 
 
 class ConfigError(ValueError):
-    """A configuration is refused; the message names the key, where it was set, and what to do."""
+    """A configuration is refused; the message names the key, where it was set, and the fix."""
 
 
 class Choices(Protocol):
@@ -37,7 +38,7 @@ class Choices(Protocol):
 
 
 class ConfigSection:
-    """Base class of config dataclasses: checks every field when an instance is made, from Python too.
+    """Base class of config dataclasses; it checks every field when an instance is made, in Python code too.
 
     ```python
     @dataclass
@@ -47,7 +48,7 @@ class ConfigSection:
         root: Path | None = None                          # a str is taken as a Path, a list as a tuple
 
         def __post_init__(self) -> None:
-            super().__post_init__()                       # first: what follows may rely on types
+            super().__post_init__()                       # first: checks below it may rely on the types
     ```
     """
 
@@ -63,12 +64,12 @@ class ConfigSection:
 
 
 def option(default: Any, *, choices: Choices) -> Any:
-    """A field that accepts only the names in `choices` (and None, where its type has it)."""
+    """Declare a field that accepts only the names in `choices` (and None, if its type includes None)."""
     return field(default=default, metadata={"choices": choices})
 
 
 def chosen_by(selector: str) -> Any:
-    """A field that holds the options of the registry entry that the field `selector`, above it, names.
+    """Declare a field that holds the options of the registry entry named by the field `selector` above it.
 
     `selector`'s choices are the `Registry`, whose entries are frozen dataclasses. The field accepts an instance of the
     entry, a mapping of option values, or nothing; after the check it is an instance.
@@ -77,7 +78,7 @@ def chosen_by(selector: str) -> Any:
 
 
 def plugin_files() -> Any:
-    """A field of type `tuple[Path, ...]` whose files `load_config` imports before it checks any option."""
+    """Declare a field of type `tuple[Path, ...]` whose files `load_config` imports before it checks any option."""
     return field(default=(), metadata={"plugins": True})
 
 
@@ -90,10 +91,10 @@ class Member:
 
     Attributes:
         key: dotted path from the top of the config.
-        type: its annotation; for a field made by `chosen_by`, the class of the entry that is named.
-        default: its value where nothing sets it; MISSING where something must.
+        type: its annotation; for a field made by `chosen_by`, the class of the chosen entry.
+        default: its value if nothing sets it; MISSING if it must be set.
         choices: names that it accepts; None for any.
-        selects: key of the section whose options this field chooses; empty for most.
+        selects: key of the section whose options this field chooses; usually empty.
         plugins: whether it lists plug-in files.
     """
 
@@ -109,12 +110,12 @@ class Member:
 def members(
     cls: type, default: Any = MISSING, prefix: str = "", names: Mapping[str, str] | None = None
 ) -> list[Member]:
-    """The fields of a config class, in the order of the source.
+    """List the fields of a config class, in the order of the source.
 
     Args:
-        default: an instance whose values are the defaults, instead of the class's own.
-        prefix: of the keys, with its dot.
-        names: chosen entries by key of their selector, where they are not the defaults.
+        default: an instance whose values are the defaults, instead of the class's.
+        prefix: prefix of the keys, with its dot.
+        names: chosen entries by key of their selector, as far as they are not the defaults.
 
     Raises:
         TypeError: a field of a type that cannot be read from text.
@@ -125,18 +126,19 @@ def members(
     for f in fields(cls):
         if not f.init:
             continue
-        kind, value = hints[f.name], field_default(f) if default is MISSING else getattr(default, f.name)
+        annotation = hints[f.name]
+        value = field_default(f) if default is MISSING else getattr(default, f.name)
         if "chosen_by" in f.metadata:
-            selector = found[f.metadata["chosen_by"]]
-            kind = selector.choices[(names or {}).get(selector.key, selector.default)]
-            if type(value) is not kind:
-                value = MISSING  # the defaults of another entry say nothing about this one
-        elif not is_section(kind):
-            type_name(kind)  # a type that cannot be read fails here, whether or not anything sets the field
+            selector = found[f.metadata["chosen_by"]]  # found already: it must be declared above its section
+            annotation = selector.choices[(names or {}).get(selector.key, selector.default)]
+            if type(value) is not annotation:
+                value = MISSING  # these are defaults of another entry, which may lack this one's fields
+        elif not is_section(annotation):
+            type_name(annotation)  # refuse an unsupported type here, not when the first user sets the field
         found[f.name] = Member(
             f.name,
             prefix + f.name,
-            kind,
+            annotation,
             value,
             f.metadata.get("choices"),
             selects.get(f.name, ""),
@@ -148,7 +150,7 @@ def members(
 def options(
     cls: type, names: Mapping[str, str] | None = None, default: Any = MISSING, prefix: str = ""
 ) -> dict[str, Member]:
-    """Every option of a config class by dotted key, sections included; arguments as `members`."""
+    """Collect every option of a config class by dotted key, sections included; arguments as in `members`."""
     found: dict[str, Member] = {}
     for member in members(cls, default, prefix, names):
         if is_section(member.type):
@@ -158,19 +160,19 @@ def options(
     return found
 
 
-def is_section(kind: Any) -> bool:
-    """Whether a field of this type is a section: a dataclass with options of its own."""
-    return isinstance(kind, type) and is_dataclass(kind)
+def is_section(annotation: Any) -> bool:
+    """Whether a field of this type is a section, that is, a dataclass of options."""
+    return isinstance(annotation, type) and is_dataclass(annotation)
 
 
-@cache
+@cache  # resolving evaluates every annotation's text, and each check of an instance needs them
 def field_types(cls: Any) -> dict[str, Any]:
-    """Annotations of a dataclass, resolved."""
+    """Resolve the annotations of a dataclass."""
     return get_type_hints(cls)
 
 
 def field_default(f: Field[Any]) -> Any:
-    """A field's default, made if need be; MISSING where it has none."""
+    """Return a field's default, calling its factory if it has one; MISSING if there is none."""
     return f.default if f.default_factory is MISSING else f.default_factory()
 
 
@@ -188,35 +190,37 @@ def check_fields(config: Any, key: str = "") -> None:
     for f in fields(config):
         if not f.init:
             continue
-        name, value, kind = f.name, getattr(config, f.name), hints[f.name]
+        name, value, annotation = f.name, getattr(config, f.name), hints[f.name]
+        # in the order of the fields, so that a selector is a valid name before its section is checked
         if "chosen_by" in f.metadata:
             checked = _entry_options(config, f, value, prefix)
-        elif is_section(kind):
-            if not isinstance(value, kind):
-                raise ValueError(f"{prefix}{name} is {value!r}: it wants {kind.__name__}")
-            continue
+        elif is_section(annotation):
+            if not isinstance(value, annotation):
+                raise ValueError(f"{prefix}{name} is {value!r}: it wants {annotation.__name__}")
+            continue  # the section has checked itself when it was made
         else:
-            checked = check_value(prefix + name, kind, value, f.metadata.get("choices"))
-        if checked is not value:  # past a frozen dataclass's own setattr; its maker has not seen the instance yet
-            object.__setattr__(config, name, checked)  # options of a registry entry are frozen
+            checked = check_value(prefix + name, annotation, value, f.metadata.get("choices"))
+        if checked is not value:
+            # entries of registries are frozen; this runs while the instance is made, before anyone can see it change
+            object.__setattr__(config, name, checked)
 
 
-def check_value(key: str, kind: Any, value: Any, choices: Choices | None = None) -> Any:
-    """A value from Python as a field of type `kind` holds it: a str as a Path, a list as a tuple, others as they are.
+def check_value(key: str, annotation: Any, value: Any, choices: Choices | None = None) -> Any:
+    """Check a value from Python against a field's type, and convert a str to a Path and a list to a tuple.
 
     Raises:
-        ValueError: it is of another type, or not among the choices.
+        ValueError: the value is of another type, or not among the choices.
     """
     try:
-        return _convert(kind, value, choices, _check_plain)
+        return _convert(annotation, value, choices, _check_plain)
     except ValueError:
-        raise ValueError(f"{key} is {value!r}: it wants {type_name(kind, choices)}") from None
+        raise ValueError(f"{key} is {value!r}: it wants {type_name(annotation, choices)}") from None
 
 
 def no_option(key: str, selector: str, name: str, entry: type, source: str = "") -> str:
-    """The refusal of an option that the chosen entry does not have."""
+    """Word the refusal of an option that the chosen entry does not have."""
     known = ", ".join(f.name for f in fields(entry) if f.init)
-    return f"{key}{source} is no option of {selector} {name}: it has {known or 'none'}"
+    return f"{key}{source} is not an option of {selector} {name}: it has {known or 'none'}"
 
 
 def _entry_options(config: Any, f: Field[Any], value: Any, prefix: str) -> Any:
@@ -225,7 +229,7 @@ def _entry_options(config: Any, f: Field[Any], value: Any, prefix: str) -> Any:
     name = getattr(config, selector)
     entry = registry[name]
     if value is None or (type(value) is not entry and _holds_defaults(value)):
-        # `replace(config, loss_type="cispo")` passes on the old type's options: they say nothing if nobody set them
+        # `replace(config, loss_type="cispo")` passes on the old type's options: dropped, if nobody set any of them
         value = {}
     if isinstance(value, Mapping):
         hints = {other.name: (field_types(entry)[other.name], other) for other in fields(entry) if other.init}
@@ -247,19 +251,20 @@ def _entry_options(config: Any, f: Field[Any], value: Any, prefix: str) -> Any:
 
 
 def _holds_defaults(value: Any) -> bool:
-    """Whether an instance is as its class makes it from nothing."""
+    """Whether every field of an instance has its default."""
     return is_dataclass(value) and all(getattr(value, f.name) == field_default(f) for f in fields(value))
 
 
-def _check_plain(kind: Any, value: Any) -> Any:
-    if get_origin(kind) is Literal:
-        if any(type(value) is type(choice) and value == choice for choice in get_args(kind)):
+def _check_plain(annotation: Any, value: Any) -> Any:
+    if get_origin(annotation) is Literal:
+        # types too, since 1 == True
+        if any(type(value) is type(choice) and value == choice for choice in get_args(annotation)):
             return value
-    elif kind is Path and isinstance(value, str):
+    elif annotation is Path and isinstance(value, str):
         return _read_plain(Path, value)
-    elif isinstance(value, bool) and kind is not bool:
-        pass  # Python counts True as an int; nobody means 1 by it
-    elif isinstance(value, (int, float) if kind is float else kind) and value == value:  # not NaN
+    elif isinstance(value, bool) and annotation is not bool:
+        pass  # refused below: Python counts True as an int, but nobody means 1 by it
+    elif isinstance(value, (int, float) if annotation is float else annotation) and value == value:  # NaN is unequal
         return value
     raise ValueError
 
@@ -267,17 +272,17 @@ def _check_plain(kind: Any, value: Any) -> Any:
 # --- values from text --------------------------------------------------------------------------------------------
 
 
-def type_name(kind: Any, choices: Choices | None = None) -> str:
-    """A field's type in words.
+def type_name(annotation: Any, choices: Choices | None = None) -> str:
+    """Describe a field's type in words.
 
     Raises:
         TypeError: a type that cannot be read from text.
     """
-    origin, arguments = get_origin(kind), get_args(kind)
+    origin, arguments = get_origin(annotation), get_args(annotation)
     if choices is not None:
         return f"one of {', '.join(choices)}" + " or none" * (types.NoneType in arguments)
-    if kind in _PLAIN:
-        return _PLAIN[kind]
+    if annotation in _PLAIN:
+        return _PLAIN[annotation]
     if origin is Literal:
         return f"one of {', '.join(map(str, arguments))}"
     if origin in (Union, types.UnionType):
@@ -288,62 +293,64 @@ def type_name(kind: Any, choices: Choices | None = None) -> str:
         return f"a list of {len(arguments)} ({', '.join(map(type_name, arguments))})"
     if origin is dict and arguments[0] is str:
         return f"a mapping (name to {type_name(arguments[1])})"
-    raise TypeError(f"a config field cannot be of type {kind}")
+    raise TypeError(f"a config field cannot be of type {annotation}")
 
 
-def read_value(kind: Any, raw: Raw, choices: Choices | None = None) -> Any:
-    """The value of type `kind` that text stands for.
+def read_value(annotation: Any, raw: Raw, choices: Choices | None = None) -> Any:
+    """Read text as a value of a field's type.
 
     Raises:
-        ValueError: it cannot be read as one, or is not among the choices.
+        ValueError: the text cannot be read so, or the value is not among the choices.
     """
-    return _convert(kind, raw, choices, _read_plain)
+    return _convert(annotation, raw, choices, _read_plain)
 
 
-def _convert(kind: Any, value: Any, choices: Choices | None, plain: Callable[[Any, Any], Any]) -> Any:
-    """Walk into unions, lists and mappings; `plain` takes what is none of these."""
-    origin, arguments = get_origin(kind), get_args(kind)
+def _convert(annotation: Any, value: Any, choices: Choices | None, plain: Callable[[Any, Any], Any]) -> Any:
+    """Convert a value member by member; `plain` converts what is not a union, list or mapping."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
     if origin in (Union, types.UnionType):
-        for member in arguments:
+        for member in arguments:  # the first that fits: `int | float` reads 1 as an int
             try:
+                # choices limit the names; None is always allowed beside them
                 return _convert(member, value, None if member is types.NoneType else choices, plain)
             except ValueError:
                 continue
     elif origin is list and isinstance(value, list):
         return [_convert(arguments[0], item, None, plain) for item in value]
     elif origin is tuple and isinstance(value, list | tuple):
-        kinds = arguments[:1] * len(value) if arguments[-1:] == (...,) else arguments
-        return tuple(_convert(kind, item, None, plain) for kind, item in zip(kinds, value, strict=True))
+        item_types = arguments[:1] * len(value) if arguments[-1:] == (...,) else arguments
+        # strict: a list of the wrong length raises ValueError, which is how it is refused
+        return tuple(_convert(member, item, None, plain) for member, item in zip(item_types, value, strict=True))
     elif origin is dict and isinstance(value, Mapping):
         return {
             _convert(str, name, None, plain): _convert(arguments[1], item, None, plain) for name, item in value.items()
         }
     elif origin in (None, Literal):
-        found = plain(kind, value)
+        found = plain(annotation, value)
         if choices is None or found in choices:
             return found
     raise ValueError
 
 
-def _read_plain(kind: Any, raw: Raw) -> Any:
-    if kind is types.NoneType and raw is None:
+def _read_plain(annotation: Any, raw: Raw) -> Any:
+    if annotation is types.NoneType and raw is None:
         return None
     if not isinstance(raw, str):
         raise ValueError
-    if get_origin(kind) is Literal:
-        for choice in get_args(kind):
+    if get_origin(annotation) is Literal:
+        for choice in get_args(annotation):
             if raw == str(choice):
                 return choice
-    elif kind is bool:
+    elif annotation is bool:
         if raw.lower() in _BOOLS:
             return _BOOLS[raw.lower()]
-    elif kind is float:
+    elif annotation is float:
         number = float(_INFINITIES.get(raw.lower(), raw))
         if not math.isnan(number):
             return number
-    elif kind is Path:
+    elif annotation is Path:
         if raw:  # Path("") is the current folder, which nobody means by an empty value
-            return Path(raw).expanduser()
-    elif kind is not types.NoneType:
-        return kind(raw)
+            return Path(raw).expanduser()  # the shell expands ~ in `--root ~/data`, but nobody does in YAML
+    elif annotation is not types.NoneType:
+        return annotation(raw)
     raise ValueError

@@ -1,4 +1,4 @@
-"""The text that `--help` prints: every option by section, with its type, default and doc."""
+"""Write the text that `--help` prints: every option by section, with its type, default and doc."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def help_text(
     values: Mapping[str, Any] | None = None,
     program: str = "",
 ) -> str:
-    """The help of a config class.
+    """Write the help of a config class.
 
     Args:
-        description: opens it.
-        default_config: what is read where no `--config` is given, as `--config` would name it.
+        description: its first paragraph.
+        default_config: the config that is read without `--config`, as `--config` would name it.
         names: registry entries that config files choose, by key of their selector.
-        values: by key, what config files set: shown as the default, which it is for the command line.
-        program: what the usage line calls the program; the script's name unless given.
+        values: values that config files set, by key; shown as defaults, which they are for the command line.
+        program: the program's name in the usage line; by default the script's.
     """
     head = f"{description.strip()}\n\n" if description else ""
     usage = (
@@ -46,9 +46,10 @@ class _Help:
         self.names, self.values = names, values
 
     def section(self, cls: type, default: Any, prefix: str) -> list[str]:
-        """A section's own options, then its sections."""
+        """Write a section's options, then the sections within it."""
         fields = members(cls, default, prefix, self.names)
         docs = field_docs(cls)
+        # plain options come first: below a section's heading they would look like options of that section
         lines: list[str] = []
         for member in fields:
             if not is_section(member.type):
@@ -67,15 +68,15 @@ class _Help:
         return lines
 
     def choices(self, selector: Member, section: Member) -> list[str]:
-        """A block for each entry that may be chosen; entries with the same options share their lines."""
+        """Write a block for each entry that may be chosen; entries with the same options share their lines."""
         lines: list[str] = []
         printed: dict[tuple[str, ...], str] = {}
-        named = self.names.get(selector.key, selector.default)
+        chosen = self.names.get(selector.key, selector.default)
         for name in selector.choices:
             entry = selector.choices[name]
-            # what config files set are options of the entry that they choose, not of others
-            reader = self if name == named else _Help(self.names, {})
-            default = section.default if name == named else MISSING
+            # config files set options of the entry that they choose, not of others
+            reader = self if name == chosen else _Help(self.names, {})
+            default = section.default if name == chosen else MISSING
             block = tuple(reader.section(entry, default, f"{section.key}."))
             lines += _heading(f"{section.key} for {selector.name} {name}", selector.choices.doc(name), entry)
             lines += [f"  the options of {printed[block]}"] if block and block in printed else block
@@ -84,14 +85,14 @@ class _Help:
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """The string literal under each field of a dataclass, its bases included; none where there is no source to read."""
+    """Read the string literal under each field of a dataclass and its bases; none where the source is unavailable."""
     docs: dict[str, str] = {}
-    for base in reversed(cls.__mro__):
+    for base in reversed(cls.__mro__):  # a subclass's doc of a field replaces its base's
         if not is_dataclass(base):
             continue
         try:  # from the source, as Python keeps no string that follows a field
             (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
-        except (OSError, TypeError):
+        except (OSError, TypeError):  # a class made in a console or by `make_dataclass` has no source file
             continue
         for field, below in itertools.pairwise(getattr(definition, "body", [])):
             if (

@@ -1,8 +1,8 @@
 """Build a config from dataclass defaults, YAML files and command-line overrides; write it as YAML.
 
 A value is text, in YAML and on the command line alike, until the type of its field reads it. So `1e-5` is a number
-wherever a float is wanted (YAML alone would make it a string), `no` is a name wherever a string is, and both sources
-obey one rule.
+wherever a float is wanted (YAML alone would make it a string), `no` is a name wherever a string is wanted, and both
+sources follow one rule.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Config = TypeVar("Config")
 
 COMMAND_LINE = "command line"
 
-# the standard tags of YAML 1.1 that name plain values; all others, `!!python/object` first of all, are refused
+# YAML 1.1's tags of plain values; all others are refused, above all `!!python/object`, which could run code
 _TAGS = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "timestamp", "seq", "map")}
 
 
@@ -51,54 +51,56 @@ def load_config(
 ) -> Config:
     """Build a config from its defaults, then `--config FILE.yaml` in the order given, then `--section.key value`.
 
-    `section.key=value`, `--section.key=value`, and a bare `--key value` where only one section has that key, are the
-    same; `--flag` alone sets a bool. Files of a field made by `plugin_files` (`--plugins FILE.py`, repeatable) are
+    `section.key=value` and `--section.key=value` mean the same, as does a bare `--key value` if only one section has
+    that key; `--flag` alone sets a bool. Files of a field made by `plugin_files` (`--plugins FILE.py`, repeatable) are
     imported before anything is checked. `--help` prints every key with its type, default and doc.
 
     Args:
         cls: a dataclass; its fields are bool, int, float, str, Path, Literal, `X | None`, tuple, list, `dict[str, X]`
             or dataclasses, or made by `grpo_core.config.option` and `chosen_by`.
-        argv: arguments without the program's name. None takes the process's own and, on a mistake, prints it and
-            exits with status 2; with `argv` given, mistakes are raised.
-        description: opens the help.
-        default_config: the file that is read where no `--config` is given.
+        argv: arguments without the program's name, with which mistakes are raised. None takes the arguments of the
+            process; a mistake is then printed, and the process exits with status 2.
+        description: first paragraph of the help.
+        default_config: the file that is read if there is no `--config`.
         config_folder: where `--config NAME` finds `NAME.yaml`, unless there is a file NAME.
-        program: what the help calls the program; the script's name unless given.
+        program: the program's name in the help; by default the script's.
 
     Raises:
         ConfigError: an unknown key, a value of the wrong type, or a combination that the dataclass refuses.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    # taken out first: `--help` would otherwise take the word behind it as its value
     wants_help = "--help" in arguments or "-h" in arguments
     pairs = list(_pairs([argument for argument in arguments if argument not in ("--help", "-h")]))
     try:
+        # files are read before the other arguments, wherever `--config` is among them: arguments override all files
         files = [_value(pair) for pair in pairs if pair.name == "config"]
         if not files and default_config is not None:
             files = [str(default_config)]
         nodes = [_read_yaml(_find_config(file, config_folder)) for file in files]
         sources = _Sources(cls)
-        # before any option is read: an entry that a plug-in registers may be named in a file or on the command line
+        # before any option is read: files and the command line may name entries that plug-ins register
         sources.import_plugins(nodes, pairs)
         for node in nodes:
             sources.read_file(node)
-        if wants_help:  # the command line is left out: help has to answer beside mistakes too
+        if wants_help:  # the command line is left out: help has to work beside a mistake in it
             values = {key: sources.value(sources.options[key]) for key in sources.settings}
             default = ""
-            if default_config is not None:  # by name where `--config NAME` finds it, and not by a path into the package
+            if default_config is not None:  # by name if `--config NAME` finds it, rather than as a path in the package
                 default = default_config.stem if default_config.parent == config_folder else str(default_config)
             print(help_text(cls, description, default, sources.names, values, program))
             raise SystemExit(0)
         sources.read_command_line([pair for pair in pairs if pair.name != "config"])
         return sources.build(cls)
     except ConfigError as error:
-        if argv is not None:
+        if argv is not None:  # called from Python or a test: the caller handles it
             raise
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
 def to_dict(config: Any) -> Any:
-    """A config in YAML's types: dataclasses as dicts, tuples as lists, paths as strings."""
+    """Convert a config to YAML's types: dataclasses to dicts, tuples to lists, paths to strings."""
     if is_dataclass(config):
         return {field.name: to_dict(getattr(config, field.name)) for field in fields(config) if field.init}
     if isinstance(config, dict):
@@ -109,11 +111,11 @@ def to_dict(config: Any) -> Any:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text so that every character of it is read back."""
+    """YAML writer whose quoting preserves every character of a text."""
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    # YAML counts these as line breaks beside \n, and reads them as spaces outside double quotes
+    # YAML 1.1 takes these for line breaks too, and reads them as spaces outside double quotes
     style = '"' if any(character in text for character in "\x85\u2028\u2029") else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
@@ -122,14 +124,15 @@ _Dumper.add_representer(str, _represent_text)
 
 
 def save_config(config: Any, path: Path) -> None:
-    """Write a config as the YAML file that `--config` reads back to an equal one."""
+    """Write a config as a YAML file, from which `--config` reads an equal config."""
+    # unsorted: keys stay in the order of the fields, most used first
     text = yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
     Path(path).write_text(text, encoding="utf-8")
 
 
 @dataclass(frozen=True)
 class _Setting:
-    """What a source says about an option, still text."""
+    """Text that a source sets for an option, and where."""
 
     raw: Raw
     source: str
@@ -141,7 +144,7 @@ class _Pair:
 
     Attributes:
         token: as written, `--name=text` without `=text`.
-        text: the value; None for a bare `--flag`, or for a word that is no option.
+        text: the value; None for a bare `--flag`, or for a word that is not an option.
     """
 
     token: str
@@ -153,32 +156,33 @@ class _Pair:
 
 
 def _pairs(arguments: list[str]) -> Iterator[_Pair]:
-    rest = list(reversed(arguments))
-    while rest:
-        token, equals, text = rest.pop().partition("=")
+    remaining = list(reversed(arguments))  # reversed, to pop from the end
+    while remaining:
+        token, equals, text = remaining.pop().partition("=")
         if equals:
             yield _Pair(token, text)
-        elif token.startswith("--") and rest and not rest[-1].startswith("--"):
-            yield _Pair(token, rest.pop())
+        # two dashes: a value such as -1 or -inf begins with one
+        elif token.startswith("--") and remaining and not remaining[-1].startswith("--"):
+            yield _Pair(token, remaining.pop())
         else:
             yield _Pair(token, None)
 
 
 def _value(pair: _Pair) -> str:
     if pair.text is None and not pair.token.startswith("--"):
-        raise ConfigError(f"{pair.token!r} is no option: write --section.key value, or section.key=value")
+        raise ConfigError(f"{pair.token!r} is not an option: write --section.key value, or section.key=value")
     if pair.text is None:
         raise ConfigError(f"{pair.token} needs a value")
     return pair.text
 
 
 class _Sources:
-    """What files and the command line have set so far, later ones over earlier ones.
+    """Settings of files and the command line, collected so far; later sources override earlier ones.
 
     Attributes:
-        names: registry entries chosen so far, by key of their selector; what `options` depends on.
-        options: every key that may be set.
-        settings: what is set, by key.
+        names: registry entries chosen so far, by key of their selector; `options` depends on them.
+        options: every option that may be set, by key.
+        settings: every option that is set, by key.
     """
 
     def __init__(self, cls: type):
@@ -189,6 +193,7 @@ class _Sources:
 
     def import_plugins(self, nodes: list[yaml.MappingNode], pairs: list[_Pair]) -> None:
         """Import the plug-in files that the sources name; unlike other lists, later sources add to earlier ones."""
+        # added, because a file that names a plug-in's loss could not be read without that plug-in
         for key, option in self.options.items():
             if not option.plugins:
                 continue
@@ -204,7 +209,8 @@ class _Sources:
                 self.settings[key] = _Setting(list(files), found[-1].source)
 
     def read_file(self, node: yaml.MappingNode) -> None:
-        """Take in what a YAML file sets."""
+        """Record the settings of a YAML file."""
+        # choices first: which keys exist depends on them. A copy of the items, as `_choose` replaces `self.options`
         for key, option in list(self.options.items()):
             for value in _values_at([node], key) if option.selects else ():
                 self._choose(key, _Setting(_to_raw(value), _place(value)))
@@ -224,14 +230,14 @@ class _Sources:
                 raise ConfigError(f"{key} ({_place(value)}) is a section: give its keys below it")
 
     def read_command_line(self, pairs: list[_Pair]) -> None:
-        """Take in what the command line sets."""
-        for pair in pairs:  # choices first: the keys of the others depend on them, in whatever order they come
+        """Record the settings of the command line."""
+        for pair in pairs:  # choices first: which keys exist depends on them, in whatever order they come
             key = self._complete(pair.name)
             if key in self.options and self.options[key].selects:
                 self._choose(key, _Setting(_value(pair), COMMAND_LINE))
         for pair in pairs:
             if pair.text is None and not pair.token.startswith("--"):
-                _value(pair)  # refused as a stray word, even where it is the name of a key
+                _value(pair)  # raises: a stray word, even if it is the name of a key
             key = self._complete(pair.name, strict=True)
             if key in self.options and self.options[key].type is bool and pair.text is None:
                 self.settings[key] = _Setting("true", COMMAND_LINE)
@@ -249,7 +255,7 @@ class _Sources:
             before: Raw = {name: str(item) for name, item in default.items()}
             if parent in self.settings:
                 before = self.settings[parent].raw
-            if isinstance(before, dict):  # else the file's value is refused when it is read
+            if isinstance(before, dict):  # otherwise the file's value is refused when it is read
                 raw = _parse_inline(get_args(option.type)[1], text)
                 self.settings[parent] = _Setting({**before, entry: raw}, COMMAND_LINE)
         elif self._is_section(key):
@@ -258,40 +264,41 @@ class _Sources:
             raise self._unknown(key, COMMAND_LINE)
 
     def _choose(self, key: str, setting: _Setting) -> None:
-        """Let a source name the entry whose options a section holds."""
+        """Record a source's choice of the entry whose options a section holds."""
         option = self.options[key]
         name = self._read(key, setting)
         if name == self.names.get(key, option.default):
             return
-        # what an earlier source set are options of the entry that it named, or of the default one
+        # an earlier source set options of the entry that it chose, which say nothing about this one
         for other in [other for other in self.settings if other.startswith(f"{option.selects}.")]:
             del self.settings[other]
         self.names[key] = name
         self.options = options(self.cls, self.names)
 
     def _complete(self, name: str, strict: bool = False) -> str:
-        """A key from its last part, where only one option has it."""
+        """Complete the last name of a key to the whole key, if only one option ends in it."""
         matches = [key for key in self.options if key.rpartition(".")[2] == name]
         if name in self.options or not matches:
             return name
         if len(matches) > 1:
-            if strict:
+            if strict:  # in the first pass, over choices, a later argument may still leave only one of the matches
                 raise ConfigError(f"--{name} may be {' or '.join(f'--{key}' for key in matches)}: write one of them")
             return name
         return matches[0]
 
     def _is_section(self, key: str) -> bool:
-        # a section chosen by a name is one even where that entry has no options
+        # a section that a name chooses is a section even if the chosen entry has no options
         return any(other.startswith(f"{key}.") or option.selects == key for other, option in self.options.items())
 
     def _unknown(self, key: str, source: str) -> ConfigError:
-        """The refusal of a key: where it moved to, which entry lacks it, or the nearest key that exists."""
+        """Word the refusal of a key: where it moved to, which entry lacks it, or the nearest key that exists."""
         leaf = key.rpartition(".")[2]
         if key in MOVED_KEYS:
             return ConfigError(f"{key} ({source}) is now {MOVED_KEYS[key]}")
         for selector, option in self.options.items():
             if not option.selects:
                 continue
+            # an option of another entry, e.g. cispo's cap under loss_type grpo: say so, rather than suggest a near key
             others = {member.name for name in option.choices for member in members(option.choices[name])}
             if key.startswith(f"{option.selects}.") or key in others:
                 name = self.names.get(selector, option.default)
@@ -316,7 +323,7 @@ class _Sources:
             raise ConfigError(f"{key} ({setting.source}) is {shown}: it wants {wanted}") from None
 
     def value(self, option: Member) -> Any:
-        """An option's value, set or default."""
+        """Return an option's value, set or default."""
         if option.key in self.settings:
             return self._read(option.key, self.settings[option.key])
         if option.default is MISSING:
@@ -325,7 +332,7 @@ class _Sources:
         return option.default
 
     def build(self, cls: type[Config], default: Any = MISSING, prefix: str = "") -> Config:
-        """A dataclass of what is set, and for the rest its defaults or the values of the instance `default`."""
+        """Make a dataclass of the settings; the rest takes the class's defaults, or the values of `default`."""
         arguments = {
             member.name: self.build(member.type, member.default, f"{member.key}.")
             if is_section(member.type)
@@ -334,7 +341,7 @@ class _Sources:
         }
         try:
             return cls(**arguments)
-        except ConfigError:
+        except ConfigError:  # a subclass of ValueError that already says which key
             raise
         except ValueError as error:
             raise ConfigError(str(error)) from error
@@ -344,31 +351,32 @@ class _Sources:
 
 
 def _find_config(name: str, folder: Path | None) -> Path:
-    """A config file by path, or by name in the folder of those that come with the program."""
+    """Find a config file by path, or by name in the folder of configs that come with the program."""
     path = Path(name)
+    # a suffix means a path: a mistyped file must not be looked up as a name, whose refusal would mislead
     if folder is None or path.exists() or path.suffix:
         return path
     known = sorted(file.stem for file in folder.glob("*.yaml"))
     if name not in known:
-        raise ConfigError(f"--config {name}: no such file, and no config of that name: there are {', '.join(known)}")
+        raise ConfigError(f"--config {name}: there is no such file or config; the configs are {', '.join(known)}")
     return folder / f"{name}.yaml"
 
 
 def _read_yaml(path: Path) -> yaml.MappingNode:
-    """The mapping that a YAML file holds, as nodes that know their place. Nothing is constructed.
+    """Parse a YAML file into nodes that know their line. No Python object is constructed from it.
 
     Raises:
-        ConfigError: the file is missing, cannot be parsed, or holds no mapping.
+        ConfigError: the file is missing, cannot be parsed, or does not hold a mapping.
     """
     try:
-        with path.open(encoding="utf-8") as stream:  # of a stream, and not of text, nodes know the file's name
+        with path.open(encoding="utf-8") as stream:  # from a stream, unlike from text, nodes know the file's name
             node = yaml.compose(stream, yaml.SafeLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the config file {path}: {error}") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise ConfigError(f"{place}: this is not YAML: {getattr(error, 'problem', None) or error}") from error
+        raise ConfigError(f"{place}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
     if node is None:  # an empty file sets nothing
         return yaml.MappingNode("tag:yaml.org,2002:map", [])
     if not isinstance(node, yaml.MappingNode):
@@ -381,7 +389,7 @@ def _place(node: yaml.Node) -> str:
 
 
 def _values_at(nodes: Sequence[yaml.Node], key: str) -> list[yaml.Node]:
-    """The nodes at a dotted key, of those that have it."""
+    """Find the values at a dotted key in those nodes that have it."""
     for name in key.split("."):
         mappings = [node for node in nodes if isinstance(node, yaml.MappingNode)]
         nodes = [value for node in mappings for item, value in node.value if item.value == name]
@@ -389,10 +397,10 @@ def _values_at(nodes: Sequence[yaml.Node], key: str) -> list[yaml.Node]:
 
 
 def _items(node: yaml.MappingNode) -> list[tuple[str, yaml.Node]]:
-    """A YAML mapping's keys and values.
+    """List a YAML mapping's keys and values.
 
     Raises:
-        ConfigError: a key that is no text, or is given twice. YAML parsers keep the last one silently.
+        ConfigError: a key is not text, or appears twice, of which YAML parsers silently keep the last.
     """
     seen: dict[str, yaml.Node] = {}
     for key, value in node.value:
@@ -400,32 +408,34 @@ def _items(node: yaml.MappingNode) -> list[tuple[str, yaml.Node]]:
             raise ConfigError(f"{_place(key)}: a key is a word, not a list or a mapping")
         if key.value in seen:
             again = key.start_mark.line + 1
-            raise ConfigError(
-                f"{_place(seen[key.value])}: the key {key.value!r} is given twice (again in line {again})"
-            )
+            raise ConfigError(f"{_place(seen[key.value])}: the key {key.value!r} appears twice (again in line {again})")
         seen[key.value] = value
     return list(seen.items())
 
 
 def _to_raw(node: yaml.Node) -> Raw:
-    """A YAML node's text.
+    """Convert a YAML node to text, or to lists and mappings of text.
 
     Raises:
-        ConfigError: a tag such as `!!python/object`, or as `_items`.
+        ConfigError: a tag such as `!!python/object`, or a key that `_items` refuses.
     """
     if node.tag not in _TAGS:
-        raise ConfigError(f"{_place(node)}: the tag {node.tag} is not read")
+        raise ConfigError(f"{_place(node)}: the tag {node.tag} is not allowed")
     if isinstance(node, yaml.MappingNode):
         return {key: _to_raw(value) for key, value in _items(node)}
     if isinstance(node, yaml.SequenceNode):
         return [_to_raw(item) for item in node.value]
+    # the node's text and not YAML's value of it, which would turn `no` into False and 1e-5 into a string
     return None if node.tag.endswith(":null") else node.value
 
 
-def _parse_inline(kind: Any, text: str) -> Raw:
-    """A command line's text, split where `kind` wants a list (`a,b` or `[a, b]`) or a mapping (`{a: 1}`); `none` is
-    null. Brackets that cannot be parsed stay text, which the field's type refuses."""
-    alternatives = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+def _parse_inline(annotation: Any, text: str) -> Raw:
+    """Split a command line's text if its field holds a list (`a,b` or `[a, b]`) or a mapping (`{a: 1}`).
+
+    `none` is null. Brackets that cannot be parsed stay text, which the field's type refuses.
+    """
+    alternatives = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    # only if the field may be None: where it is text, `none` is a name (sampler_correction)
     if types.NoneType in alternatives and text.lower() in ("none", "null"):
         return None
     origins = {get_origin(alternative) for alternative in alternatives}

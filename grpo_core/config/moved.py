@@ -1,4 +1,4 @@
-"""Option keys that moved: where each is now, and how a config saved before the move is read."""
+"""Map option keys that moved to their new keys, and translate configs that were saved before the move."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ MOVED_KEYS: dict[str, str] = {
 
 
 def translate_saved_config(saved: Mapping[str, Any], cls: type) -> dict[str, Any]:
-    """A config that an earlier version saved, as today's `to_dict` would give it, so that the two can be compared.
+    """Translate a config that an earlier version saved to the form of today's `to_dict`, so that both can be compared.
 
-    Moved keys go to their new places; one that is an option of an entry that the config does not choose is dropped, as
-    it had no effect. Options that the earlier version did not have get today's default, which keeps what it did.
+    Moved keys go to their new places; an option of an entry that the config does not choose is dropped, as it had no
+    effect. Options that the earlier version did not have get today's default, with which they behave as before.
 
     Args:
         saved: nested dicts as `yaml.safe_load` reads them from a run's `config.yaml`; not changed.
@@ -36,13 +36,14 @@ def translate_saved_config(saved: Mapping[str, Any], cls: type) -> dict[str, Any
     result = deepcopy(dict(saved))
     if _get(result, "run.tensorboard") is not MISSING:  # it was true or false
         _put(result, "run.tensorboard", ["tensorboard"] * bool(_get(result, "run.tensorboard")))
+    # taken out here, and put back below only if the chosen entry has the option
     moved = {new: _pop(result, old) for old, new in MOVED_KEYS.items() if _get(result, old) is not MISSING}
     names = {
         key: name
         for key, option in options(cls).items()
         if option.selects and isinstance(name := _get(result, key), str) and name in option.choices
     }
-    # keys that today's classes do not have are left in: a comparison has to see them
+    # keys that today's classes lack are left in, so that a comparison shows them
     for key, option in options(cls, names).items():
         if _get(result, key) is MISSING:
             value = moved.get(key, MISSING)

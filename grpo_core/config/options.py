@@ -1,6 +1,7 @@
-"""Every option of a run, as dataclasses: what may be set, what it means, and which combinations are refused.
+"""Options of a run as dataclasses: what may be set, what it means, and which combinations are refused.
 
-`--help` prints fields in the order in which they are here: most used first. Nothing here may import torch.
+`--help` prints fields in the order of this file, most used first. Nothing here may import torch: `--help` and a
+mistyped key must not wait seconds for it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from grpo_core.storage.trackers import TRACKERS
 
 @dataclass
 class RolloutConfig(ConfigSection, key="rollout"):
-    """How completions are sampled."""
+    """Sampling of completions."""
 
     group_size: int = 8
     """G, completions per prompt. Advantages compare the members of a group, so training needs at least 2."""
@@ -56,7 +57,7 @@ class RolloutConfig(ConfigSection, key="rollout"):
 
 @dataclass
 class AlgorithmConfig(ConfigSection, key="algorithm"):
-    """What is optimised. Formulas and sources: docs/algorithms.md."""
+    """The objective. Formulas and sources: docs/algorithms.md."""
 
     loss_type: str = option("dapo", choices=LOSS_TYPES)
     """How a token's loss is made from its ratio, and how token losses are averaged; see docs/algorithms.md."""
@@ -88,14 +89,14 @@ class AlgorithmConfig(ConfigSection, key="algorithm"):
     reserve_prompts: int = 0
     """Prompts sampled in a step beyond run.prompts_per_step, over all ranks, for dynamic_sampling to choose from."""
     importance_sampling_level: str | None = option(None, choices=RATIO_LEVELS)
-    """Whose ratio the loss takes: a token's, its completion's, or the completion's value with the token's gradient.
-    Unset, the loss type's own."""
+    """Level of the importance ratio: a token's, its completion's, or the completion's value with the token's gradient.
+    Unset, the loss type's default."""
     entropy_coef: float = 0.0
     """Weight of the mean token entropy, as a bonus; with entropy_target, where the adaptive weight starts."""
     entropy_target: float | None = None
-    """Pay the bonus only after steps whose entropy, in nats a token, was at or below this, and adapt its weight."""
+    """Pay the bonus only after steps whose entropy, in nats per token, was at or below this, and adapt its weight."""
     entropy_coef_delta: float = 0.005
-    """How much the adaptive weight moves in a step."""
+    """Change of the adaptive weight per step."""
     entropy_coef_min: float = 0.0
     """Smallest adaptive weight."""
     entropy_coef_max: float = 1.0
@@ -103,25 +104,26 @@ class AlgorithmConfig(ConfigSection, key="algorithm"):
     top_entropy_quantile: float = 1.0
     """Share of a step's tokens, the most uncertain ones, whose policy loss counts. 1 is off."""
     sampler_correction: str = option("none", choices=("none", *SAMPLER_CORRECTIONS))
-    """Weigh the loss by how much likelier the trainer finds a token, or a completion, than the sampler did; truncate
-    clamps the weight into the bounds below, mask makes it 0 outside."""
+    """Weight the loss by the probability of a token, or a completion, under the trainer over that under the sampler;
+    truncate clamps the weight into the bounds below, mask makes it 0 outside."""
     sampler_low: float = 0.0
     """Lower bound of sampler_correction's weight."""
     sampler_high: float = 3.0
     """Upper bound of sampler_correction's weight."""
     off_policy_mask_threshold: float | None = None
-    """Drop completions of negative advantage that have become this much less likely than when they were sampled, in
-    nats a token; unset, off."""
+    """Drop completions of negative advantage that have become this much less likely since they were sampled, in nats
+    per token; unset, off."""
     beta_end: float | None = None
-    """β of the last step, with beta_schedule; unset, β stays."""
+    """β of the last step, with beta_schedule; unset, β is constant."""
     beta_schedule: str = option("linear", choices=("linear", "cosine"))
-    """Way from beta to beta_end."""
+    """Shape of the schedule from beta to beta_end."""
     kl_target: float | None = None
-    """Adapt β so that the KL, in nats a token, stays near this; unset, off."""
-    kl_horizon: float = 10_000.0
+    """Adapt β so that the KL, in nats per token, stays near this; unset, off."""
+    kl_horizon: float = 10_000.0  # as in lm-human-preferences, the code of arXiv 1909.08593
     """Completions in which an adaptive β can grow or fall by a fifth."""
     kl_in: str = option("loss", choices=("loss", "reward"))
-    """Where the penalty goes: into every token's loss, or off a completion's reward (usually k1 there)."""
+    """Where the penalty is applied: added to every token's loss, or subtracted from a completion's reward (usually as
+    k1)."""
     unbiased_kl: bool = False
     """Multiply k3 by the ratio, which makes its gradient that of the reverse KL."""
     reference: str = option("frozen", choices=("frozen", "adapter_off"))
@@ -129,7 +131,7 @@ class AlgorithmConfig(ConfigSection, key="algorithm"):
     copy of the adapter), or the base model with its adapters off. After a cold start, which lives in the adapter, the
     two differ."""
     reference_offload: bool = False
-    """Keep the frozen copy in host memory; for the reference pass it changes places with the policy's weights."""
+    """Keep the frozen copy in host memory, and swap it with the policy's weights for the reference pass."""
     ref_model_sync_steps: int = 0
     """Move the frozen reference towards the policy every N steps; 0 disables."""
     ref_model_mixup_alpha: float = 1.0
@@ -137,12 +139,13 @@ class AlgorithmConfig(ConfigSection, key="algorithm"):
 
     @property
     def ratio_level(self) -> RatioLevel:
-        """Whose ratio the loss takes."""
+        """Level of the importance ratio in the loss: the option's if set, or the loss type's default."""
         # checked against RATIO_LEVELS, which a type checker cannot see
         return self.importance_sampling_level or self.loss.ratio_level  # type: ignore[return-value]
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # combinations are refused here, in the first second, and not where they would first matter, in the first step
         self._check_loss()
         self._check_entropy()
         self._check_kl()
@@ -153,7 +156,7 @@ class AlgorithmConfig(ConfigSection, key="algorithm"):
         if self.dynamic_sampling != (self.reserve_prompts > 0):
             raise ValueError(
                 f"algorithm.dynamic_sampling is {self.dynamic_sampling} and reserve_prompts {self.reserve_prompts}: "
-                "choosing groups needs a reserve above 0, and a reserve is for nothing else"
+                "dynamic sampling needs a reserve above 0, and a reserve has no other use: set both or neither"
             )
         # GDPO fixes both scales, so another one could only be ignored
         if self.multi_objective_aggregation == "normalize_then_sum" and self.scale_rewards != "group":
@@ -163,11 +166,12 @@ class AlgorithmConfig(ConfigSection, key="algorithm"):
             )
 
     def _check_loss(self) -> None:
+        # 0.01 lies between the papers' ranges on these levels (4e-4) and on tokens (0.2), far from both
         if isinstance(self.loss, Clip) and self.ratio_level != "token" and max(self.loss.clip_range) > 0.01:
             warnings.warn(
                 f"algorithm.loss.epsilon is {self.loss.clip_range[0]} with loss_type {self.loss_type}, whose ratio is "
                 "a mean over tokens and hardly moves: its paper has 3e-4 and 4e-4",
-                stacklevel=4,  # whoever makes the config: past this check, __post_init__ and __init__
+                stacklevel=4,  # the line that makes the config: above this check, __post_init__ and __init__
             )
         if not 0 <= self.sampler_low < self.sampler_high:
             raise ValueError(
@@ -191,14 +195,14 @@ class AlgorithmConfig(ConfigSection, key="algorithm"):
     def _check_kl(self) -> None:
         if self.beta < 0:
             raise ValueError(f"algorithm.beta is {self.beta}: set it to 0 (no reference) or above")
-        # k1 and k2 times the ratio are no better than without; in the reward, only the value counts
+        # the ratio does not improve k1 and k2; in the reward only the value counts, so there is no gradient to correct
         if self.unbiased_kl and (self.kl_estimator != "k3" or self.kl_in == "reward"):
             raise ValueError("algorithm.unbiased_kl multiplies k3 in the loss by the ratio: set kl_estimator to k3")
         if self.kl_in == "reward" and self.kl_estimator == "full":
             raise ValueError("algorithm.kl_in is reward, where the KL is summed over sampled tokens: not full, but k1")
         if self.kl_in == "reward" and self.multi_objective_aggregation == "normalize_then_sum":
             raise ValueError(
-                "algorithm.kl_in is reward, but normalize_then_sum has no sum of rewards to take it off: set it to loss"
+                "algorithm.kl_in is reward, but normalize_then_sum has no sum to subtract it from: set it to loss"
             )
         if self.kl_target is not None and self.beta_end is not None:
             raise ValueError("algorithm.kl_target and beta_end both steer beta: set one of them")
@@ -209,7 +213,7 @@ class AlgorithmConfig(ConfigSection, key="algorithm"):
             ("ref_model_sync_steps", self.ref_model_sync_steps > 0),
             ("reference_offload", self.reference_offload),
         ):
-            if wanted and self.beta == 0:  # refused and not ignored: the run would silently have no KL
+            if wanted and self.beta == 0:  # refused rather than ignored: the run would silently have no KL
                 raise ValueError(f"algorithm.{key} is set, but beta is 0, so there is no reference: set beta above 0")
         if self.beta_end is not None and self.beta_end < 0:
             raise ValueError(f"algorithm.beta_end is {self.beta_end}: set it to 0 or above")
@@ -239,7 +243,7 @@ class OptimConfig(ConfigSection, key="optim"):
     eps: float = 1e-8
     """AdamW's ε."""
     max_grad_norm: float = 1.0
-    """Clip the global gradient norm to this. 0 is off."""
+    """Clip the global gradient norm to this; 0 disables."""
     lr_scheduler: str = option("constant", choices=("constant", "linear", "cosine"))
     """Shape of the learning rate after warm-up; linear and cosine end at 0 on the last step."""
     warmup_steps: int = 0
@@ -259,10 +263,10 @@ class OptimConfig(ConfigSection, key="optim"):
 
 @dataclass
 class RunConfig(ConfigSection, key="run"):
-    """Where a run writes, and how often."""
+    """A run's name, folder, length and checkpoints."""
 
     name: str = "run"
-    """Name of the run; its files lie in output_dir/name."""
+    """Name of the run; its files are in output_dir/name."""
     output_dir: Path = Path("runs")
     """Folder of all runs."""
     seed: int = 0
@@ -274,16 +278,16 @@ class RunConfig(ConfigSection, key="run"):
     eval_steps: int = 0
     """Evaluate every N steps; 0 disables."""
     metric_for_best_model: str = ""
-    """Metric of the evaluations, such as eval/f1, higher is better: the best evaluated policy is kept and is what
-    training ends with. Unset, the last one is."""
+    """Metric of the evaluations, such as eval/f1, of which more is better: training ends with the best evaluated
+    policy. Unset, it ends with the last one."""
     early_stopping_patience: int = 0
     """Stop after N evaluations without a new best; 0 disables."""
     save_steps: int = 0
     """Write a checkpoint every N steps; 0 disables."""
     keep_checkpoints: int = 2
-    """Newest checkpoints that are kept."""
+    """How many of the newest checkpoints to keep."""
     resume: bool = True
-    """Continue from the newest checkpoint of this run, when there is one."""
+    """Continue from the newest checkpoint of this run, if there is one."""
     check_first_step: bool = True
     """Stop the run if its first step shows that sampler and trainer disagree, that the policy is not its reference,
     that a gradient is not finite, or that a modality has no effect."""
@@ -295,7 +299,7 @@ class RunConfig(ConfigSection, key="run"):
 
     @property
     def folder(self) -> Path:
-        """The run's own folder."""
+        """Folder of the run's files."""
         return self.output_dir / self.name
 
     def __post_init__(self) -> None:
@@ -309,8 +313,8 @@ class RunConfig(ConfigSection, key="run"):
         for name in self.trackers:
             if name not in TRACKERS:
                 known = ", ".join(TRACKERS)
-                raise ValueError(f"run.trackers names {name!r}, which is no tracker: choose among {known}")
-        # a run that is continued from another folder has to find them
+                raise ValueError(f"run.trackers names {name!r}, which is not a tracker: choose among {known}")
+        # absolute, so that a run that is resumed from another working folder finds them
         self.plugins = tuple(path.absolute() for path in self.plugins)
         if self.keep_checkpoints < 1:
             raise ValueError(f"run.keep_checkpoints is {self.keep_checkpoints}: set it to 1 or more")
@@ -339,21 +343,23 @@ class SFTConfig(ConfigSection):
 
 
 def check_grpo_options(algorithm: AlgorithmConfig, rollout: RolloutConfig, run: RunConfig) -> None:
-    """Check what GRPO needs of sections together.
+    """Check options that have to fit across sections.
 
     Raises:
-        ValueError: a group of one, a sampling distribution that is not the policy's, or fewer prompts than steps.
+        ValueError: a group of one, a sampling distribution other than the policy's, or fewer prompts than optimiser
+            steps.
     """
     if rollout.group_size < 2:
         raise ValueError("rollout.group_size is 1: an advantage compares members of a group, set it to 2 or more")
     if rollout.temperature == 0:
         raise ValueError("rollout.temperature is 0: greedy members of a group are all the same, set it above 0")
-    # refused in training alone: a sampler may cut its distribution where nobody takes gradients of it
+    # refused for training only: evaluation, which takes no gradients, may restrict the sampling distribution
     if rollout.top_p < 1 or rollout.top_k > 0 or rollout.min_p > 0 or rollout.repetition_penalty != 1:
         raise ValueError(
             "rollout.top_p, top_k, min_p and repetition_penalty draw from another distribution than the policy's, "
             "whose log-probs ratios and gradients are made of: train with 1, 0, 0 and 1 (evaluation may set them)"
         )
+    # each optimiser step needs a group at least
     if run.prompts_per_step < algorithm.steps_per_generation:
         raise ValueError(
             f"algorithm.steps_per_generation is {algorithm.steps_per_generation}, but a step has "

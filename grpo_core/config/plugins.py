@@ -12,29 +12,31 @@ from grpo_core.config.fields import ConfigError
 
 
 def load_plugin(path: Path, where: str = "plug-in") -> ModuleType:
-    """Run a Python file as a module of its own, once in a process; a later call gets the same module.
+    """Import a Python file as a module, once per process; a later call returns the same module.
 
     Args:
-        where: opens the message of a refusal.
+        where: first words of an error message.
 
     Raises:
-        ConfigError: the file is missing, or raises while it runs.
+        ConfigError: the file is missing, or raises while it is imported.
     """
     path = path.absolute()
-    # private, so that a plug-in called `json.py` hides nothing; of the whole path, as two may share a file name
+    # a private name, so that a plug-in called `json.py` hides nothing; from the whole path, as two files may share a
+    # name, and resolved, as two paths may be one file, whose entries would be registered twice
     name = f"_grpo_plugin_{sha256(str(path.resolve()).encode()).hexdigest()[:16]}"
     if name in sys.modules:
         return sys.modules[name]
     if not path.is_file():
         raise ConfigError(f"{where}: there is no file {path}")
     spec = spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:  # the file's suffix is not .py
+    if spec is None or spec.loader is None:  # its suffix is not .py
         raise ConfigError(f"{where}: {path} is not a Python file")
     module = module_from_spec(spec)
     sys.modules[name] = module  # before it runs: dataclasses look their module up while they are made
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except Exception as error:  # a user's code may raise anything
+        # out again: a second import would otherwise return the half of the module that ran
         del sys.modules[name]
         raise ConfigError(f"{where}: {path} raises {type(error).__name__}: {error}") from error
     return module

@@ -1,4 +1,4 @@
-"""Several processes, one per device: set-up under torchrun, and the few collectives a step needs."""
+"""One process per device: set-up under torchrun, and the few collectives that a step needs."""
 
 from grpo_core.distributed.collectives import (
     Distributed,

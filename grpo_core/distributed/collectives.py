@@ -1,8 +1,8 @@
-"""Several processes, one per device: set-up under torchrun, and the few collectives a step needs, each of a fixed
-count.
+"""Set up one process per device under torchrun, and run the few collectives that a step needs.
 
-A rank with less work than the others still makes every call, with zeros: ranks that make different numbers of
-collectives wait for each other until the timeout. Every function is the identity in a single process.
+How many collectives a step makes does not depend on the data: a rank with less work than the others still makes every
+call, with zeros, because ranks that make different numbers of them wait for each other until the timeout. Every
+function is the identity in a single process.
 """
 
 from __future__ import annotations
@@ -21,14 +21,13 @@ from torch import Tensor
 
 Item = TypeVar("Item")
 
-BUCKET_ELEMENTS = (
-    2**24
-)  # 64 MiB of fp32: large enough for full bandwidth, small enough to be no second copy of the gradients
+# 64 MiB of float32: enough for full bandwidth, and small beside the gradients, of which a bucket is a copy
+BUCKET_ELEMENTS = 2**24
 
 
 @dataclass(frozen=True)
 class Distributed:
-    """This process's place among the run's processes."""
+    """Place of this process among the run's processes."""
 
     rank: int = 0
     world_size: int = 1
@@ -51,26 +50,29 @@ def init(device: str | None = None, timeout_seconds: float = 600.0) -> Distribut
     Raises:
         RuntimeError: more processes on this machine than CUDA devices.
     """
-    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device_type = device or ("cuda" if torch.cuda.is_available() else "cpu")
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if kind != "cuda":
-        place = torch.device(kind)
+    if device_type != "cuda":
+        rank_device = torch.device(device_type)
     elif local_rank < torch.cuda.device_count():
-        place = torch.device("cuda", local_rank)
-        torch.cuda.set_device(place)
+        rank_device = torch.device("cuda", local_rank)
+        # Triton launches on the current device, whatever device its tensors are on
+        torch.cuda.set_device(rank_device)
     else:
         raise RuntimeError(
-            f"process {local_rank} of this machine has no CUDA device of its own ({torch.cuda.device_count()} found): "
+            f"process {local_rank} of this machine has no CUDA device to itself ({torch.cuda.device_count()} found): "
             f"start torchrun with --nproc_per_node={torch.cuda.device_count()}"
         )
+    # a program that embeds the engine may have made the group already: use it as it is
     if world_size > 1 and not c10d.is_initialized():
         c10d.init_process_group(
-            "nccl" if kind == "cuda" else "gloo",
+            "nccl" if device_type == "cuda" else "gloo",
             timeout=timedelta(seconds=timeout_seconds),
-            device_id=place if kind == "cuda" else None,
+            # NCCL connects here, where a wrong set-up shows, and not in the first collective; Gloo takes no device
+            device_id=rank_device if device_type == "cuda" else None,
         )
-    return Distributed(rank, world_size, place, local_rank)
+    return Distributed(rank, world_size, rank_device, local_rank)
 
 
 def finalize(dist: Distributed) -> None:
@@ -81,18 +83,18 @@ def finalize(dist: Distributed) -> None:
 
 @contextmanager
 def _collective(name: str, dist: Distributed) -> Iterator[None]:
-    """Say which collective failed on which rank: the backends name neither."""
+    """Name the collective and the rank in an error of the backend, which names neither."""
     try:
         yield
     except RuntimeError as error:
         raise RuntimeError(
             f"{name} failed on rank {dist.rank} of {dist.world_size}: another rank stopped (its own error comes first "
-            f"in the log), took longer than the timeout, or made other collectives than this one. Backend: {error}"
+            f"in the log), took longer than the timeout, or made a different collective. Backend: {error}"
         ) from error
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Consecutive tensors of together at most BUCKET_ELEMENTS elements; a larger one goes alone."""
+    """Split tensors, in order, into buckets of at most BUCKET_ELEMENTS elements; a larger tensor is a bucket alone."""
     bucket: list[Tensor] = []
     size = 0
     for tensor in tensors:
@@ -106,7 +108,7 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def all_reduce_gradients(params: Iterable[Tensor], dist: Distributed) -> None:
-    """Sum every parameter's gradient over the ranks, in fp32, in place.
+    """Sum every parameter's gradient over the ranks, in float32, in place.
 
     A sum and not a mean: each rank's loss is divided by *global* counts (tokens, completions), so its gradient is
     already its share. A parameter without a gradient counts as zeros, so that a rank with no data makes the same
@@ -117,14 +119,18 @@ def all_reduce_gradients(params: Iterable[Tensor], dist: Distributed) -> None:
     """
     if dist.world_size == 1:
         return
+    # buckets come from the parameters' sizes, not from which have gradients: the same collectives on every rank
     for bucket in _buckets([param for param in params if param.requires_grad]):
-        pieces = [torch.zeros_like(p, dtype=torch.float32) if p.grad is None else p.grad.float() for p in bucket]
-        flat = torch.cat([piece.reshape(-1) for piece in pieces])
+        # float32: a bfloat16 sum over many ranks would lose small shares
+        gradients = [torch.zeros_like(p, dtype=torch.float32) if p.grad is None else p.grad.float() for p in bucket]
+        # one message a bucket: hundreds of LoRA matrices sent one by one would cost their latency each
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
         with _collective("all_reduce_gradients", dist):
             c10d.all_reduce(flat)
         for param, summed in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
             if param.grad is None:
                 param.grad = torch.empty_like(param)
+            # copied, which rounds to the gradient's dtype; assigned views would keep the whole bucket alive
             param.grad.copy_(summed.view_as(param))
 
 
@@ -135,12 +141,12 @@ def broadcast_parameters(params: Iterable[Tensor], dist: Distributed) -> None:
         return
     for param in params:
         with _collective("broadcast_parameters", dist):
-            c10d.broadcast(param.data, src=0)
+            c10d.broadcast(param.data, src=0)  # in place: optimiser and policy hold these tensors
 
 
 def all_reduce_sum(values: Tensor, dist: Distributed) -> Tensor:
-    """The sum over ranks of a small tensor of counts or sums, as a new tensor of the same shape and dtype."""
-    total = values.clone()
+    """Sum a small tensor of counts or sums over the ranks, into a new tensor of the same shape and dtype."""
+    total = values.clone()  # also with one rank, so that the caller may write to the result everywhere
     if dist.world_size > 1:
         with _collective("all_reduce_sum", dist):
             c10d.all_reduce(total)
@@ -148,33 +154,38 @@ def all_reduce_sum(values: Tensor, dist: Distributed) -> Tensor:
 
 
 def gather_rows(row: Tensor, dist: Distributed) -> Tensor:
-    """Every rank's row `[K]` (same K and dtype everywhere) as `[world_size, K]`, in one collective."""
+    """Gather every rank's row `[K]` (same K and dtype everywhere) as `[world_size, K]`, in one collective."""
     if dist.world_size == 1:
         return row.clone()[None]
     rows = row.new_empty(dist.world_size * row.numel())
     with _collective("gather_rows", dist):
-        c10d.all_gather_into_tensor(rows, row.contiguous())
+        c10d.all_gather_into_tensor(rows, row.contiguous())  # the backends read memory and know no strides
     return rows.view(dist.world_size, -1)
 
 
 def gather_objects(value: Any, dist: Distributed) -> list[Any]:
-    """Every rank's value, by rank; two collectives. Values travel as JSON, so they are what `json` can write, and no
-    pickle.
+    """Gather every rank's value, by rank, in two collectives.
 
-    Floats come back bit for bit, NaN and infinities included; tuples come back as lists.
+    Values travel as JSON and not as pickles, so they must be what `json` can write. Floats come back bit for bit, NaN
+    and infinities included; tuples come back as lists.
     """
     if dist.world_size == 1:
+        # through JSON here too: a value that works with one process then works with several
         return [json.loads(json.dumps(value))]
+    # bytearray: torch warns about memory that it may not write to
     data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(dist.device)
+    # lengths first: the second collective needs rows of one length
     sizes = gather_rows(torch.tensor([data.numel()], device=dist.device), dist).flatten().tolist()
     padded = torch.zeros(max(sizes), dtype=torch.uint8, device=dist.device)
     padded[: data.numel()] = data
-    rows = gather_rows(padded, dist).cpu()
+    rows = gather_rows(padded, dist).cpu()  # one copy, not one for each rank
     return [json.loads(row[:size].numpy().tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
 def send_to_main(name: str, value: Any, dist: Distributed) -> list[Any] | None:
-    """Every rank's value, by rank, on the main process; None elsewhere. JSON, as in `gather_objects`.
+    """Send every rank's value to the main process, which gets them by rank; the others get None.
+
+    Values travel as JSON, as in `gather_objects`.
 
     It goes through the process group's key-value store: no collective, and no rank waits for its device. Only the main
     process waits, for ranks that have not written yet.
@@ -191,13 +202,13 @@ def send_to_main(name: str, value: Any, dist: Distributed) -> list[Any] | None:
     values = [json.loads(json.dumps(value))]
     with _collective("send_to_main", dist):
         for rank in range(1, dist.world_size):
-            values.append(json.loads(store.get(f"{name}/{rank}")))
-            store.delete_key(f"{name}/{rank}")
+            values.append(json.loads(store.get(f"{name}/{rank}")))  # waits until the key is set, or the timeout
+            store.delete_key(f"{name}/{rank}")  # the store lives as long as the run: it would keep every step
     return values
 
 
 def require_same(what: str, value: Any, dist: Distributed) -> None:
-    """Stop all ranks where they disagree about a value that JSON can write, naming each rank's.
+    """Stop all ranks if they disagree about a value (in JSON's types), naming each rank's.
 
     Raises:
         RuntimeError: on every rank, so that none is left waiting.
@@ -216,8 +227,10 @@ def barrier(dist: Distributed) -> None:
 
 
 def shard(sequence: Sequence[Item], rank: int, world_size: int) -> Sequence[Item]:
-    """Rank `rank`'s part of a sequence: contiguous, lengths differing by at most one, joined in rank order the whole
-    again.
+    """Return the slice of a sequence that belongs to rank `rank`.
+
+    Slices are contiguous, their lengths differ by at most one, and joined in rank order they are the sequence again.
     """
     n = len(sequence)
+    # both bounds by one formula: rank r ends exactly where r + 1 begins, for any n
     return sequence[n * rank // world_size : n * (rank + 1) // world_size]

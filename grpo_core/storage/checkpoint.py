@@ -1,4 +1,4 @@
-"""Checkpoints that are there whole or not at all, and from which a run continues bit for bit.
+"""Checkpoints that are either complete or absent, and from which a run continues bit for bit.
 
 A checkpoint is a folder `step-000123`:
 
@@ -26,11 +26,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch.optim import Optimizer
 
-from grpo_core.storage.optimizer_state import (
-    NamedParameters,
-    flatten_optimizer,
-    restore_optimizer,
-)
+from grpo_core.storage.optimizer_state import NamedParameters, flatten_optimizer, restore_optimizer
 
 STATE_FILE = "trainer_state.json"
 # A checkpoint that is being replaced by one of the same step stays under the second name until the new one is in place.
@@ -38,11 +34,11 @@ _FOLDER = re.compile(r"step-(\d+)(\.replaced)?")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is incomplete, damaged, or of another model."""
+    """A checkpoint is incomplete or damaged, or belongs to another model."""
 
 
 class CheckpointManager:
-    """Saves a run's checkpoints under `root`, keeps the last and the best of them, and finds the one to continue from.
+    """Saves a run's checkpoints under `root`, keeps the last and the best ones, and finds the one to resume from.
 
     In a run of several processes only the main one saves; all of them may load.
     """
@@ -66,7 +62,8 @@ class CheckpointManager:
     ) -> Path:
         """Write a checkpoint, then delete those that need not be kept.
 
-        These are the ones neither among the last nor the best, and those of later steps: the run went back before them.
+        Deleted are those neither among the last nor the best, and those of later steps, which a run that resumed from
+        an earlier checkpoint has left behind.
 
         Args:
             step: optimiser steps made so far.
@@ -79,7 +76,10 @@ class CheckpointManager:
             The checkpoint's folder.
         """
         self.root.mkdir(parents=True, exist_ok=True)
-        folder, temporary = self.root / f"step-{step:06d}", self.root / f".writing-step-{step:06d}"
+        folder = self.root / f"step-{step:06d}"
+        # under `root`, because a rename is atomic within one file system only; `_folders` does not match a hidden name
+        temporary = self.root / f".writing-step-{step:06d}"
+        # of any step: a run that was killed while it wrote may resume at an earlier one and never come back to it
         for leftover in self.root.glob(".writing-*"):
             shutil.rmtree(leftover)
         (temporary / "model").mkdir(parents=True)
@@ -88,39 +88,43 @@ class CheckpointManager:
         save_file(tensors, temporary / "optimizer.safetensors")
         manifest = {
             "step": step,
+            # JSON has no NaN; and NaN would break the order in `_ranked`, as it compares false with everything
             "metric": None if metric is None or math.isnan(metric) else float(metric),
             "state": state,
             "optimizer_groups": groups,
-            "files": _describe(temporary),
+            "files": _describe(temporary),  # before the manifest exists, which cannot hold its own digest
         }
         (temporary / STATE_FILE).write_text(json.dumps(manifest, indent=1, allow_nan=False))
+        # before the rename: a file system may write a folder's new name to the disk before its files' bytes
         _flush([*temporary.rglob("*"), temporary])
         replaced = folder.with_name(folder.name + ".replaced")
+        # rename does not replace a folder that holds files, so a checkpoint of the same step is moved aside first
         if folder.exists():
             shutil.rmtree(replaced, ignore_errors=True)
             folder.rename(replaced)
         temporary.rename(folder)
-        _flush([self.root])
+        _flush([self.root])  # the new name itself, before anything older is deleted
+        # an error leaves one folder too many, which is no reason to stop a run
         shutil.rmtree(replaced, ignore_errors=True)
         self._prune(step)
         return folder
 
     def latest(self) -> Path | None:
-        """The newest checkpoint that is whole, every byte of it checked; None where there is none.
+        """Return the newest checkpoint that is complete, checking every byte of it; None if there is none.
 
         Damaged ones are passed over with a warning.
         """
         return _first_whole(reversed(self._folders()))
 
     def best(self) -> Path | None:
-        """The whole checkpoint with the best metric among those kept, checked like `latest`; the earliest of equals."""
+        """Return the complete checkpoint with the best metric, checked like `latest`; of equals the earliest."""
         return _first_whole(self._ranked())
 
     def load_optimizer(self, folder: Path, optimizer: Optimizer, named_parameters: NamedParameters) -> None:
-        """Give an optimiser the state and the options it had when the checkpoint was written.
+        """Restore an optimiser's state and options as they were when the checkpoint was written.
 
         Args:
-            named_parameters: as at saving; names, shapes, groups and order must be the same.
+            named_parameters: as in `save`; names, shapes, groups and order must be the same.
 
         Raises:
             CheckpointError: naming the parameters that differ.
@@ -132,28 +136,31 @@ class CheckpointManager:
             raise CheckpointError(f"{folder} does not fit the model: {error}") from error
 
     def _folders(self) -> list[Path]:
-        """All finished checkpoints, oldest first; of two of a step the replaced one first."""
+        """List all finished checkpoints, oldest first; of two of the same step the replaced one first."""
         found = [(match, path) for path in self.root.glob("step-*") if (match := _FOLDER.fullmatch(path.name))]
+        # by number, because names sort as text: step-1000000 comes before step-999999
         return [path for match, path in sorted(found, key=lambda item: (int(item[0][1]), not item[0][2]))]
 
     def _ranked(self) -> list[Path]:
-        """Checkpoints with a metric, best first."""
+        """List the checkpoints that have a metric, best first."""
         scored = []
         for folder in self._folders():
             try:
                 metric = read_manifest(folder)["metric"]
-            except CheckpointError:
+            except CheckpointError:  # `latest` warns about it when it is the one to resume from
                 continue
             if metric is not None:
                 scored.append((metric, folder))
-        # stable: of equal metrics the earliest checkpoint comes first
+        # negated and not reversed: the sort is stable, so of equal metrics the earliest checkpoint comes first
         return [folder for _, folder in sorted(scored, key=lambda item: -item[0])]
 
     def _prune(self, step: int) -> None:
-        """Delete what is neither among the last nor the best, and what a run that went back to `step` left behind."""
+        """Delete checkpoints neither among the last nor the best, and those of steps after `step`."""
         folders = self._folders()
+        # after a resume from an earlier checkpoint: `latest` must not find the steps that are being made again
         abandoned = [folder for folder in folders if int(folder.name.partition(".")[0].removeprefix("step-")) > step]
         kept = [folder for folder in folders if folder not in abandoned]
+        # ranked after the abandoned ones are out: one of them would otherwise hold a place among the best
         best = [folder for folder in self._ranked() if folder in kept][: self.keep_best]
         for folder in folders:
             if folder not in (*kept[-self.keep_last :], *best):
@@ -161,14 +168,15 @@ class CheckpointManager:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """`trainer_state.json` of a checkpoint: `step`, `metric`, `state`, `optimizer_groups`, `files`.
+    """Read a checkpoint's `trainer_state.json`: `step`, `metric`, `state`, `optimizer_groups`, `files`.
 
     Raises:
-        CheckpointError: it is missing or no checkpoint's.
+        CheckpointError: it is missing, or lacks one of these keys.
     """
     path = Path(folder) / STATE_FILE
     try:
         manifest = json.loads(path.read_text())
+        # looked up here, so that a file without one of them is refused by name and not with a KeyError later
         manifest["step"], manifest["metric"], manifest["state"], manifest["optimizer_groups"], manifest["files"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is missing or damaged ({error!r}): resume from another checkpoint") from error
@@ -185,7 +193,7 @@ def verify(folder: Path) -> None:
         path = Path(folder) / name
         found = _digest(path) if path.is_file() else "no such file"
         if found != written:
-            raise CheckpointError(f"{path} is not what was written ({found} instead of {written})")
+            raise CheckpointError(f"{path} has changed since it was written ({found} instead of {written})")
 
 
 def _first_whole(folders: Iterable[Path]) -> Path | None:
@@ -193,6 +201,7 @@ def _first_whole(folders: Iterable[Path]) -> Path | None:
         try:
             verify(folder)
         except CheckpointError as error:
+            # not an error: the checkpoint before it is whole, and a run on a cluster restarts with nobody watching
             warnings.warn(f"passing over a damaged checkpoint: {error}", stacklevel=3)
         else:
             return folder
@@ -200,18 +209,20 @@ def _first_whole(folders: Iterable[Path]) -> Path | None:
 
 
 def _describe(folder: Path) -> dict[str, list]:
+    # sorted: rglob's order is the file system's, and equal checkpoints should have equal manifests
     return {path.relative_to(folder).as_posix(): _digest(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def _digest(path: Path) -> list:
     with path.open("rb") as file:
+        # a list, not a tuple: it is compared with what JSON gives back
         return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
 
 
 def _flush(paths: Iterable[Path]) -> None:
     """Wait until files and folders are on the disk."""
     for path in paths:
-        handle = os.open(path, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY)  # fsync works on read-only handles, and a folder opens no other way
         try:
             os.fsync(handle)
         finally:

@@ -1,4 +1,4 @@
-"""Writes a run's metrics: a line a step in `metrics.jsonl`, and to the trackers that the run names."""
+"""Write a run's metrics: one line per step in `metrics.jsonl`, and to the trackers that the run names."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from grpo_core.storage.trackers import TRACKERS
 
 
 class MetricsWriter:
-    """Writes `metrics.jsonl` of a run folder, and to each tracker.
+    """Writes `metrics.jsonl` of a run's folder, and sends the same metrics to each tracker.
 
     Args:
-        run_folder: the run's.
-        resume_step: see `JsonLines`.
+        run_folder: the run's folder.
+        resume_step: as in `JsonLines`.
         trackers: names in `TRACKERS`.
 
     Raises:
@@ -24,11 +24,13 @@ class MetricsWriter:
 
     def __init__(self, run_folder: Path, resume_step: int | None = None, trackers: Sequence[str] = ()) -> None:
         folder = Path(run_folder)
+        # trackers first: one whose package is missing raises before an old metrics.jsonl is cleared
         self._trackers = [TRACKERS[name](folder, resume_step) for name in trackers]
         self._lines = JsonLines(folder / "metrics.jsonl", resume_step)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Add a step's metrics: `{"step": step, **values}`."""
+        """Write a step's metrics: `{"step": step, **values}`."""
+        # the file before the trackers: a tracker whose server is down must not cost the step's line
         self._lines.append([{"step": step, **values}])
         for tracker in self._trackers:
             tracker.log(step, values)

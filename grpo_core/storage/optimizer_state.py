@@ -1,4 +1,4 @@
-"""An optimiser's state as named tensors and plain options: a checkpoint needs no pickle."""
+"""Convert an optimiser's state to named tensors and plain options, so that a checkpoint needs no pickle."""
 
 from __future__ import annotations
 
@@ -15,18 +15,20 @@ NamedParameters = Iterable[tuple[str, Tensor]]
 def flatten_optimizer(
     optimizer: Optimizer, named_parameters: NamedParameters
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """Take an optimiser apart.
+    """Split an optimiser's state into named tensors and JSON-serialisable groups.
 
     Args:
-        named_parameters: name and parameter of, at least, everything the optimiser holds.
+        named_parameters: name and parameter of at least everything that the optimiser holds.
 
     Returns:
-        tensors: `<parameter name>/<state name>`, e.g. `fusion.weight/exp_avg`; none for a parameter never stepped.
+        tensors: `<parameter name>/<state name>`, e.g. `fusion.weight/exp_avg`; none for a parameter that has had no
+            step.
         groups: for each parameter group its options (learning rate, betas, …) and its parameters' names and shapes.
 
     Raises:
         ValueError: a parameter has no name.
     """
+    # tensors hash by identity, so this finds the very parameter that the optimiser holds
     names = {parameter: name for name, parameter in named_parameters}
     tensors: dict[str, Tensor] = {}
     groups = []
@@ -34,13 +36,16 @@ def flatten_optimizer(
         for parameter in group["params"]:
             if parameter not in names:
                 raise ValueError(f"named_parameters lacks an optimised parameter of shape {list(parameter.shape)}")
-            for kind, value in optimizer.state.get(parameter, {}).items():
-                tensors[f"{names[parameter]}/{kind}"] = torch.as_tensor(value).detach().contiguous()
+            # get: the state is a defaultdict, in which a lookup by [] would make an entry
+            for state_name, value in optimizer.state.get(parameter, {}).items():
+                # as_tensor: some optimisers count steps in a plain int; safetensors stores contiguous tensors only
+                tensors[f"{names[parameter]}/{state_name}"] = torch.as_tensor(value).detach().contiguous()
         options = {name: value for name, value in group.items() if name not in ("params", "param_names")}
         groups.append(
             {
+                # a learning rate is a tensor where the optimiser's step is captured in a CUDA graph
                 "options": {name: v.item() if isinstance(v, Tensor) else v for name, v in options.items()},
-                "parameters": _described(group["params"], names),
+                "parameters": _names_and_shapes(group["params"], names),
             }
         )
     return tensors, groups
@@ -55,35 +60,39 @@ def restore_optimizer(
     """Undo `flatten_optimizer`, bit for bit: dtypes stay as saved, which `Optimizer.load_state_dict` does not promise.
 
     Raises:
-        ValueError: names, shapes, groups or order of the parameters differ; the optimiser is then untouched.
+        ValueError: names, shapes, groups or order of the parameters differ; the optimiser is then unchanged.
     """
     names = {parameter: name for name, parameter in named_parameters}
     _require_same_parameters(
         [group["parameters"] for group in groups],
-        [_described(group["params"], names) for group in optimizer.param_groups],
+        [_names_and_shapes(group["params"], names) for group in optimizer.param_groups],
     )
     states: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        name, _, kind = key.rpartition("/")
-        states.setdefault(name, {})[kind] = tensor
+        name, _, state_name = key.rpartition("/")  # from the right: a parameter's name may hold a slash
+        states.setdefault(name, {})[state_name] = tensor
+    # a parameter without saved state must have none afterwards either: AdamW then starts its moments and step count
     optimizer.state.clear()
     for group, saved in zip(optimizer.param_groups, groups, strict=True):
         for option, value in saved["options"].items():
+            # JSON has turned tuples, such as AdamW's betas, into lists
             group[option] = tuple(value) if isinstance(value, list) else value
+        # AdamW keeps `step` on the host, where reading it does not wait for the GPU, except in these two modes
         counts_on_device = group.get("capturable") or group.get("fused")
         for parameter in group["params"]:
             state = states.get(names[parameter], {})
             moved = {k: v if k == "step" and not counts_on_device else v.to(parameter.device) for k, v in state.items()}
-            if moved:
+            if moved:  # no entry for a parameter that has had no step, as before the save
                 optimizer.state[parameter] = moved
 
 
-def _described(parameters: Iterable[Tensor], names: dict[Tensor, str]) -> list[list]:
+def _names_and_shapes(parameters: Iterable[Tensor], names: dict[Tensor, str]) -> list[list]:
     return [[names.get(parameter, "(unnamed)"), list(parameter.shape)] for parameter in parameters]
 
 
 def _require_same_parameters(saved: list[list[list]], present: list[list[list]]) -> None:
-    """Compare per group the lists of (name, shape)."""
+    """Compare the lists of (name, shape), group by group."""
+    # order counts too: gradient norms are summed in it, so another order would round differently from here on
     if saved == present:
         return
     was, now = ({name: shape for group in side for name, shape in group} for side in (saved, present))
@@ -94,5 +103,6 @@ def _require_same_parameters(saved: list[list[list]], present: list[list[list]])
     ]
     if not differing:
         raise ValueError("the optimiser's groups hold the same parameters in another order or grouping")
+    # four at most: a wrong LoRA rank differs in hundreds of matrices
     more = f"; and {len(differing) - 4} more" if len(differing) > 4 else ""
     raise ValueError(f"{'; '.join(differing[:4])}{more}. Resume with the configuration it was trained with")

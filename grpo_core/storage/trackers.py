@@ -1,4 +1,4 @@
-"""Trackers that a run's metrics also go to, beside `metrics.jsonl`; a plug-in registers one of its own."""
+"""Trackers that receive a run's metrics beside `metrics.jsonl`; a plug-in may register another."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from grpo_core.registry import Registry
 
 
 class Tracker(Protocol):
-    """Takes a run's metrics, on the main process."""
+    """Receives a run's metrics, on the main process."""
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Take in the metrics of a step."""
+        """Receive the metrics of a step."""
 
     def close(self) -> None:
-        """Flush what is buffered; called once, at the run's end."""
+        """Flush what is buffered; called once, at the end of the run."""
 
 
 TRACKERS: Registry[Callable[[Path, int | None], Tracker]] = Registry("tracker")
@@ -25,13 +25,14 @@ TRACKERS: Registry[Callable[[Path, int | None], Tracker]] = Registry("tracker")
 
 @TRACKERS.register("tensorboard")
 class TensorBoard:
-    """TensorBoard's event files, in the folder `tensorboard` of the run.
+    """Writer of TensorBoard's event files, in the run's folder `tensorboard`.
 
     Raises:
         ModuleNotFoundError: the package is not installed.
     """
 
     def __init__(self, run_folder: Path, resume_step: int | None):
+        # imported here: the package is optional, and options read this module without torch
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
@@ -39,13 +40,13 @@ class TensorBoard:
                 "run.trackers has tensorboard, which needs the package `tensorboard`: pip install tensorboard, or "
                 "leave it out (metrics.jsonl holds the same numbers)"
             ) from error
-        # steps that a killed run logged after its last checkpoint are made again: hide the first time
+        # a resumed run repeats the steps that the killed one logged after its last checkpoint: hide the first ones
         purge_step = None if resume_step is None else resume_step + 1
         self._writer = SummaryWriter(str(run_folder / "tensorboard"), purge_step=purge_step)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         for name, value in values.items():
-            if isinstance(value, int | float):
+            if isinstance(value, int | float):  # add_scalar raises for None, where a metric could not be computed
                 self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:

@@ -1,6 +1,6 @@
-"""The `affectgpt` command: train, score and use the emotion models, and make what they need.
+"""Run the `affectgpt` command: train, score and apply emotion models, and generate synthetic clips and tables.
 
-Torch and transformers are imported by a command only once its arguments are read: help and a mistyped key answer at
+A command imports torch and transformers only after its arguments are read, so that help and a mistyped key answer at
 once.
 """
 
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     Config = TypeVar("Config", bound=TaskConfig)
 
 TRAIN = """\
-AffectGPT-R1 (arXiv 2508.01318): GRPO on the emotion-wheel score, after a cold start where the model is fresh.
+AffectGPT-R1 (arXiv 2508.01318): GRPO on the emotion-wheel score, after a cold start if the model is fresh.
 
-affectgpt train                                                  the embedded default, whole, on any machine
+affectgpt train                                                  the embedded default, complete, on any machine
 affectgpt train --config r1_no_think --model.path DIR --data.root DIR
 torchrun --nproc_per_node=8 -m affectgpt train ...               the same on eight GPUs
 """
@@ -54,7 +54,7 @@ The csv has the form of the MER challenges' label tables; `<output>.jsonl` besid
 
 
 def train(arguments: Sequence[str]) -> None:
-    """Cold start, controls, GRPO, and a report: what AffectGPT-R1 is."""
+    """Run AffectGPT-R1: cold start, controls, GRPO, and a report."""
     from affectgpt.config import R1Config
     from affectgpt.configs import CONFIGS
 
@@ -66,14 +66,14 @@ def train(arguments: Sequence[str]) -> None:
     from grpo_core import distributed
     from grpo_core.config.fields import ConfigError
 
-    try:  # before the run's folder and before hours of training: an import path or a judge's folder may be wrong
+    try:  # before the run's folder is made and hours of training pass: an import path or a judge's folder may be wrong
         rewards = config.rewards(config.metric.wheel())
     except ValueError as error:
         raise ConfigError(str(error)) from error
     dist = _start()
-    open_run(config, dist)
+    open_run(config, dist)  # before anything is written: it moves another run's folder aside
     stages = Stages(config, dist)
-    stages.check_rewards(rewards)
+    stages.check_rewards(rewards)  # here too, and not only in `grpo`: the cold start may take hours
 
     evaluations: dict[str, Evaluation | None] = {}
     cold_start = config.cold_start
@@ -82,15 +82,17 @@ def train(arguments: Sequence[str]) -> None:
         stages.supervised(
             config.supervised(COLD_START, cold_start.max_steps, patience=cold_start.early_stopping_patience)
         )
+    # without a cold start, model.path is what GRPO starts from: its score is still the one before
     evaluations[COLD_START] = stages.evaluate_test(COLD_START)
     if config.controls:
-        # the control trains the same model, so GRPO starts again from where the cold start left it
+        # the control trains the model in place, so GRPO loads the cold start's result again
         start = stages.folder / COLD_START / "model" if cold_start.max_steps else config.model.path
+        # patience 0: the control trains for as many steps as GRPO, or it would compare lengths and not methods
         stages.supervised(config.supervised(SFT_CONTINUED, config.run.max_steps, patience=0))
         evaluations[SFT_CONTINUED] = stages.evaluate_test(SFT_CONTINUED)
         stages.load(start)
     stages.grpo(rewards, config.algorithm, config.optim)
-    del rewards  # a judge's weights leave the GPU before the model is scored
+    del rewards  # frees a judge's weights on the GPU before the model is scored
     evaluations[GRPO] = stages.evaluate_test(GRPO)
     if config.controls and stages.test:
         swapped = stages.prompts(shuffle_media([prompt.sample for prompt in stages.test], config.run.seed))
@@ -102,11 +104,12 @@ def train(arguments: Sequence[str]) -> None:
 
 
 def _finish_training(config: R1Config, stages: Stages, evaluations: dict[str, Evaluation]) -> None:
-    """Write `summary.json` and `report.html`, and print the table."""
+    """Write `summary.json` and `report.html`, and print the scores."""
     from affectgpt.report import write_report
     from affectgpt.stages import stage_label
 
     summary = {f"{name}_f1": 100 * scored.f1 for name, scored in evaluations.items()} | {"seed": config.run.seed}
+    # last of the run's data: its presence tells `open_run` that the run is finished
     (config.run.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     report = write_report(
         config.run.folder,
@@ -123,7 +126,7 @@ def _finish_training(config: R1Config, stages: Stages, evaluations: dict[str, Ev
 
 
 def sft(arguments: Sequence[str]) -> None:
-    """Train on a label table and score the result where there is a test table."""
+    """Train on a label table, and score the result if there is a test table."""
     from affectgpt.config import SupervisedConfig
 
     config = _read(SupervisedConfig, "sft", arguments, SFT)
@@ -155,7 +158,7 @@ def evaluate(arguments: Sequence[str]) -> None:
 
     dist = _start()
     stages = Stages(config, dist, splits=False)
-    # of stages.config, not config: the root of synthetic clips is filled in there
+    # stages.config, not config: it has the root of synthetic clips filled in
     prompts = stages.prompts(load_samples(stages.config.data))
     evaluation = stages.evaluate_test("evaluation", prompts)
     if dist.main_process and evaluation:
@@ -182,6 +185,7 @@ def predict(arguments: Sequence[str]) -> None:
     _, sampler = stages.policy()
     texts = answer_greedily(sampler, prompts, stages.rollout, dist, progress=True)
     if dist.main_process:
+        # gathered already: every rank has all texts, and one of them writes
         config.output.parent.mkdir(parents=True, exist_ok=True)
         with config.output.open("w", newline="", encoding="utf-8") as table:
             writer = csv.writer(table)
@@ -197,12 +201,12 @@ def predict(arguments: Sequence[str]) -> None:
 
 
 def ablations(arguments: Sequence[str]) -> int:
-    """Train the ablation table's rows."""
+    """Train the rows of the ablation table."""
     from affectgpt.ablations import main as run
 
     try:
         run(arguments)
-    except RuntimeError as error:  # a row failed, and has said why
+    except RuntimeError as error:  # a row failed, after its process printed why
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
@@ -230,7 +234,7 @@ def synthetic(arguments: Sequence[str]) -> None:
 
 
 class Command(NamedTuple):
-    """A subcommand: what runs it with its arguments, and a line for the list. A returned number is its exit status."""
+    """A subcommand: the function that takes its arguments, and its line in the help. It may return an exit status."""
 
     run: Callable[[Sequence[str]], int | None]
     summary: str
@@ -252,10 +256,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand.
 
     Args:
-        argv: arguments without the program's name; None takes the process's own.
+        argv: arguments without the program's name; None takes those of the process.
 
     Returns:
-        The exit status: 0; 1 where the work failed; 2 where the arguments or the config were refused.
+        The exit status: 0, 1 if the work failed, 2 if the arguments or the config were refused.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments[0] if arguments else "--help"
@@ -269,6 +273,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         return COMMANDS[name].run(arguments[1:]) or 0
+    # mistakes of the user, whose message is enough; any other error is a bug and keeps its traceback
     except (ValueError, FileNotFoundError, NotImplementedError) as error:
         from grpo_core.config.fields import ConfigError
 
@@ -308,7 +313,7 @@ def _read(
     """Read a command's config; configs that come with the package are found by name.
 
     Raises:
-        ConfigError: a mistake in it.
+        ConfigError: the config has a mistake.
     """
     from affectgpt.configs import CONFIGS
     from grpo_core.config.loader import load_config
@@ -324,7 +329,7 @@ def _read(
 
 
 def _start() -> Distributed:
-    """Join the other ranks, and let the main process alone write notes."""
+    """Join the other ranks, and let only the main process log notes."""
     from grpo_core import distributed
 
     dist = distributed.init()

@@ -1,4 +1,4 @@
-"""Options of an emotion run: the model, the clips, how they are shown and judged, and the stages of training.
+"""Options of an emotion run: model, clips, prompts, rewards, metric, and the stages of training.
 
 Importing this module needs neither torch nor transformers, so that `--help` and a mistyped key answer at once.
 """
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from grpo_core.rewards import Reward
 
 
+# a module-level update: whatever reads a saved run's config has imported these classes before
 MOVED_KEYS.update(
     {"data.subtitle_language": "data.layout.subtitle_language", "data.synthetic_clips": "data.layout.clips"}
 )
@@ -28,26 +29,26 @@ MOVED_KEYS.update(
 
 @dataclass
 class DataConfig(ConfigSection, key="data"):
-    """Where the clips and their labels are."""
+    """Clips and their labels."""
 
     format: str = option("mer2025", choices=LAYOUTS)
-    """Layout on disk, see docs/data.md; synthetic is the embedded default, which the program makes itself."""
+    """Layout on disk, see docs/data.md; synthetic is the embedded default, which the program generates."""
     layout: Layout = chosen_by("format")
     """Options of the layout."""
     root: Path | None = None
-    """Folder of the dataset (for jsonl: the file). For synthetic, where to make it, or to find it made."""
+    """Folder of the dataset (for jsonl, the file). For synthetic, the folder that it is made in, or was made in."""
     labels: str = "track2_train_ovmerd.csv"
     """Label table, relative to root; not used by jsonl."""
     test_labels: str | None = None
-    """Label table of held-out samples, scored before and after training; unset, none are."""
+    """Label table of held-out samples, which are scored before and after training; unset, nothing is scored."""
     reasons: str | None = None
     """Table of descriptions, relative to root, that think mode learns from."""
     validation_fraction: float = 0.0
-    """Share of the samples that is held back from training and scored while it runs."""
+    """Share of the samples that is held out from training and scored during it."""
     cache_dir: Path = Path("runs/features")
-    """Encoder outputs are kept here, keyed by the files' content, and used by every run."""
+    """Cache of encoder outputs, keyed by the files' content and shared by all runs."""
     face_channel_order: Literal["rgb", "bgr"] = "rgb"
-    """Channel order of the face files; look at the skin if in doubt."""
+    """Channel order of the face files; with the wrong one, skin looks blue."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,14 +58,14 @@ class DataConfig(ConfigSection, key="data"):
 
 @dataclass
 class PromptConfig(ConfigSection, key="prompt"):
-    """What the model is shown and asked."""
+    """Prompt: template, modalities and form of the answer."""
 
     template: Template = "upstream"
-    """AffectGPT's own `###Human: … ###Assistant: `, or the tokenizer's chat template."""
+    """AffectGPT's `###Human: … ###Assistant: `, or the tokenizer's chat template."""
     mode: Mode = "no_think"
     """Answer at once, or after a think block."""
     face_or_frame: str = option("multiface_audio_face_text", choices=tuple(FACE_OR_FRAME))
-    """Which modalities the prompt shows; the names are upstream's, see docs/data.md."""
+    """Modalities in the prompt; the names are upstream's, see docs/data.md."""
     answer_form: AnswerForm = "list"
     """Form of no-think answers: a bare list of words, or upstream's sentence."""
 
@@ -76,34 +77,34 @@ class ModelConfig(ConfigSection, key="model"):
     path: Path | None = None
     """Folder that AffectGPT.save_pretrained wrote."""
     llm: Path | None = None
-    """Folder of a causal LM; with it visual_encoder and audio_encoder, and no path, adapters are made afresh."""
+    """Folder of a causal LM. Without path, fresh adapters are made over it, visual_encoder and audio_encoder."""
     visual_encoder: Path | None = None
     """Folder of a CLIP vision model with projection."""
     audio_encoder: Path | None = None
     """Folder of a HuBERT."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the frozen LLM; trained weights are float32."""
+    """Dtype of the frozen LLM; trained weights are float32."""
     lora_r: int = 16
     """Rank of fresh adapters."""
     lora_alpha: int = 32
     """Scale of fresh adapters."""
     lora_dropout: float = 0.05
-    """Dropout of fresh adapters in supervised training; GRPO trains without."""
+    """Dropout of fresh adapters in supervised training; GRPO trains without dropout."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
 
 
 @dataclass
 class MetricConfig(ConfigSection, key="metric"):
-    """The emotion wheel, and how evaluations use it."""
+    """Emotion wheel and the ring on which evaluations compare."""
 
     emotion_wheel: Path | None = None
-    """Folder of published tables (wheel1.xlsx … format.csv, synonym.xlsx); unset, the project's own."""
+    """Folder of published tables (wheel1.xlsx … format.csv, synonym.xlsx); unset, the project's tables."""
     level: Literal[1, 2] = 1
     """Ring of the wheels that evaluations compare."""
 
     def wheel(self) -> EmotionWheel:
-        """Read the tables that the config names.
+        """Read the tables named by the config.
 
         Raises:
             TablesError: the published tables are missing or damaged.
@@ -113,7 +114,7 @@ class MetricConfig(ConfigSection, key="metric"):
 
 @dataclass
 class TaskConfig(ConfigSection):
-    """What every command needs: a model, clips, how they are shown and judged, and where to write."""
+    """Options of every command: model, clips, prompts, metric and run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -125,14 +126,15 @@ class TaskConfig(ConfigSection):
 
 @dataclass
 class SupervisedConfig(TaskConfig):
-    """Supervised training: what `affectgpt sft` runs."""
+    """Supervised training, `affectgpt sft`."""
 
+    # upstream's weight decay
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(weight_decay=0.05))
 
 
 @dataclass
 class PredictConfig(TaskConfig):
-    """Prediction: what `affectgpt predict` runs."""
+    """Prediction, `affectgpt predict`."""
 
     output: Path = Path("predictions.csv")
     """The csv to write."""
@@ -143,9 +145,9 @@ class ColdStartConfig(ConfigSection, key="cold_start"):
     """Supervised training of fresh adapters, before GRPO."""
 
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(weight_decay=0.05))
-    """AdamW of this stage."""
+    """Optimiser of this stage."""
     max_steps: int = 0
-    """Optimiser steps at most. 0 skips the cold start: model.path is trained already."""
+    """Most optimiser steps. 0 skips the cold start, for a model.path that is trained already."""
     prompts_per_step: int = 16
     """Examples of one step, over all ranks."""
     eval_steps: int = 50
@@ -156,7 +158,7 @@ class ColdStartConfig(ConfigSection, key="cold_start"):
 
 @dataclass
 class R1Config(GRPOConfig, TaskConfig):
-    """AffectGPT-R1: what `affectgpt train` runs. It checks what any GRPO run checks, and its own sections."""
+    """AffectGPT-R1, `affectgpt train`: the options of a GRPO run and of an emotion run."""
 
     cold_start: ColdStartConfig = field(default_factory=ColdStartConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -165,25 +167,29 @@ class R1Config(GRPOConfig, TaskConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # here, because it needs several sections; by name only, so that no table, module or model is loaded yet
         check_rewards(self.reward.names, self.prompt.mode, self.reward, max_length=self.rollout.max_new_tokens)
         if (self.cold_start.max_steps or self.controls) and not self.data.validation_fraction:
-            raise ValueError("cold_start and controls stop by validation samples: set data.validation_fraction above 0")
+            raise ValueError(
+                "cold_start and controls choose their best model on validation samples: set data.validation_fraction "
+                "above 0"
+            )
 
     def rewards(self, wheel: EmotionWheel) -> list[Reward]:
-        """Make the run's rewards: imports those that are named by import path, and loads the judge's processor.
+        """Make the run's rewards: import those named by import path, and load the judge's processor.
 
         Raises:
-            ValueError: as `make_rewards`.
+            ValueError: `make_rewards` refuses one.
         """
         limit = self.rollout.max_new_tokens
         return make_rewards(self.reward.names, wheel, self.prompt.mode, self.reward, max_length=limit)
 
     def supervised(self, name: str, max_steps: int, patience: int) -> SFTConfig:
-        """Configure a supervised stage inside this run: it has its own folder and ends with its best validated model.
+        """Configure a supervised stage of this run, with a folder in the run's that ends with its best validated model.
 
         Args:
-            name: of the stage's folder within the run's.
-            patience: evaluations without a new best after which it stops; 0 never stops early.
+            name: name of the stage's folder.
+            patience: evaluations without a new best after which the stage stops; 0 never stops early.
         """
         cold = self.cold_start
         run = replace(
@@ -194,6 +200,6 @@ class R1Config(GRPOConfig, TaskConfig):
             prompts_per_step=cold.prompts_per_step,
             eval_steps=cold.eval_steps,
             early_stopping_patience=patience,
-            metric_for_best_model="eval/f1",
+            metric_for_best_model="eval/f1",  # whatever GRPO follows: GRPO starts from the best model of this stage
         )
         return SFTConfig(cold.optim, run)

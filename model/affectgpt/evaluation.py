@@ -1,4 +1,4 @@
-"""Score a model's answers on a labelled set by the emotion wheels."""
+"""Score a model's answers to labelled samples on the emotion wheels."""
 
 from __future__ import annotations
 
@@ -18,7 +18,14 @@ from grpo_core.storage.jsonl import jsonable
 
 @dataclass(frozen=True)
 class SampleScore:
-    """One sample's answer. `f1`, 0…1, is the mean over the wheels that its ground truth is on; NaN if on none."""
+    """One sample's answer and score.
+
+    Attributes:
+        ground_truth: the label string as the table spells it.
+        answer: the whole completion.
+        labels: the labels found in the answer.
+        f1: 0…1, the mean over the wheels that have the ground truth; NaN if none has.
+    """
 
     name: str
     ground_truth: str
@@ -29,7 +36,12 @@ class SampleScore:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Corpus scores, 0…1 (F is that of mean precision and mean recall, per wheel, then the mean over wheels)."""
+    """Scores of a labelled set, 0…1: F of mean precision and mean recall on each wheel, then the mean over wheels.
+
+    Attributes:
+        per_wheel: `f1`, `precision` and `recall`, one number per wheel each.
+        scored: number of samples that each wheel could score.
+    """
 
     name: str
     mode: Mode
@@ -43,7 +55,7 @@ class Evaluation:
     samples: list[SampleScore]
 
     def table(self) -> str:
-        """The scores as lines of text, in percent."""
+        """Format the scores as lines of text, in percent."""
         rows = [f"{self.name} on {len(self.samples)} samples, level {self.level}", "          F %      P %      R %"]
         per_wheel = zip(*(self.per_wheel[key] for key in ("f1", "precision", "recall")), strict=True)
         for number, (f1, precision, recall) in enumerate(per_wheel, 1):
@@ -55,6 +67,7 @@ class Evaluation:
         """Write `folder/<name>.json`."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.name}.json"
+        # jsonable: a sample that no wheel could score has NaN, which JSON lacks
         path.write_text(json.dumps(jsonable(asdict(self)), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         return path
 
@@ -71,8 +84,8 @@ def score_answers(
 ) -> Evaluation:
     """Score a completion for each labelled sample.
 
-    The ground truth is read strictly, as the published metric reads it; the answer by the tolerant parser, which finds
-    the labels that the published pipeline asks a second LLM for.
+    The ground truth is parsed strictly, as in the published metric; the answer by the tolerant parser, which finds the
+    labels for which the published pipeline asks a second LLM.
 
     Raises:
         ValueError: there are no samples, or one has no labels.
@@ -86,6 +99,7 @@ def score_answers(
         truth.append(sample.labels)
     answers = [answer_text(text, mode) for text in completions]
     corpus: CorpusScore = wheel.corpus(truth, answers, level, parse="tolerant")
+    # not the corpus' F averaged: each sample's F, which the report shows beside its answer
     each = wheel.score(truth, answers, level, parse="tolerant").mean("skip")
     return Evaluation(
         name=name,

@@ -1,4 +1,4 @@
-"""The stages of a run over one set of clips: load, encode, cold start, GRPO, score."""
+"""Run the stages of training over one set of clips: load, encode, cold start, GRPO, score."""
 
 from __future__ import annotations
 
@@ -19,14 +19,7 @@ from affectgpt.emotion_wheel import EmotionWheel, parse_labels
 from affectgpt.evaluation import Evaluation, score_answers
 from affectgpt.modeling.affectgpt import AffectGPT
 from affectgpt.modeling.encoders import Encoders
-from affectgpt.prompts import (
-    PLACEHOLDERS,
-    answer_text,
-    build_prompt,
-    build_target,
-    required_features,
-    stop_strings,
-)
+from affectgpt.prompts import PLACEHOLDERS, answer_text, build_prompt, build_target, required_features, stop_strings
 from grpo_core.config.loader import save_config, to_dict
 from grpo_core.config.moved import translate_saved_config
 from grpo_core.config.options import AlgorithmConfig, GRPOConfig, OptimConfig, RolloutConfig, SFTConfig
@@ -45,11 +38,12 @@ def load_samples(data: DataConfig, labels: str | None = None, labelled: bool = T
     """Read the samples of a label table.
 
     Args:
-        labels: the table, instead of `data.labels`.
-        labelled: False where the table has names alone, as for prediction.
+        labels: label table to read instead of `data.labels`.
+        labelled: False if the table has names only, as for prediction.
 
     Raises:
-        ValueError: data.root is not set; FileNotFoundError, ValueError: as the layout's loader.
+        ValueError: data.root is not set, or the layout's loader refuses a table.
+        FileNotFoundError: the layout's loader misses a file or folder.
     """
     if data.root is None:
         raise ValueError("data.root is not set: give the folder of the dataset")
@@ -58,6 +52,7 @@ def load_samples(data: DataConfig, labels: str | None = None, labelled: bool = T
 
 def split_samples(samples: Sequence[Sample], fraction: float, seed: int) -> tuple[list[Sample], list[Sample]]:
     """Split samples at random into (training, validation); the seed fixes the split."""
+    # by Philox, not torch's generator: the split is the same whatever was drawn before, also after a resume
     order = permutation(seed, 0, len(samples))
     held_back = round(fraction * len(samples))
     # sorted: both halves keep the table's order, whatever the permutation
@@ -77,7 +72,7 @@ def make_model(config: ModelConfig, device: torch.device) -> AffectGPT:
     }
     dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     if config.path is not None:
-        # a saved model remembers its folders; those that are named here have moved since
+        # a saved model stores its folders; those that the config names have moved since
         moved: dict[str, Any] = {name: path for name, path in folders.items() if path is not None}
         model = AffectGPT.from_pretrained(config.path, device=device, dtype=dtype, **moved)
     else:
@@ -107,24 +102,25 @@ def answer_greedily(
     progress: bool = False,
 ) -> list[str]:
     """Answer all prompts greedily; each rank answers its share, and all ranks get all texts in order."""
+    # one member: greedy members are all the same; the cut-offs are set to off, since the argmax ignores them
     greedy = replace(rollout, group_size=1, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0)
     share = shard(prompts, dist.rank, dist.world_size)
     groups = sampler.sample(share, greedy, progress=progress and dist.main_process)
-    # shards are consecutive, so the ranks' texts one after the other are in order
+    # shards are contiguous, so concatenating the ranks' texts gives the order of the prompts
     by_rank = gather_objects([group.completions[0].text for group in groups], dist)
     return [text for texts in by_rank for text in texts]
 
 
 class Stages:
-    """One set of clips, prepared once, and the stages that train and score a model on them.
+    """Stages that train and score a model on one set of clips, which is prepared once.
 
     Args:
-        config: of the whole run.
+        config: config of the whole run.
         dist: this process's place among the ranks.
         splits: load the config's clips for training, validation and test; False leaves the three empty.
 
     Attributes:
-        model: what the stages train.
+        model: the model that the stages train.
         training, validation, test: prompts of the three splits; clips that could not be read are left out.
     """
 
@@ -132,10 +128,10 @@ class Stages:
         self.dist = dist
         self.config = config = prepare_synthetic(config, dist)
         self.wheel: EmotionWheel = config.metric.wheel()
-        # completions also end where the prompt's template has a turn end
+        # completions also end where the prompt's template ends a turn; dict.fromkeys keeps order and drops repeats
         ends = (*config.rollout.stop_strings, *stop_strings(config.prompt.template))
         self.rollout = replace(config.rollout, stop_strings=tuple(dict.fromkeys(ends)))
-        torch.manual_seed(config.run.seed)  # fresh adapters are drawn from it
+        torch.manual_seed(config.run.seed)  # directly before: fresh adapters are drawn from the global generator
         self.model = make_model(config.model, dist.device)
         self.training: list[Prompt] = []
         self.validation: list[Prompt] = []
@@ -144,14 +140,14 @@ class Stages:
             data = config.data
             training, validation = split_samples(load_samples(data), data.validation_fraction, config.run.seed)
             test = load_samples(data, data.test_labels) if data.test_labels else []
-            encoders = self.encoders()
+            encoders = self.encoders()  # loaded once for the three splits, and freed when this returns
             self.training = self.prompts(training, encoders)
             self.validation = self.prompts(validation, encoders)
             self.test = self.prompts(test, encoders)
 
     @property
     def folder(self) -> Path:
-        """Where the run writes."""
+        """Folder of the run's files."""
         return self.config.run.folder
 
     def encoders(self) -> Encoders:
@@ -160,7 +156,7 @@ class Stages:
         return Encoders.from_pretrained(model.visual_encoder, model.audio_encoder, device=self.dist.device)
 
     def prompts(self, samples: Sequence[Sample], encoders: Encoders | None = None) -> list[Prompt]:
-        """Make the prompts of samples whose clips can be read; encodes the clips that are not in the cache yet."""
+        """Make the prompts of samples whose clips can be read, encoding clips that are not in the cache yet."""
         if not samples:
             return []
         data, prompt = self.config.data, self.config.prompt
@@ -168,6 +164,7 @@ class Stages:
             samples,
             encoders or self.encoders(),
             data.cache_dir,
+            # sorted: a set's order of strings differs between processes, and ranks must agree on the order of files
             modalities=sorted(required_features(prompt.face_or_frame)),
             progress=self.dist.main_process,
             face_channel_order=data.face_channel_order,
@@ -184,11 +181,11 @@ class Stages:
                 answer_form=prompt.answer_form,
             )
             for sample in samples
-            if sample.name in features
+            if sample.name in features  # others were skipped, with a warning: a clip of theirs cannot be read
         ]
 
     def load(self, folder: Path | None) -> None:
-        """Continue with a model that an earlier stage saved; None makes fresh adapters again."""
+        """Replace the model by one that an earlier stage saved; None makes fresh adapters again."""
         self.model = make_model(replace(self.config.model, path=folder), self.dist.device)
 
     def save(self, folder: Path) -> None:
@@ -201,17 +198,18 @@ class Stages:
         """Wrap the model as a policy, and make its sampler.
 
         Args:
-            reference: what the KL is measured against, `frozen` or `adapter_off`; None keeps no reference.
+            reference: policy that the KL is measured against, `frozen` or `adapter_off`; None keeps no reference.
             offload: keep the frozen reference in host memory.
         """
         policy = Policy(self.model.llm, embed=self.model.embed, module=self.model, reference=reference, offload=offload)
         tokenizer = self.model.tokenizer
-        # a sampled placeholder would be overwritten by features in the next forward pass
+        # forbidden, since `embed` would replace a sampled placeholder by features in the update's forward pass
         placeholders: Any = tokenizer.convert_tokens_to_ids(list(PLACEHOLDERS))
         return policy, GroupSampler(policy, tokenizer, seed=self.config.run.seed, forbidden_tokens=placeholders)
 
     def supervised(self, config: SFTConfig) -> None:
-        """Train on the labels; saves the model in the stage's folder."""
+        """Train on the labels and save the model in the stage's folder."""
+        # the sampler answers validation samples; it shares the policy's weights, so it always samples the current ones
         policy, sampler = self.policy()
         prompt = self.config.prompt
         examples = [
@@ -235,10 +233,10 @@ class Stages:
             save_model=self.model.save_pretrained,
             evaluate=self.evaluate_validation(sampler),
         ).train()
-        self.save(config.run.folder / "model")
+        self.save(config.run.folder / "model")  # after `train`, which ends with the best validated weights
 
     def check_rewards(self, rewards: Sequence[Reward]) -> None:
-        """Refuse rewards that read columns which the samples lack.
+        """Refuse rewards that read columns that the samples lack.
 
         Raises:
             ValueError: naming the reward and the column.
@@ -248,15 +246,16 @@ class Stages:
                 check_columns(reward, prompt)
 
     def grpo(self, rewards: Sequence[Reward], algorithm: AlgorithmConfig, optim: OptimConfig) -> None:
-        """Train on the rewards; saves the model in the run's folder."""
+        """Train on the rewards and save the model in the run's folder."""
         self.check_rewards(rewards)
+        # without a KL no reference is kept: a frozen copy of the trained weights would be memory for nothing
         policy, sampler = self.policy(algorithm.reference if algorithm.beta > 0 else None, algorithm.reference_offload)
         GRPOTrainer(
             policy,
             sampler,
             self.training,
             rewards,
-            GRPOConfig(algorithm, self.rollout, optim, self.config.run),
+            GRPOConfig(algorithm, self.rollout, optim, self.config.run),  # self.rollout, with the template's stops
             dist=self.dist,
             save_model=self.model.save_pretrained,
             evaluate=self.evaluate_validation(sampler),
@@ -265,7 +264,7 @@ class Stages:
         self.save(self.folder / "model")
 
     def describe(self, group: Group, member: int) -> dict[str, Any]:
-        """A completion's labels beside the truth, for `completions.jsonl`."""
+        """Return a completion's labels and the ground truth, for `completions.jsonl`."""
         answer = answer_text(group.completions[member].text, self.config.prompt.mode)
         return {"labels": parse_labels(answer, "tolerant"), "ground_truth": group.prompt.sample.labels}
 
@@ -282,32 +281,33 @@ class Stages:
         )
 
     def evaluate_test(self, name: str, prompts: Sequence[Prompt] | None = None) -> Evaluation | None:
-        """Score the model on the held-out samples, or on `prompts`, and keep the answers in `evaluations/<name>.json`.
+        """Score the model on the held-out samples, or on `prompts`, and write the answers to `evaluations/<name>.json`.
 
         Returns:
-            The scores; None where there is nothing to score on.
+            The scores; None if there are no prompts.
         """
         prompts = self.test if prompts is None else prompts
         if not prompts:
             return None
-        _, sampler = self.policy()
+        _, sampler = self.policy()  # a new one: `load` may have replaced the model
         evaluation = self.score(sampler, prompts, name, "test")
         if self.dist.main_process:
             evaluation.save(self.folder / "evaluations")
         return evaluation
 
     def evaluate_validation(self, sampler: GroupSampler) -> Callable[[], dict[str, float]] | None:
-        """Make the function that a training loop calls to score the validation samples; None where there are none."""
+        """Make the function that a training loop calls to score the validation samples; None if there are none."""
         if not self.validation:
             return None
         return lambda: {"eval/f1": self.score(sampler, self.validation, "validation", "validation").f1}
 
 
 def prepare_synthetic(config: TaskConfig, dist: Distributed) -> TaskConfig:
-    """Make what `data.format: synthetic` stands for, and name it in the config; other formats pass unchanged.
+    """Make the clips and models of `data.format: synthetic`, and return a config that names them.
 
-    That means clips under `data.root` and, where the config names no model, a tiny LLM and two tiny encoders. Unset,
-    the root is a folder beside the runs, one for each seed. What an earlier run made is found and kept.
+    Clips are made under `data.root` and, if the config names no model, a tiny LLM and two tiny encoders. If it is
+    unset, the root is a folder beside the runs, one per seed. Files of an earlier run are kept and used. With other
+    formats the config is returned unchanged.
     """
     layout = config.data.layout
     if not isinstance(layout, SyntheticLayout):
@@ -315,7 +315,7 @@ def prepare_synthetic(config: TaskConfig, dist: Distributed) -> TaskConfig:
     home = config.run.output_dir / "synthetic" / f"seed-{config.run.seed}"
     root = config.data.root or home / "clips"
     wants_models = config.model.path is None and config.model.llm is None
-    if dist.main_process:
+    if dist.main_process:  # the others wait at the barrier, then read the same folder
         train, test = layout.clips
         synthetic.make_dataset(root, seed=config.run.seed, train=train, test=test)
         if wants_models:
@@ -323,7 +323,7 @@ def prepare_synthetic(config: TaskConfig, dist: Distributed) -> TaskConfig:
     barrier(dist)
     model = config.model
     if wants_models:
-        tiny = synthetic.make_tiny_models(home / "models", seed=config.run.seed)  # made above: this finds them
+        tiny = synthetic.make_tiny_models(home / "models", seed=config.run.seed)  # made above: only finds their paths
         model = replace(model, llm=tiny.llm, visual_encoder=tiny.visual, audio_encoder=tiny.audio)
     return replace(config, data=replace(config.data, root=root), model=model)
 
@@ -335,29 +335,30 @@ _MAY_CHANGE = ("max_steps", "eval_steps", "save_steps", "keep_checkpoints", "res
 def open_run(config: TaskConfig, dist: Distributed) -> None:
     """Make the run's folder and write its config; a finished run, or one of another config, is moved aside first.
 
-    It goes to `<name>.previous` (what was there before is removed), so a run continues only its own progress. A run
-    that is longer, or saves at other steps, than the one it finds unfinished is still the same.
+    It is moved to `<name>.previous` (replacing an older one), so that a run never continues the progress of another. A
+    run that is longer than the unfinished one it finds, or saves at other steps, counts as the same run.
     """
     folder = config.run.folder
     written = folder / "config.yaml"
     if dist.main_process:
-        # summary.json is written last: where it is, the run is finished
+        # summary.json is written last, so its presence means that the run is finished
         continues = config.run.resume and written.is_file() and not (folder / "summary.json").is_file()
         if continues:
             saved = yaml.safe_load(written.read_text(encoding="utf-8"))
             saved = translate_saved_config(saved, type(config))  # an earlier version may have written it
+            # in YAML's types on both sides, where tuples are lists and paths are text
             continues = _identity(saved) == _identity(to_dict(config))
         if folder.exists() and any(folder.iterdir()) and not continues:
             previous = folder.with_name(folder.name + ".previous")
             shutil.rmtree(previous, ignore_errors=True)
-            folder.rename(previous)
+            folder.rename(previous)  # moved, not deleted: a changed option must not cost a finished run
             print(f"{folder} held a finished or a different run: it is now {previous}")
         folder.mkdir(parents=True, exist_ok=True)
         save_config(config, written)
-    barrier(dist)
+    barrier(dist)  # before any rank looks for checkpoints in the folder
 
 
 def _identity(config: dict[str, Any]) -> dict[str, Any]:
-    """A config without the options that may differ between the sessions of one run."""
+    """Return a config without the options that may differ between the sessions of one run."""
     run = {key: value for key, value in config.get("run", {}).items() if key not in _MAY_CHANGE}
     return config | {"run": run}

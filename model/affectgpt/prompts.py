@@ -1,4 +1,4 @@
-"""Prompt templates and their inverse: samples to prompts and targets, completions to answers."""
+"""Build prompts and training targets from samples, and extract answers from completions."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ PLACEHOLDERS: dict[str, Branch] = {
 
 
 def placeholder_features(placeholder: str, available: Collection[str]) -> tuple[str, ...]:
-    """List the features that a placeholder's vector is made of.
+    """List the features from which a placeholder's vector is computed.
 
-    `<MultiHere>` joins the audio with faces where the prompt has them, else with frames: `build_prompt` hands a prompt
-    only the features its `face_or_frame` needs, and every multiframe one is without faces.
+    `<MultiHere>` combines the audio with faces if the prompt has them, otherwise with frames: `build_prompt` gives a
+    prompt only the features that its `face_or_frame` needs, and no multiframe choice needs faces.
     """
     if placeholder == "<MultiHere>":
         return ("face" if "face" in available or "frame" not in available else "frame", "audio")
@@ -46,7 +46,7 @@ def placeholder_features(placeholder: str, available: Collection[str]) -> tuple[
 
 @dataclass(frozen=True)
 class Modalities:
-    """What a `face_or_frame` value shows the model: clauses in prompt order, features, subtitle or not."""
+    """Modalities of a `face_or_frame` value: clauses in prompt order, features needed, with subtitle or without."""
 
     clauses: tuple[str, ...]
     features: frozenset[str]
@@ -76,8 +76,9 @@ FACE_OR_FRAME: dict[str, Modalities] = {
     "textonly": _modalities("subtitle"),
     "image": _modalities("image"),
 }
-"""Upstream's names (`face` and `frame` alone hear the audio and read the subtitle too)."""
+"""Upstream's names (`face` and `frame` include the audio and the subtitle)."""
 
+# upstream's wording, spaces included: its checkpoints were trained on these very tokens
 _CLAUSES = {
     "multi": "The audio and video merged info is: <Multi><MultiHere></Multi>. ",
     "audio": "The audio content is as follows: <Audio><AudioHere></Audio>. ",
@@ -104,12 +105,13 @@ _SENTENCE = "The character's emotional state is {labels}."
 
 
 def required_features(face_or_frame: str) -> frozenset[str]:
-    """Features (`frame`, `face`, `audio`, `image`) a sample needs for this choice of modalities."""
+    """Return the features (`frame`, `face`, `audio`, `image`) that a choice of modalities needs."""
     return _lookup(FACE_OR_FRAME, face_or_frame, "face_or_frame").features
 
 
 def stop_strings(template: Template) -> tuple[str, ...]:
-    """Strings that end a completion, beside the tokenizer's end token."""
+    """Return the strings that end a completion, beside the tokenizer's end token."""
+    # chat templates end a turn with the end token itself
     return _lookup({"upstream": ("###",), "chat": ()}, template, "template")
 
 
@@ -117,14 +119,14 @@ def check_mode(mode: str) -> None:
     """Refuse an unknown mode.
 
     Raises:
-        ValueError: listing the modes there are.
+        ValueError: listing the known modes.
     """
     if mode not in get_args(Mode):
         raise ValueError(f"unknown mode {mode!r}: choose one of {', '.join(get_args(Mode))}")
 
 
 def question_text(mode: Mode, answer_form: AnswerForm = "list") -> str:
-    """The default question of a mode."""
+    """Return the default question of a mode."""
     return _lookup(_QUESTIONS, (mode, answer_form), "mode and answer form")
 
 
@@ -139,29 +141,29 @@ def build_prompt(
     answer_form: AnswerForm = "list",
     question: str | None = None,
 ) -> Prompt:
-    """Build a sample's prompt: text with placeholder tokens, and exactly the features these stand for.
+    """Build a sample's prompt: text with placeholder tokens, and exactly the features that replace these.
 
-    No bos token is put before it. Upstream trains with one and infers without: here the prompt is tokenised apart from
-    what follows, so its ids are the same in supervised training, in sampling and in evaluation.
+    It has no bos token: upstream trains with one and infers without. The prompt is tokenised separately from the
+    answer, so its ids are the same in supervised training, in sampling and in evaluation.
 
-    The subtitle is foreign text. Whatever in it could be read as markup is made harmless: angle brackets become ‹ and
-    ›, runs of three or more `#` become one, and the tokenizer's special tokens are broken up.
+    The subtitle is foreign text. Everything in it that could be read as markup is made harmless: angle brackets become
+    ‹ and ›, runs of three or more `#` become one, and the tokenizer's special tokens are broken up.
 
     Args:
-        sample: gives the prompt's id and the subtitle.
+        sample: source of the prompt's id and subtitle.
         features: encoder outputs of the sample, `[T, d]` each; more than needed is fine.
         tokenizer: `AffectGPT.tokenizer`, which knows the placeholders.
-        template: `upstream` is AffectGPT's `###Human: … ###Assistant: `; `chat` is the tokenizer's own.
-        mode: `think` asks for `<think>…</think><answer>…</answer>`, `no_think` for the labels alone.
-        face_or_frame: which modalities the prompt shows, a key of `FACE_OR_FRAME`.
-        answer_form: how labels are asked for in no_think mode.
-        question: instead of the mode's own.
+        template: `upstream` is AffectGPT's `###Human: … ###Assistant: `; `chat` is the tokenizer's.
+        mode: `think` asks for `<think>…</think><answer>…</answer>`, `no_think` for the labels only.
+        face_or_frame: modalities of the prompt, a key of `FACE_OR_FRAME`.
+        answer_form: form of the labels in no_think mode.
+        question: replaces the mode's default question.
 
     Raises:
-        ValueError: an unknown name, a missing feature, a tokenizer without placeholders or chat template, or a question
-            that holds placeholders.
+        ValueError: a name is unknown, a feature is missing, the tokenizer lacks placeholders or a chat template, or the
+            question contains placeholders.
     """
-    from grpo_core.types import Prompt  # torch: options are read without
+    from grpo_core.types import Prompt  # here, so that options are read without importing the engine
 
     modalities = _lookup(FACE_OR_FRAME, face_or_frame, "face_or_frame")
     if missing := sorted(modalities.features - features.keys()):
@@ -171,16 +173,17 @@ def build_prompt(
         )
     clauses = "".join(_CLAUSES[name] for name in modalities.clauses)
     body = clauses + _CLOSING + (question_text(mode, answer_form) if question is None else question)
-    # the subtitle goes in last, and by replacement: braces in it or in the question mean nothing
+    # the subtitle is inserted last, by replacement and not by `format`: braces in it or in the question are only text
     if modalities.subtitle:
         body = body.replace("{subtitle}", neutralise(sample.subtitle, tokenizer), 1)
     token_ids = tuple(tokenizer(_frame(body, template, mode, tokenizer), add_special_tokens=False)["input_ids"])
+    # counted in the ids and not in the text: a tokenizer that lacks a placeholder would split it into ordinary tokens
     vocabulary = tokenizer.get_added_vocab()
     for token in PLACEHOLDERS:
         expected, found = clauses.count(token), token_ids.count(vocabulary.get(token, -1))
         if found != expected:
             raise ValueError(
-                f"the prompt of sample {sample.name!r} holds {token} {found} times instead of {expected}: "
+                f"the prompt of sample {sample.name!r} contains {token} {found} times instead of {expected}: "
                 "use AffectGPT.tokenizer, and a question without placeholders"
             )
     return Prompt(sample.name, token_ids, {name: features[name] for name in sorted(modalities.features)}, sample)
@@ -189,17 +192,18 @@ def build_prompt(
 def target_text(sample: Sample, mode: Mode = "no_think", answer_form: AnswerForm = "list") -> str:
     """Write the answer that supervised training teaches, without its end token.
 
-    no_think: `happy, sad`, or as a sentence in upstream's form. think: `<think> {reason} </think> <answer> happy, sad
-    </answer>`. An empty label list reads `neutral`, as upstream's loaders have it.
+    no_think: `happy, sad`, or upstream's sentence. think: `<think> {reason} </think> <answer> happy, sad </answer>`. An
+    empty label list becomes `neutral`, as in upstream's loaders.
 
-    A bare list is the default: every sampled token is then a part of an answer that any parser reads, the strict one of
-    the metric included, and no reward is spent on a fixed sentence.
+    A bare list is the default: every sampled token then belongs to an answer that any parser reads, including the
+    metric's strict one, and no reward is spent on a fixed sentence.
 
     Raises:
-        ValueError: the sample lacks labels, or, in think mode, a reason.
+        ValueError: the sample lacks labels or, in think mode, a reason.
     """
     if sample.labels is None:
         raise ValueError(f"sample {sample.name!r} has no labels: it cannot be a training target")
+    # dict.fromkeys drops repeats and keeps the table's order, where a set would not
     labels = ", ".join(dict.fromkeys(label.lower() for label in parse_labels(sample.labels, "strict"))) or "neutral"
     if mode == "no_think":
         return _lookup({"list": "{labels}", "sentence": _SENTENCE}, answer_form, "answer form").format(labels=labels)
@@ -207,6 +211,7 @@ def target_text(sample: Sample, mode: Mode = "no_think", answer_form: AnswerForm
     description = sample.reason or ""
     if not description.strip():
         raise ValueError(f"sample {sample.name!r} has no reason, which think mode learns: use mode no_think")
+    # a description is foreign text too: tags in it would end the block, and ### would end the turn
     reason = re.sub(r"#{3,}", "#", re.sub(r"</?(think|answer)>", "", description)).strip()
     return f"<think> {reason} </think> <answer> {labels} </answer>"
 
@@ -219,10 +224,10 @@ def build_target(
     mode: Mode = "no_think",
     answer_form: AnswerForm = "list",
 ) -> tuple[int, ...]:
-    """Token ids of `target_text` and its end: `###` and the end token upstream, the end token alone in chat.
+    """Tokenise `target_text` and its end: `###` and the end token for upstream, the end token alone for chat.
 
     Raises:
-        ValueError: as `target_text`, or the tokenizer has no end token.
+        ValueError: `target_text` refuses the sample, or the tokenizer has no end token.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no eos_token: set it in the LLM's tokenizer_config.json")
@@ -231,7 +236,7 @@ def build_target(
 
 
 def answer_text(completion: str, mode: Mode = "no_think") -> str:
-    """Cut out the part of a completion that names emotions; an empty string if there is none.
+    """Extract the text of a completion that names emotions; an empty string if there is none.
 
     no_think: the whole text. think: the text of the last closed `<answer>…</answer>`, the model's final word; an
     answer that was cut off before its end tag does not count.
@@ -239,28 +244,31 @@ def answer_text(completion: str, mode: Mode = "no_think") -> str:
     check_mode(mode)
     if mode == "no_think":
         return completion.strip()
+    # no <answer> within the answer: after an unclosed tag only the text behind the next one counts
     answers = re.findall(r"<answer>((?:(?!<answer>).)*?)</answer>", completion, re.DOTALL)
     return answers[-1].strip() if answers else ""
 
 
 def neutralise(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """Make foreign text harmless: break up everything that could be read as template, placeholder or special token."""
+    # brackets first: they end think and answer tags and most special tokens with one rule
     text = re.sub(r"#{3,}", "#", text.replace("<", "‹").replace(">", "›"))
     for token in tokenizer.added_tokens_decoder.values():
         if token.special:
+            # a space after the first character: the text stays readable, but no longer matches the token
             text = text.replace(token.content, f"{token.content[0]} {token.content[1:]}")
     return text
 
 
 def _frame(body: str, template: Template, mode: Mode, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Put the user's turn into its template, up to where the answer begins."""
+    """Format the user's turn by its template, up to where the answer begins."""
     if template == "upstream":
         return f"###Human: {body} ###Assistant: "
     _lookup({"chat": True}, template, "template")
     if not tokenizer.chat_template:
         raise ValueError("template is 'chat', but the LLM's tokenizer has no chat_template: use template 'upstream'")
     turn = [{"role": "user", "content": body}]
-    # templates of reasoning models (Qwen3) look at enable_thinking; others take no notice of it
+    # templates of reasoning models (Qwen3) read enable_thinking; others ignore it
     text: Any = tokenizer.apply_chat_template(
         turn, add_generation_prompt=True, tokenize=False, enable_thinking=mode == "think"
     )
@@ -268,7 +276,7 @@ def _frame(body: str, template: Template, mode: Mode, tokenizer: PreTrainedToken
 
 
 def _lookup(table: Mapping[Any, Value], key: object, what: str) -> Value:
-    """`table[key]`, or an error that lists what there is."""
+    """Return `table[key]`, or raise a ValueError that lists the known keys."""
     if key not in table:
         raise ValueError(f"unknown {what} {key!r}: choose one of {', '.join(map(str, table))}")
     return table[key]

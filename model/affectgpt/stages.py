@@ -1,4 +1,4 @@
-"""The stages of a run: the names of their folders and evaluations, and how each is described to a reader."""
+"""Names and labels of a run's stages: their folders, their evaluations, and their descriptions in reports."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ SHUFFLED_MEDIA = "shuffled_media"
 
 @dataclass(frozen=True)
 class StageLabel:
-    """How a stage, and the evaluation after it, is described.
+    """Description of a stage and of the evaluation after it.
 
     Attributes:
         title: two or three words, for table rows and legends.
-        description: what was trained or changed, in one phrase.
+        description: the training or change, in one phrase.
         role: `before` and `after` are the two scores that a run compares; a `control` is measured beside them.
-        supervised: the stage is supervised training with curves of its own in `<stage>/metrics.jsonl`.
+        supervised: the stage is supervised training, with its curves in `<stage>/metrics.jsonl`.
     """
 
     title: str
@@ -51,11 +51,11 @@ STAGE_LABELS = {
 
 
 def stage_label(name: str) -> StageLabel:
-    """The label of a stage; an evaluation that a user added is titled by its name and shown as a control."""
+    """Return a stage's label; an evaluation that a user added is titled by its name and shown as a control."""
     return STAGE_LABELS.get(name) or StageLabel(name.replace("_", " ").capitalize(), role="control")
 
 
 def in_stage_order(names: Iterable[str]) -> list[str]:
-    """Names in the order of `STAGE_LABELS`, unknown ones after them by the alphabet."""
+    """Sort names in the order of `STAGE_LABELS`, unknown ones after them alphabetically."""
     found = set(names)
     return [name for name in STAGE_LABELS if name in found] + sorted(found - STAGE_LABELS.keys())

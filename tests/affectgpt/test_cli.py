@@ -122,7 +122,9 @@ def test_a_layout_of_a_plugin_works_from_the_command_line(tmp_path):
         config = load_config(TaskConfig, ["--plugins", str(tmp_path / "mine.py"), *options])
         video = tmp_path / "clips" / "test" / "a.mp4"
         assert load_samples(config.data) == [Sample("a", video, None, None, labels="sad")]
-        with pytest.raises(ConfigError, match=r"data\.layout\.splt .* is no option of format clips_by_split: .* split"):
+        with pytest.raises(
+            ConfigError, match=r"data\.layout\.splt .* not an option of format clips_by_split: .* split"
+        ):
             load_config(TaskConfig, [*options, "--data.layout.splt", "test"])
     finally:
         LAYOUTS._entries.pop("clips_by_split", None)
@@ -142,7 +144,7 @@ def test_options_of_layouts_that_moved_say_where_they_are():
     for old, new in MOVED_KEYS.items():
         with pytest.raises(ConfigError, match=f"{re.escape(old)} .*is now {re.escape(new)}"):
             load_config(R1Config, [f"--{old}", "1"])
-    with pytest.raises(ConfigError, match=r"data\.layout\.clips .* is no option of format mer2025"):
+    with pytest.raises(ConfigError, match=r"data\.layout\.clips .* is not an option of format mer2025"):
         load_config(R1Config, ["--data.layout.clips", "[2, 2]"])
 
 

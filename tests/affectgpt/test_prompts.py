@@ -227,7 +227,7 @@ def test_no_think_mode_answers_with_the_whole_text():
         ({"template": "vicuna"}, "unknown template 'vicuna': choose one of"),
         ({"mode": "ponder"}, "unknown mode and answer form"),
         ({"answer_form": "json"}, "unknown mode and answer form"),
-        ({"question": "What of <AudioHere>?"}, "holds <AudioHere> 2 times instead of 1"),
+        ({"question": "What of <AudioHere>?"}, "contains <AudioHere> 2 times instead of 1"),
     ],
 )
 def test_unknown_choices_are_refused(tokenizer, arguments, message):
@@ -242,7 +242,7 @@ def test_a_missing_feature_is_named_with_its_sample(tokenizer):
 
 
 def test_tokenizers_that_lack_something_are_refused(tiny_tokenizer, tokenizer):
-    with pytest.raises(ValueError, match=r"holds <AudioHere> 0 times instead of 1: use AffectGPT.tokenizer"):
+    with pytest.raises(ValueError, match=r"contains <AudioHere> 0 times instead of 1: use AffectGPT.tokenizer"):
         build_prompt(make_sample(), FEATURES, tiny_tokenizer)
     bare = copy.deepcopy(tokenizer)
     bare.chat_template, bare.eos_token = None, None

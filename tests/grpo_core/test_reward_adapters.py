@@ -224,7 +224,7 @@ def test_rewards_of_trl_itself_run_unchanged():
         ("{folder}/mine.py:zzz", "defines no 'zzz'; check the name"),
         ("{folder}/mine.py:NUMBER", "is 3, which cannot be called"),
         ("{folder}/mine.py:Needs", "constructor needs scale, which: make an object of it in the file"),
-        ("{folder}/mine.py:two", r"takes \(x, y\), which is none of the known signatures: name `groups`"),
+        ("{folder}/mine.py:two", r"takes \(x, y\), which is not one of the known signatures: name `groups`"),
         ("builtins:max", "its signature cannot be read"),
         ("{folder}/broken.py:f", r"broken\.py raises ZeroDivisionError: division by zero"),
     ],

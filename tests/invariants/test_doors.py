@@ -441,8 +441,8 @@ def test_an_unknown_reward_is_refused_with_those_that_are_known(tmp_path, source
         arguments = ["--reward.names", "[accurcy]"]
     with pytest.raises(ConfigError) as refused:
         load_config(R1Config, arguments)
-    known = f"choose among {', '.join(REWARDS)}, or name your own by import path, file.py:name or package.module:name"
-    assert str(refused.value) == f"unknown reward 'accurcy': {known}"
+    known = f"choose among {', '.join(REWARDS)}, or name one by import path, file.py:name or package.module:name"
+    assert str(refused.value) == f"reward.names has 'accurcy', which is not a reward: {known}"
 
 
 def test_a_mistyped_name_ends_the_command_with_one_line_and_status_2(written):

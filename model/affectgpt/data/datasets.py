@@ -1,7 +1,7 @@
-"""Read emotion datasets from disk as `Sample`s: MER2025, MER2026, OV-MERD+, a folder of clips, a jsonl, or your own.
+"""Read emotion datasets from disk as `Sample`s: MER2025, MER2026, OV-MERD+, a folder of clips, a jsonl, or a plug-in's.
 
-Loading reads tables only. A media file that is missing or broken shows up when its features are extracted, where it is
-reported and skipped; a missing folder or table, or one without its columns, is an error here.
+Loading reads tables only. A missing or broken media file is reported and skipped when its features are extracted; a
+missing folder or table, or a table without its columns, is an error here.
 
 A layout is a frozen dataclass registered under the name that `data.format` takes: its fields are its options
 (`data.layout.…`), its `load` reads the samples. docs/data.md shows how to add one. Nothing here imports torch.
@@ -22,18 +22,18 @@ from grpo_core.registry import Registry
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".mov", ".webm")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-NO_LABEL = "neutral"  # what upstream's loaders put for an empty label list
+NO_LABEL = "neutral"  # for an empty label list, as in upstream's loaders
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One clip and what is known of it. A path that is None means that the sample lacks this modality by design.
+    """One clip with its subtitle and labels. A path of None means that the sample lacks this modality by design.
 
     Attributes:
         name: unique in its dataset.
-        audio: None → the video's own sound track.
+        audio: sound file; None takes the video's sound track.
         face: .npy of cropped faces.
-        subtitle: what is said; empty where unknown.
+        subtitle: what is said; empty if unknown.
         labels: open-vocabulary emotion labels, as the table spells them, e.g. `[happy, proud]`.
         reason: a description that leads to the labels.
         image: a still picture, for the prompts that take one instead of a video.
@@ -63,22 +63,22 @@ def load_mer2025(
     root/video/{name}.mp4   audio/{name}.wav   openface_face/{name}/{name}.npy   subtitle_chieng.csv   track*.csv
     ```
 
-    A modality whose folder is not there is None in all samples (audio: the video's own track).
+    A modality whose folder does not exist is None in all samples (the sound is then the video's track).
 
     Args:
         labels: csv `name,openset`; an absolute path, or relative to root.
         reasons: csv `name,reason`, e.g. `track3_train_ovmerd.csv`.
-        labelled: False reads the names alone (`track_all_candidates.csv`); labels are then None.
+        labelled: False reads only the names (`track_all_candidates.csv`); labels are then None.
 
     Raises:
-        FileNotFoundError: root or one of the tables.
-        ValueError: a table without its columns, or with a name twice.
+        FileNotFoundError: root or one of the tables is missing.
+        ValueError: a table lacks a column, or has a name twice.
     """
     return _load(root, labels, labelled, ("subtitle_chieng.csv", subtitle_language), reasons, "{name}/{name}.npy")
 
 
 def load_mer2026(root: str | Path, labels: str | Path = "track2_train_human.csv", **options: Any) -> list[Sample]:
-    """Load MER2026: the layout and the arguments of `load_mer2025`."""
+    """Load MER2026, in the layout and with the arguments of `load_mer2025`."""
     return load_mer2025(root, labels, **options)
 
 
@@ -89,7 +89,7 @@ def load_ovmerd_plus(
     reasons: str | Path | None = None,
     labelled: bool = True,
 ) -> list[Sample]:
-    """Load OV-MERD+ of MER-UniBench (`ovmerdplus-process`); arguments and errors as `load_mer2025`.
+    """Load OV-MERD+ of MER-UniBench (`ovmerdplus-process`); arguments and errors as in `load_mer2025`.
 
     ```
     root/video/{name}.mp4   audio/{name}.wav   openface_face/{name}.npy   subtitle_eng.csv   ovlabel.csv
@@ -99,29 +99,32 @@ def load_ovmerd_plus(
 
 
 def load_folder(root: str | Path, labels: str | Path | None = None) -> list[Sample]:
-    """Load a folder of clips, in order of name: `{name}.mp4` (or another video), and beside it whichever there are of
-    `{name}.wav`, `{name}.npy` (faces), `{name}.txt` (subtitle). A picture without a video is a sample too.
+    """Load a folder of clips, in order of name.
+
+    A clip is `{name}.mp4` (or another video), with `{name}.wav`, `{name}.npy` (faces) and `{name}.txt` (subtitle) if
+    they exist. A picture without a video is a sample too.
 
     Args:
-        labels: csv `name,openset`; an absolute path, or relative to root. Clips it does not name have labels None.
+        labels: csv `name,openset`; an absolute path, or relative to root. Clips that it does not name have labels None.
 
     Raises:
-        FileNotFoundError: root or labels.
-        ValueError: no clip there, two of one name, a label for a clip that is not there, a bad table.
+        FileNotFoundError: root or labels is missing.
+        ValueError: the folder has no clip or two of one name, or the table is bad or names a clip that is missing.
     """
     root = _folder(root)
     videos = _by_stem(root, VIDEO_SUFFIXES)
+    # a picture with the name of a video is its cover or poster, not another sample
     images = {name: path for name, path in _by_stem(root, IMAGE_SUFFIXES).items() if name not in videos}
     if not videos and not images:
-        raise ValueError(f"{root}: no clip there. A clip is a file that ends in {', '.join(VIDEO_SUFFIXES)}.")
-    names = sorted([*videos, *images])
+        raise ValueError(f"{root}: it holds no clip. A clip is a file that ends in {', '.join(VIDEO_SUFFIXES)}.")
+    names = sorted([*videos, *images])  # the order on disk differs between machines, and the split depends on order
     table: dict[str, dict[str, str]] = {}
     if labels is not None:
         table = _read_table(root / labels, ("openset",))
-        strangers = sorted(set(table) - set(names))
-        if strangers:
+        unknown = sorted(set(table) - set(names))
+        if unknown:  # refused, as a mistyped name would lose a label without a word
             raise ValueError(
-                f"{root / labels}: it labels {strangers[0]!r}, but {root} holds no such clip. Check the names."
+                f"{root / labels}: it labels {unknown[0]!r}, but {root} holds no such clip. Check the names."
             )
 
     def beside(name: str, suffix: str) -> Path | None:
@@ -145,17 +148,18 @@ def load_folder(root: str | Path, labels: str | Path | None = None) -> list[Samp
 
 
 def load_jsonl(path: str | Path) -> list[Sample]:
-    """Load one JSON object a line: `name`, and any of `video, audio, face, image, subtitle, labels, reason`.
+    """Load one JSON object per line: `name`, and any of `video, audio, face, image, subtitle, labels, reason`.
 
     Paths are relative to the jsonl. `labels` is a string, or a list of strings.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a line that is not such an object, or a name twice; the message has the line's number.
+        FileNotFoundError: the file is missing.
+        ValueError: a line is not such an object, or a name appears twice; the message has the line's number.
     """
     path = _file(path)
     known = [field.name for field in fields(Sample)]
     samples: list[Sample] = []
+    # utf-8-sig: editors on Windows put a byte-order mark first, which would become part of the first key
     for number, line in enumerate(path.read_text("utf-8-sig").splitlines(), 1):
         if not line.strip():
             continue
@@ -170,6 +174,7 @@ def load_jsonl(path: str | Path) -> list[Sample]:
             raise ValueError(f"{where}: unknown key {unknown[0]!r}. Known are {', '.join(known)}.")
         labels = row.get("labels")
         if isinstance(labels, list) and all(isinstance(label, str) for label in labels):
+            # as tables spell a list, so that one parser reads both
             row["labels"] = labels = "[" + ", ".join(labels) + "]"
         for key, value in row.items():
             if value is not None and not isinstance(value, str):
@@ -194,26 +199,26 @@ class Layout(Protocol):
 
         Args:
             root: `data.root`.
-            labels: `data.labels` or `data.test_labels`; a layout without tables takes no notice of it.
+            labels: `data.labels` or `data.test_labels`; a layout without tables ignores it.
             reasons: `data.reasons`, descriptions that think mode learns from.
-            labelled: False where the samples are to be predicted: the table may have names alone.
+            labelled: False for prediction, where the table may have names only.
         """
 
 
 LAYOUTS: Registry[Any] = Registry("dataset layout")
-"""Layouts by name, each a class as `Layout` describes it."""
+"""Layouts by name; each is a class that keeps `Layout`."""
 
 Loader = TypeVar("Loader", bound=Callable[..., Any])
 
 
 def register_layout(name: str) -> Callable[[Loader], Loader]:
-    """Register the class or function below as the layout that `data.format: name` stands for.
+    """Register the class or function below as the layout of `data.format: name`.
 
-    A class has a method `load` as `Layout` describes it, and becomes a frozen dataclass: its fields are its options. A
-    function has no options, and is called as that method is.
+    A class has the method `load` of `Layout`, and becomes a frozen dataclass: its fields are its options. A function
+    has no options, and is called like that method.
 
     Raises:
-        ValueError: the name is taken, or a class has no `load` or is a dataclass that is not frozen.
+        ValueError: the name is registered already, or a class has no `load` or is a dataclass that is not frozen.
     """
 
     def decorate(loader: Loader) -> Loader:
@@ -236,20 +241,20 @@ def register_layout(name: str) -> Callable[[Loader], Loader]:
 @register_layout("mer2025")
 @dataclass(frozen=True)
 class MER2025Layout(ConfigSection, key="data.layout"):
-    """The MER2025 dataset, in the folders it is published in."""
+    """The MER2025 dataset, in its published folders."""
 
     subtitle_language: Literal["english", "chinese"] = "english"
-    """Which column of the subtitle table is read."""
+    """Column of the subtitle table."""
 
     def load(self, root: Path, *, labels: str, reasons: str | None, labelled: bool) -> list[Sample]:
-        """As `load_mer2025`."""
+        """Load as `load_mer2025`."""
         return load_mer2025(root, labels, subtitle_language=self.subtitle_language, reasons=reasons, labelled=labelled)
 
 
 @register_layout("mer2026")
 @dataclass(frozen=True)
 class MER2026Layout(MER2025Layout, key="data.layout"):
-    """The MER2026 dataset: folders and tables as MER2025."""
+    """The MER2026 dataset, with folders and tables as in MER2025."""
 
 
 @register_layout("ovmerd_plus")
@@ -260,7 +265,8 @@ def _load_ovmerd_plus(root: Path, *, labels: str, reasons: str | None, labelled:
 
 @register_layout("folder")
 def _load_folder(root: Path, *, labels: str, reasons: str | None, labelled: bool) -> list[Sample]:
-    """A folder of clips, with a label table where there are labels."""
+    """A folder of clips, with a label table if there are labels."""
+    # without labels no table is needed; `data.labels` still has its default, which is not there
     return load_folder(root, labels if labelled else None)
 
 
@@ -273,13 +279,13 @@ def _load_jsonl(root: Path, *, labels: str, reasons: str | None, labelled: bool)
 @register_layout("synthetic")
 @dataclass(frozen=True)
 class SyntheticLayout(ConfigSection, key="data.layout"):
-    """The embedded default: clips made from run.seed, and tiny models unless some are named."""
+    """The embedded default: clips made from run.seed, and tiny models unless the config names models."""
 
     clips: tuple[int, int] = (400, 450)
-    """Training and held-out clips that are made."""
+    """Numbers of training and held-out clips."""
 
     def load(self, root: Path, *, labels: str, reasons: str | None, labelled: bool) -> list[Sample]:
-        """As `load_mer2025`: clips are made in its layout, see `affectgpt.pipeline.prepare_synthetic`."""
+        """Load as `load_mer2025`, in whose layout `affectgpt.pipeline.prepare_synthetic` makes the clips."""
         return load_mer2025(root, labels, reasons=reasons, labelled=labelled)
 
 
@@ -299,6 +305,7 @@ def _load(
     subtitle_file, column = subtitles
     subtitle_rows = _read_table(root / subtitle_file, (column,))
     reason_rows = {} if reasons is None else _read_table(root / reasons, ("reason",))
+    # a missing folder is a modality that was not unpacked; a missing file in it is reported when it is read
     has = {folder: (root / folder).is_dir() for folder in ("video", "audio", "openface_face")}
     if not any(has.values()):
         raise FileNotFoundError(f"{root}: none of video, audio, openface_face is there. Unpack the dataset's archives.")
@@ -321,10 +328,10 @@ def _load(
 
 
 def _read_table(path: Path, columns: tuple[str, ...]) -> dict[str, dict[str, str]]:
-    """A csv with a `name` column and `columns`, as name → row, in the file's order."""
+    """Read a csv with a `name` column and `columns` as name → row, in the file's order."""
     path = _file(path)
     wanted = ("name", *columns)
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="") as file:  # newline="": cells may hold line breaks
         try:
             reader = csv.DictReader(file)
             found = [column.strip() for column in reader.fieldnames or []]
@@ -334,6 +341,7 @@ def _read_table(path: Path, columns: tuple[str, ...]) -> dict[str, dict[str, str
                     f"{path}: no column {', '.join(missing)}. It has {has}; wanted are {', '.join(wanted)}."
                 )
             reader.fieldnames = found
+            # `or ""`: the cells that a short row lacks are None
             rows = [{column: row[column] or "" for column in wanted} for row in reader]
         except (UnicodeDecodeError, csv.Error) as error:
             raise ValueError(f"{path}: not a csv in UTF-8 ({error}). Save it as one.") from error
@@ -354,13 +362,13 @@ def _unique(names: Iterable[str], path: Path) -> None:
 
 
 def _text(value: str | None) -> str:
-    """A cell's text; a missing one was written `nan` by some tools."""
+    """Return a cell's text; some tools write `nan` for a missing cell."""
     text = (value or "").strip()
     return "" if text.lower() == "nan" else text
 
 
 def _labels(value: str) -> str:
-    """A label string as written, or `neutral` if it lists nothing."""
+    """Return a label string as written, or `neutral` if it lists nothing."""
     return value if re.sub(r"[\[\]'\",\s]", "", _text(value)) else NO_LABEL
 
 

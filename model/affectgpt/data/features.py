@@ -1,12 +1,12 @@
-"""What the frozen encoders say of each sample, computed once and kept on disk as safetensors shards.
+"""Extract the frozen encoders' features of each sample once, and cache them on disk as safetensors shards.
 
 ```
 cache_dir/digests.jsonl              content digests of media files, so that an unchanged file is not read again
 cache_dir/{fingerprint}/*.safetensors   features under keys made of content, modality and extraction settings
 ```
 
-A shard appears whole or not at all, under a name of its own: a run may be killed anywhere and goes on from the last
-shard, and several processes may fill one cache. A shard that does not match its checksum is removed and computed again.
+A shard appears atomically and under a unique name: a run that is killed anywhere continues after its last shard, and
+several processes may fill one cache. A shard that does not match its checksum is removed and computed again.
 """
 
 from __future__ import annotations
@@ -52,17 +52,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MODALITIES = ("frame", "face", "audio", "image")
-RULES = 1  # raise when media.py comes to read a file differently, so that old features are not taken for new ones
+RULES = 1  # raise it when media.py reads files differently, so that features of the old rules are not used
 
 
 class FeatureStore(Mapping[str, dict[str, Tensor]]):
     """Sample name → `{"frame": [8, Dv], "face": [8, Dv], "audio": [8, Da], "image": [1, Dv]}`, float32 on the CPU.
 
-    A modality that the sample has not, or that was not asked for, is absent. Tensors are read from the memory-mapped
-    shards at each access, so processes on one machine share them, and a large set takes no memory of its own.
+    A modality that the sample lacks, or that was not asked for, is absent. Tensors are read from memory-mapped shards
+    at each access, so processes on one machine share their memory, and a large set need not fit into it.
 
     Attributes:
-        skipped: names of samples left out → why.
+        skipped: reason by name of the samples left out.
     """
 
     def __init__(self, keys: dict[str, dict[str, str]], shards: dict[str, Path], skipped: dict[str, str]) -> None:
@@ -84,11 +84,13 @@ class FeatureStore(Mapping[str, dict[str, Tensor]]):
         path = self._shards[key]
         if path not in self._open:
             self._open[path] = safe_open(path, "pt")
-        return self._open[path].get_tensor(key).clone()
+        return (
+            self._open[path].get_tensor(key).clone()
+        )  # a copy: the tensor would otherwise be a view of the memory map
 
 
 class _Unit(NamedTuple):
-    """One thing to encode: a file, read as a modality. Samples that share a file share it."""
+    """A file to encode as one modality; samples with the same file share it."""
 
     key: str
     modality: str
@@ -108,27 +110,27 @@ def extract_features(
     batch: int = 16,
     shard_size: int = 256,
 ) -> FeatureStore:
-    """Features of all samples, from the cache where they are in it.
+    """Read the features of all samples from the cache, encoding those that it lacks.
 
-    A sample with a file that cannot be read is left out as a whole: reported once, with the reason, and counted in
+    A sample with a file that cannot be read is left out as a whole: reported once, with the reason, and listed in
     `skipped`. A modality whose path is None is merely absent.
 
     Args:
-        encoders: None when all is cached already (the cache then holds the features of one pair of encoders).
-        modalities: which of `frame, face, audio, image`.
+        encoders: None if everything is cached already, in a cache of one pair of encoders.
+        modalities: any of `frame, face, audio, image`.
         face_channel_order: order of the channels in the face files, see `read_faces`.
-        dist: every rank calls this with the same samples; each encodes its share, and all return the same store. None:
-            this process encodes everything and talks to no other.
-        threads: files decoded at a time.
+        dist: every rank calls this with the same samples; each encodes its share, and all return the same store. With
+            None, this process encodes everything without any collective.
+        threads: files decoded concurrently.
         batch: files encoded together.
-        shard_size: features written together; so many are lost at most when the run is killed.
+        shard_size: features written together, and the most that are lost when the run is killed.
 
     Raises:
-        ValueError: not one sample is readable; a name twice; an unknown modality; encoders needed but None; non-finite
-            features.
+        ValueError: no sample is readable, a name appears twice, a modality is unknown, encoders are needed but None, or
+            a feature is not finite.
     """
     if unknown := sorted(set(modalities) - set(MODALITIES)):
-        raise ValueError(f"no modality {unknown[0]!r}; there are {', '.join(MODALITIES)}")
+        raise ValueError(f"unknown modality {unknown[0]!r}: choose among {', '.join(MODALITIES)}")
     if len({sample.name for sample in samples}) < len(samples):
         raise ValueError("two samples have the same name; rename one, names are the keys of the features")
     cache_dir = Path(cache_dir)
@@ -137,17 +139,20 @@ def extract_features(
     dist = dist or Distributed()
     mine = slice(dist.rank, None, dist.world_size)
 
+    # file of each modality by sample; then every file once, in an order that is the same on all ranks
     sources = {sample.name: {m: path for m in modalities if (path := _source(sample, m))} for sample in samples}
-    paths = list(dict.fromkeys(path for parts in sources.values() for path in parts.values()))
-    digests, unreadable = (_merge(part, dist) for part in _digest_files(paths[mine], cache_dir, threads))
+    paths = list(dict.fromkeys(path for files in sources.values() for path in files.values()))
+    digests, unreadable = (_merge(found, dist) for found in _digest_files(paths[mine], cache_dir, threads))
     needed = {
-        name: [_Unit(_key(m, digests[path], face_channel_order), m, Path(path)) for m, path in parts.items()]
-        for name, parts in sources.items()
-        if unreadable.keys().isdisjoint(parts.values())
+        name: [_Unit(_key(m, digests[path], face_channel_order), m, Path(path)) for m, path in files.items()]
+        for name, files in sources.items()
+        if unreadable.keys().isdisjoint(files.values())
     }
+    # by key, which is by content: copies of a file are encoded once
     units = list({unit.key: unit for some in needed.values() for unit in some}.values())
 
-    # encode what is not there; then once more over what other ranks should have written but cannot be seen (yet)
+    # each rank encodes its share; then every rank encodes what it cannot see of the others' (a file system may show
+    # new files late, or not be shared)
     found: dict[str, Path] = {}
     broken: dict[str, str] = {}
     for share in [units[mine], units] if dist.world_size > 1 else [units]:
@@ -156,11 +161,12 @@ def extract_features(
         decoded = _decode_ahead(missing, face_channel_order, threads, 2 * batch)
         quiet = not (progress and missing and dist.main_process)
         with tqdm(total=len(missing), desc="features", unit="file", disable=quiet) as bar:
+            # merged in both rounds, whether or not anything is missing here: every rank makes the same collectives
             broken |= _merge(_encode(decoded, encoders, folder, batch, shard_size, bar), dist)
 
     skipped: dict[str, str] = {}
-    for name, parts in sources.items():
-        reasons = [unreadable[path] for path in parts.values() if path in unreadable]
+    for name, files in sources.items():
+        reasons = [unreadable[path] for path in files.values() if path in unreadable]
         reasons += [broken[unit.key] for unit in needed.get(name, []) if unit.key in broken]
         if reasons:
             skipped[name] = reasons[0]
@@ -168,7 +174,7 @@ def extract_features(
         for name, reason in skipped.items():
             logger.warning("skipped %s: %s", name, reason)
         logger.warning("skipped %d of %d samples", len(skipped), len(samples))
-    if skipped and len(skipped) == len(samples):
+    if skipped and len(skipped) == len(samples):  # more likely a wrong root than a broken dataset
         raise ValueError(f"none of the {len(samples)} samples is readable. The first: {next(iter(skipped.values()))}")
     found |= _find(folder, {unit.key for unit in units} - found.keys())
     keys = {name: {unit.modality: unit.key for unit in some} for name, some in needed.items() if name not in skipped}
@@ -176,12 +182,13 @@ def extract_features(
 
 
 def _source(sample: Sample, modality: str) -> str | None:
-    """The file a modality is read from."""
+    """Return the file from which a modality is read."""
     sources = {"frame": sample.video, "face": sample.face, "audio": sample.audio or sample.video, "image": sample.image}
     return str(sources[modality]) if sources[modality] else None
 
 
 def _key(modality: str, digest: str, face_channel_order: str) -> str:
+    # everything that changes the arrays that media.py reads; what the encoders do is in their fingerprint
     settings = {
         "frame": f"{NUM_STEPS}x{FRAME_SIZE}",
         "face": f"{NUM_STEPS}x{FRAME_SIZE} {face_channel_order}",
@@ -194,20 +201,19 @@ def _key(modality: str, digest: str, face_channel_order: str) -> str:
 def _only_folder(cache_dir: Path) -> Path:
     folders = [path for path in cache_dir.iterdir() if path.is_dir()]
     if len(folders) != 1:
-        raise ValueError(f"{cache_dir}: it holds the features of {len(folders)} encoders; pass encoders to say which")
+        raise ValueError(f"{cache_dir}: it holds the features of {len(folders)} encoders; pass encoders to choose one")
     return folders[0]
 
 
 def _merge(mine: dict[str, str], dist: Distributed) -> dict[str, str]:
-    """The dictionaries of all ranks as one."""
-    return {key: value for part in gather_objects(mine, dist) for key, value in part.items()}
+    """Merge the dictionaries of all ranks."""
+    return {key: value for one in gather_objects(mine, dist) for key, value in one.items()}
 
 
 def _digest_files(paths: list[str], cache_dir: Path, threads: int) -> tuple[dict[str, str], dict[str, str]]:
-    """Content digests of `paths`, and why the others cannot be read.
+    """Compute the content digests of files, and the reasons why others cannot be read, both by path.
 
-    A file whose path, size and time of change are in `digests.jsonl` is not read. One changed in the last two seconds
-    is never noted there: a clock tick later it might hold something else under the same time.
+    A file whose path, size and time of change are in `digests.jsonl` is not read again.
     """
     ledger_file = cache_dir / "digests.jsonl"
     ledger: dict[tuple[str, int, int], str] = {}
@@ -216,7 +222,7 @@ def _digest_files(paths: list[str], cache_dir: Path, threads: int) -> tuple[dict
             try:
                 path, size, mtime, content = json.loads(line)
                 ledger[path, size, mtime] = content
-            except (ValueError, TypeError):  # the end of a line may be missing after a crash
+            except (ValueError, TypeError):  # a line that a crash cut off
                 continue
 
     def digest(path: str) -> tuple[tuple[str, int, int] | None, str]:
@@ -230,9 +236,12 @@ def _digest_files(paths: list[str], cache_dir: Path, threads: int) -> tuple[dict
         except OSError as error:
             fix = "Check the dataset's root and that its archives are unpacked"
             raise MediaError(path, error.strerror or "unreadable", fix) from error
+        # a file changed in the last two seconds is not recorded: it may change again under the same time, since clocks
+        # of file systems are coarse (FAT's ticks every two seconds)
         return (entry if time.time_ns() - stat.st_mtime_ns > 2_000_000_000 else None), content
 
     digests, unreadable, news = {}, {}, []
+    # threads: hashing releases the interpreter's lock
     with ThreadPoolExecutor(threads) as pool:
         for path, future in [(path, pool.submit(digest, path)) for path in paths]:
             try:
@@ -243,7 +252,7 @@ def _digest_files(paths: list[str], cache_dir: Path, threads: int) -> tuple[dict
                 unreadable[path] = str(error)
     if news:
         with ledger_file.open("a", encoding="utf-8") as file:
-            file.write("".join(news))
+            file.write("".join(news))  # appended, as other ranks do: a line that gets torn is skipped when read
     return digests, unreadable
 
 
@@ -256,7 +265,7 @@ def _decode(unit: _Unit, face_channel_order: ChannelOrder) -> np.ndarray:
 def _decode_ahead(
     units: Iterable[_Unit], face_channel_order: ChannelOrder, threads: int, ahead: int
 ) -> Iterator[tuple[_Unit, np.ndarray | MediaError]]:
-    """Decode in order, in threads, never more than `ahead` files before they are asked for."""
+    """Decode in order, in threads, at most `ahead` files before they are taken."""
 
     def result(future: Future[np.ndarray]) -> np.ndarray | MediaError:
         try:
@@ -275,7 +284,7 @@ def _decode_ahead(
         for unit, future in waiting:
             yield unit, result(future)
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(cancel_futures=True)  # also when the consumer stops early: an error must not decode the rest
 
 
 def _encode(
@@ -286,7 +295,7 @@ def _encode(
     shard_size: int,
     bar: tqdm,
 ) -> dict[str, str]:
-    """Encode and write shards; key → reason of the files that could not be read."""
+    """Encode files and write shards; return the reason by key of the files that could not be read."""
     broken: dict[str, str] = {}
     shard: dict[str, Tensor] = {}
     try:
@@ -296,22 +305,24 @@ def _encode(
             if arrays and encoders is None:
                 path = next(iter(arrays)).path
                 raise ValueError(f"{path}: its features are not in {folder}; pass encoders to compute them")
+            # frames, faces and images go through one encoder, so they share its batches
             for is_audio in (False, True):
                 some = {unit: array for unit, array in arrays.items() if (unit.modality == "audio") == is_audio}
                 if some:
                     assert encoders is not None  # for the type checker: refused above
                     encode = encoders.encode_audio if is_audio else encoders.encode_frames
                     rows = encode(np.concatenate(list(some.values())))
+                    # before they are written: a cached NaN would come back in every run
                     if not torch.isfinite(rows).all():
                         files = ", ".join(str(unit.path) for unit in some)
                         raise ValueError(f"NaN or infinite features among those of {files}; load encoders in float32")
-                    for unit, part in zip(some, rows.split([len(array) for array in some.values()]), strict=True):
-                        shard[unit.key] = part.clone()
+                    for unit, feature in zip(some, rows.split([len(array) for array in some.values()]), strict=True):
+                        shard[unit.key] = feature.clone()  # safetensors refuses tensors that share memory
             if len(shard) >= shard_size:
                 _write(folder, shard)
                 shard = {}
             bar.update(len(group))
-    finally:  # also what was done before an interrupt
+    finally:  # keep what was encoded before an error or an interrupt
         if shard:
             _write(folder, shard)
     return broken
@@ -322,24 +333,25 @@ def _write(folder: Path, shard: dict[str, Tensor]) -> None:
     name = uuid.uuid4().hex
     unfinished = folder / f"{name}.unfinished"
     save_file(shard, unfinished, metadata={"crc32": _checksum(shard)})
+    # no fsync: what a power cut spoils fails its checksum, and is computed again
     os.replace(unfinished, folder / f"{name}.safetensors")
 
 
 def _checksum(shard: Mapping[str, Tensor]) -> str:
     crc = 0
-    for key in sorted(shard):
+    for key in sorted(shard):  # a file lists its tensors in another order than the dict that was saved
         crc = zlib.crc32(shard[key].contiguous().numpy().data, zlib.crc32(key.encode(), crc))
     return f"{crc:08x}"
 
 
 def _find(folder: Path, wanted: set[str]) -> dict[str, Path]:
-    """Which shard holds which wanted key. Each shard used is checked; a broken one is removed with a warning."""
+    """Find the shard of each wanted key. Shards that are used are checked; a broken one is removed with a warning."""
     found: dict[str, Path] = {}
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, "pt") as shard:
                 keys = list(shard.keys())
-                if wanted.isdisjoint(keys):
+                if wanted.isdisjoint(keys):  # not read: a checksum reads the whole shard
                     continue
                 checksum = (shard.metadata() or {}).get("crc32")
                 if checksum != _checksum({key: shard.get_tensor(key) for key in keys}):

@@ -1,4 +1,4 @@
-"""Command line: `python -m affectgpt.emotion_wheel build --wordnet FOLDER` rebuilds the project's own tables."""
+"""Command line: `python -m affectgpt.emotion_wheel build --wordnet FOLDER` rebuilds the project's tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Label strings → labels: the metric's own rule (`strict`) and a forgiving one for a model's answers (`tolerant`)."""
+"""Parse label strings: by the metric's rule (`strict`), and by a forgiving one for a model's answers (`tolerant`)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ PARSERS = ("strict", "tolerant")
 
 LabelText = str | Sequence[str] | float | None  # a label string, a list of labels, or a missing value
 
-MARK = "\0"  # stands before each text of a batch; no label holds it
+MARK = "\0"  # precedes each text of a batch; no label contains it
 
 # --- tolerant: the tokens of an answer ----------------------------------------------------------------------------
 
@@ -29,7 +29,7 @@ _STRICT = _LOWER.translate(bytes.maketrans(b"'\"", b",,"))
 _TAG = re.compile(r"</?\w+>")
 # "Emotions:", "Final answer:" and the like before a list.
 _HEADING = re.compile(r"emotion|feeling|mood|label|answer|output|state|result|情绪|情感|标签|答案")
-# What introduces a label in a sentence: all up to the last of these goes ("he seems to be sad" → "sad").
+# Words that introduce a label in a sentence: all up to the last of them is dropped ("he seems to be sad" → "sad").
 _VERBS = (
     "is|are|was|were|am|be|been|being|i'm|it's|he's|she's|they're|feel|feels|felt|feeling|seem|seems|seemed|appear|appears|"
     "appeared|look|looks|looked|sound|sounds|sounded|show|shows|showing|express|expresses|expressing|include|includes|"
@@ -49,15 +49,15 @@ _REASON = re.compile(r" (?:because|since|due to|when|while|after)(?: .*)?$")
 
 
 def parse_labels(text: LabelText, parser: str = "strict") -> list[str]:
-    """Labels of one text, in order, duplicates kept.
+    """Parse the labels of one text, in order, with duplicates.
 
-    ``strict`` is the metric's rule: one leading ``[`` and one trailing ``]`` go, quotes and commas separate, nothing
-    else does; case is kept (look-ups ignore it). A lone ``[``, on which the published code raises
-    IndexError, gives no label.
-    ``tolerant`` reads what models write: new lines, semicolons, full stops, slashes, bullets, "and", Chinese
-    punctuation separate too; tags, headings, a leading sentence, words of degree go; all is lower case. The labels it
-    gives, joined by ", ", give the same labels again.
-    A list is taken as it is by ``strict``; None and NaN have no labels.
+    ``strict`` is the metric's rule: one leading ``[`` and one trailing ``]`` are dropped, and only quotes and commas
+    separate; case is kept (look-ups ignore it). A lone ``[``, on which the published code raises IndexError, gives no
+    label.
+    ``tolerant`` reads answers of models: new lines, semicolons, full stops, slashes, bullets, "and" and Chinese
+    punctuation separate too; tags, headings, a leading sentence and words of degree are dropped; all is lower case. Its
+    labels, joined by ", ", parse to the same labels again.
+    A list is taken unchanged by ``strict``; None and NaN have no labels.
     """
     if parser not in PARSERS:
         raise ValueError(f"parser {parser!r}: choose one of {', '.join(PARSERS)}")
@@ -73,10 +73,10 @@ def parse_labels(text: LabelText, parser: str = "strict") -> list[str]:
 
 
 def split_batch(texts: Sequence[str], parser: str) -> list[str]:
-    """Raw tokens of many texts in one list, `MARK` before each text's and a last one, by whole-buffer operations.
+    """Split many texts into one list of raw tokens, with `MARK` before each text and at the end.
 
-    Tokens are lower case, not yet cleaned: `str.strip` (strict) or `clean_token` (tolerant) of one gives the label,
-    "" where there is none. Empty tokens may stand anywhere.
+    It works on the whole buffer at once. Tokens are lower case and not yet cleaned: `str.strip` (strict) or
+    `clean_token` (tolerant) turns one into a label, "" if it holds none. Empty tokens may occur anywhere.
     """
     between = ",\0,"
     joined = between + between.join(texts) + between
@@ -85,9 +85,9 @@ def split_batch(texts: Sequence[str], parser: str) -> list[str]:
     if parser == "tolerant":
         return _separate(joined).split(",")
     joined = joined if joined.isascii() else joined.lower()
-    # at equal length: instead of the brackets that open and close a text an empty token, which is no label
+    # of equal length, which is fastest: the brackets that open and close a text become empty tokens
     buffer = joined.encode("utf-8", "surrogatepass").replace(b"\0,[", b"\0,,").replace(b"],\0", b",,\0")
-    # the usual separators whole, so that few tokens are empty or need stripping
+    # the usual separators first and as a whole, so that few tokens are empty or need stripping
     return (
         buffer.replace(b"', '", b",")
         .translate(_STRICT)
@@ -98,13 +98,13 @@ def split_batch(texts: Sequence[str], parser: str) -> list[str]:
 
 
 def clean_token(token: str) -> str:
-    """The label in one raw token of a tolerant split, "" if there is none."""
+    """Extract the label of one raw token of a tolerant split; "" if there is none."""
     if token.endswith(":"):
         if _HEADING.search(token):
             return ""
         token = token.rstrip(": ")
     before = None
-    while token != before:  # each rule may bare the next
+    while token != before:  # each rule may expose text for another
         before = token = token.strip(" '-")
         if " " in token:
             for rule in (_LEAD, _FILLER):
@@ -115,7 +115,7 @@ def clean_token(token: str) -> str:
 
 
 def _separate(text: str) -> str:
-    """Lower-case `text` with every separator of the tolerant parser a comma, and single blanks."""
+    """Lower-case a text, replacing every separator of the tolerant parser by a comma, and runs of blanks by one."""
     if "<" in text:
         text = _TAG.sub(",", text)
     if not text.isascii():
@@ -123,17 +123,17 @@ def _separate(text: str) -> str:
     buffer = text.encode("utf-8", "surrogatepass").translate(_TOLERANT)
     while b"  " in buffer:
         buffer = buffer.replace(b"  ", b" ")
-    # the colon stays with what it ends; apostrophes at a word's edge are quotation marks
+    # the colon stays with the heading that it ends; apostrophes at a word's edge are quotation marks
     for mark in (b" and ", b" or ", b" - ", b"' ", b" '", b"',", b",'"):
         buffer = buffer.replace(mark, b",")
     return buffer.replace(b":", b":,").replace(b", ", b",").decode("utf-8", "surrogatepass")
 
 
 def as_text(text: LabelText, parser: str) -> str:
-    """A list or missing value as a string that parses to the same labels."""
+    """Write a list or missing value as a string that parses to the same labels."""
     if isinstance(text, str):
         return text
     labels: Iterable[str] = parse_labels(text, parser)
-    if parser == "strict":  # inside a listed label quotes and commas do not separate: it is on no wheel then
+    if parser == "strict":  # quotes and commas inside a listed label do not separate; such a label is on no wheel
         labels = (re.sub("[,'\"\\[\\]]", "\ufffd", label) for label in labels)
     return ",".join(labels)

@@ -1,4 +1,4 @@
-"""Lookup tables: word form → cluster index on each wheel at each level, compiled from wheels and word lists."""
+"""Compile look-up tables from wheels and word lists: word form → cluster index on each wheel at each level."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Wheel:
         """Number the sectors in order of appearance and place each word.
 
         At level 1 every word belongs to its level-1 sector. At level 2 a level-1 word belongs to the alphabetically
-        first of its level-2 sectors, as the metric defines it. A word that stands twice takes its last place.
+        first of its level-2 sectors, as the metric defines it. A word that appears twice takes its last place.
         """
         sectors1 = tuple(dict.fromkeys(row[0] for row in rows))
         sectors2 = tuple(dict.fromkeys(row[1] for row in rows))
@@ -56,7 +56,7 @@ class Wheel:
 
 @dataclass(frozen=True)
 class Tables:
-    """Everything a score needs.
+    """Look-up tables of a score.
 
     names     the wheels' names, W of them
     sectors   ``sectors[level - 1][wheel]``: cluster names in drawing order
@@ -77,7 +77,7 @@ class Tables:
 
 
 def compile_tables(wheels: Sequence[Wheel], candidates: Mapping[str, Sequence[str]], base: Iterable[str]) -> Tables:
-    """Tables from each form's candidate wheel words, in order of preference: the first that is on a wheel counts."""
+    """Compile tables from each form's candidate wheel words, of which the first that is on a wheel counts."""
     words = tuple(sorted(candidates))
     clusters = np.full((len(LEVELS), len(wheels), len(words)), -1, np.int8)
     for w, wheel in enumerate(wheels):
@@ -95,7 +95,7 @@ def compile_tables(wheels: Sequence[Wheel], candidates: Mapping[str, Sequence[st
     )
 
 
-# --- the project's own file -------------------------------------------------------------------------------------
+# --- the project's file -----------------------------------------------------------------------------------------
 
 
 def save_tables(tables: Tables, path: Path) -> None:
@@ -116,7 +116,11 @@ def save_tables(tables: Tables, path: Path) -> None:
 
 
 def load_tables(path: Path) -> Tables:
-    """Read what `save_tables` wrote. Raises `TablesError` naming the file if it is missing or damaged."""
+    """Read a file of `save_tables`.
+
+    Raises:
+        TablesError: the file, which is named, is missing or damaged.
+    """
     try:
         with np.load(path, allow_pickle=False) as arrays:
             texts = {
@@ -141,10 +145,10 @@ def load_tables(path: Path) -> Tables:
 
 
 def read_published(folder: str | Path) -> Tables:
-    """Tables of a folder like the MER2025 tables': ``wheel1.xlsx`` … ``5``, ``format.csv``, ``synonym.xlsx``.
+    """Read tables of a folder like that of MER2025: ``wheel1.xlsx`` … ``5``, ``format.csv``, ``synonym.xlsx``.
 
     A surface form leads through ``format.csv`` to base words, each of these through the runs of ``synonym.xlsx`` to
-    wheel words; of all that are reached, the alphabetically first that stands on a wheel gives the form's cluster.
+    wheel words; of all reached, the alphabetically first that is on a wheel gives the form's cluster.
     """
     folder = Path(folder)
     wheels = [_read_wheel_sheet(folder / f"{name}.xlsx") for name in PUBLISHED_WHEELS]
@@ -161,7 +165,7 @@ def read_published(folder: str | Path) -> Tables:
 
 
 def _sheet(path: Path) -> list[tuple[str | None, ...]]:
-    """Cells of the first sheet as text, header first, rows as long as the header; blank cells are None."""
+    """Read the first sheet's cells as text, header first, rows as long as the header; blank cells are None."""
     from openpyxl import load_workbook  # only published folders need it
 
     if not path.is_file():

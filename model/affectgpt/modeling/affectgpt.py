@@ -1,4 +1,4 @@
-"""`AffectGPT`: an LLM with LoRA adapters that reads media through fusion vectors spliced into its prompt."""
+"""Define `AffectGPT`: an LLM with LoRA adapters whose prompts contain fusion vectors of video, audio and images."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 @dataclass(frozen=True)
 class AffectGPTConfig:
-    """What `affectgpt.json` holds. In memory the three folders are absolute paths.
+    """Contents of `affectgpt.json`. In memory the three folders are absolute paths.
 
     Attributes:
         llm: folder of the base LLM and its tokenizer; never written to.
@@ -65,18 +65,19 @@ class AffectGPTConfig:
         if unknown := sorted(values.keys() - fields.keys()):
             raise ValueError(f"{path} has unknown keys {', '.join(unknown)}: known are {', '.join(fields)}")
         if missing := sorted(required - values.keys()):
-            raise ValueError(f"{path} lacks {', '.join(missing)}")
+            raise ValueError(f"{path} lacks {', '.join(missing)}: save the model again")
         for name in ("llm", "visual_encoder", "audio_encoder"):
+            # an absolute path replaces `path.parent`; normpath and not resolve, which would follow symbolic links
             values[name] = os.path.normpath(path.parent / values[name])
         if "lora_targets" in values:
-            values["lora_targets"] = tuple(values["lora_targets"])
+            values["lora_targets"] = tuple(values["lora_targets"])  # a list in JSON, and lists are not hashable
         return cls(**values)
 
     def save(self, folder: Path) -> None:
         """Write `folder/affectgpt.json` atomically.
 
-        Folders inside `folder`'s parent are written relative to `folder`, so that the tree can be moved as one; others
-        are written as absolute paths.
+        Folders inside the parent of `folder` are written relative to `folder`, so that the tree can be moved as a
+        whole; others are written as absolute paths.
         """
         values = dataclasses.asdict(self)
         folder = folder.resolve()
@@ -87,21 +88,21 @@ class AffectGPTConfig:
 
 
 class AffectGPT(nn.Module):
-    """LLM, LoRA and fusion. Encoders live in `modeling.encoders`: their outputs arrive as a prompt's features.
+    """LLM with LoRA and fusion. The encoders are in `modeling.encoders`: a prompt's features are their outputs.
 
-    The trained tensors, LoRA and fusion alike, are fp32 whatever the dtype of the base LLM; the base is frozen.
+    The trained tensors, LoRA and fusion, are float32 whatever the dtype of the base LLM; the base is frozen.
 
     Args:
-        config: sizes, adapter settings and where the frozen parts are.
+        config: sizes, adapter settings, and the folders of the frozen models.
         base: the causal LM, before any adapter.
-        tokenizer: the LLM's. The five placeholder tokens are added to it if it lacks them. The LLM's embeddings are not
-            resized: `embed` looks up no row for them.
+        tokenizer: the LLM's tokenizer; the five placeholder tokens are added to it if it lacks them. The LLM's
+            embeddings are not resized, as `embed` looks up no row for placeholders.
 
     Attributes:
         llm: `peft.PeftModel` around `base`, adapter `default`.
         fusion: the projections.
-        tokenizer: with placeholders.
-        config: as given.
+        tokenizer: the tokenizer with placeholders.
+        config: the argument.
     """
 
     def __init__(self, config: AffectGPTConfig, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -119,10 +120,11 @@ class AffectGPT(nn.Module):
             target_modules=list(config.lora_targets),
             task_type="CAUSAL_LM",
         )
+        # autocast_adapter_dtype: LoRA in float32, where AdamW's small updates do not vanish in bfloat16's rounding
         self.llm: PeftModel = get_peft_model(base, lora, adapter_name="default", autocast_adapter_dtype=True)
         self.fusion = Fusion(config.visual_dim, config.audio_dim, config.hidden_size).float()
         self.tokenizer = tokenizer
-        add_placeholders(tokenizer)
+        add_placeholders(tokenizer)  # before the ids are looked up in the next line
         self._placeholder_of = {tokenizer.convert_tokens_to_ids(token): token for token in PLACEHOLDERS}
 
     @classmethod
@@ -137,18 +139,19 @@ class AffectGPT(nn.Module):
         attn_implementation: str = "sdpa",
         **lora: Any,
     ) -> AffectGPT:
-        """A model with fresh LoRA and fusion weights over local folders; the global torch generator draws them.
+        """Make a model with fresh LoRA and fusion weights, drawn from the global torch generator, over local folders.
 
         Args:
             llm, visual_encoder, audio_encoder: Hugging Face model folders (config and safetensors).
-            device: where everything lives.
-            dtype: of the base LLM; `auto` keeps the checkpoint's.
-            attn_implementation: of the base LLM.
+            device: device of all weights.
+            dtype: dtype of the base LLM; `auto` keeps the checkpoint's.
+            attn_implementation: attention of the base LLM, as transformers names it.
             lora: `lora_r`, `lora_alpha`, `lora_dropout`, `lora_targets`.
 
         Raises:
-            FileNotFoundError, ValueError: a folder is missing, incomplete or of another kind.
+            FileNotFoundError, ValueError: a folder is missing, incomplete, or holds another type of model.
         """
+        # widths from the configs: the encoders' weights are not loaded here, they only fill the feature cache
         config = AffectGPTConfig(
             llm=os.path.abspath(llm),
             visual_encoder=os.path.abspath(visual_encoder),
@@ -172,16 +175,16 @@ class AffectGPT(nn.Module):
         visual_encoder: str | os.PathLike | None = None,
         audio_encoder: str | os.PathLike | None = None,
     ) -> AffectGPT:
-        """Load what `save_pretrained` wrote, in eval mode.
+        """Load a model that `save_pretrained` wrote, in eval mode.
 
         Args:
-            folder: holds `affectgpt.json` and `affectgpt.safetensors`.
+            folder: folder with `affectgpt.json` and `affectgpt.safetensors`.
             device, dtype, attn_implementation: as in `create`.
-            llm, visual_encoder, audio_encoder: where the frozen parts are now, if they were moved.
+            llm, visual_encoder, audio_encoder: current folders of the frozen models, if they were moved.
 
         Raises:
             FileNotFoundError: a file or the base LLM is missing.
-            ValueError: a file is damaged, or its tensors are not those of this model.
+            ValueError: a file is damaged, or holds tensors of another model.
         """
         config = AffectGPTConfig.load(folder)
         folders = {"llm": llm, "visual_encoder": visual_encoder, "audio_encoder": audio_encoder}
@@ -191,7 +194,7 @@ class AffectGPT(nn.Module):
         if not weights.is_file():
             raise FileNotFoundError(f"{weights} is missing: save the model again, or copy the whole folder")
         try:
-            state = load_file(weights)
+            state = load_file(weights)  # before the LLM, whose loading takes minutes: damage shows at once
         except SafetensorError as error:
             raise ValueError(f"{weights} is damaged ({error}): save or copy it again") from error
         model = cls._over_base(config, device, dtype, attn_implementation)
@@ -207,10 +210,10 @@ class AffectGPT(nn.Module):
         return cls(config, base, tokenizer).to(device)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Write `affectgpt.json` and `affectgpt.safetensors` (LoRA and fusion); the frozen parts stay where they are.
+        """Write `affectgpt.json` and `affectgpt.safetensors` (LoRA and fusion); the frozen models are not copied.
 
-        Each file appears whole or not at all, and every weight is in one file, so an interrupted save leaves the former
-        model intact. `model.llm.save_pretrained(folder)` writes the adapter alone, in PEFT's own format.
+        Each file is replaced atomically, and every weight is in one file, so an interrupted save leaves the previous
+        model intact. `model.llm.save_pretrained(folder)` writes the adapter alone, in PEFT's format.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -219,7 +222,8 @@ class AffectGPT(nn.Module):
         self.config.save(folder)
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
-        """What this model adds to its frozen parts, by name in the module: LoRA of adapter `default`, and fusion."""
+        """Return the trained parameters by name in the module: LoRA of adapter `default`, and fusion."""
+        # by name and not by requires_grad, which a caller may switch; of `default` only, whatever adapters were added
         return {
             name: parameter
             for name, parameter in self.named_parameters()
@@ -231,11 +235,12 @@ class AffectGPT(nn.Module):
 
         Args:
             state: exactly one tensor for each name of `trainable_parameters()`.
-            source: the file it was read from, for messages.
+            source: file that it was read from, for messages.
 
         Raises:
             ValueError: names or shapes differ; nothing was copied.
         """
+        # all checks come before the first copy: a model of mixed weights would be worse than none
         parameters = self.trainable_parameters()
         if missing := [name for name in parameters if name not in state]:
             raise ValueError(
@@ -244,7 +249,7 @@ class AffectGPT(nn.Module):
             )
         if unexpected := [name for name in state if name not in parameters]:
             raise ValueError(
-                f"{source} holds {len(unexpected)} tensors this model has no place for, first {unexpected[0]}: "
+                f"{source} holds {len(unexpected)} tensors that this model lacks, first {unexpected[0]}: "
                 "the LLM's layers and lora_targets must be those it was saved with"
             )
         for name, parameter in parameters.items():
@@ -263,7 +268,7 @@ class AffectGPT(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the base LLM, and so of the embeddings `embed` gives."""
+        """Dtype of the base LLM, and of the embeddings that `embed` returns."""
         return self.embed_tokens.weight.dtype
 
     @property
@@ -272,14 +277,14 @@ class AffectGPT(nn.Module):
         return base.get_input_embeddings()
 
     def embed(self, prompts: Sequence[Prompt]) -> list[Tensor]:
-        """Prompts as the LLM reads them: `[P_n, H]` each, in its dtype, differentiable into the fusion weights.
+        """Embed prompts for the LLM: `[P_n, H]` each, in its dtype, differentiable with respect to the fusion weights.
 
         Rows of ordinary tokens are token embeddings; rows of placeholders are fusion vectors of the prompt's features.
         One embedding look-up and one fusion call serve all prompts.
 
         Raises:
-            ValueError: a placeholder comes twice or lacks its feature, a feature lacks its placeholder, or has a wrong
-                shape; the message names the prompt and the feature.
+            ValueError: a placeholder appears twice or lacks its feature, or a feature lacks its placeholder or has the
+                wrong shape; the message names the prompt and the feature.
         """
         token_ids: list[int] = []
         rows: list[int] = []
@@ -290,20 +295,21 @@ class AffectGPT(nn.Module):
                 if (placeholder := self._placeholder_of.get(token)) is not None:
                     if placeholder in found:
                         raise ValueError(
-                            f"prompt {prompt.id!r} has {placeholder} more than once: one vector stands for each"
+                            f"prompt {prompt.id!r} has {placeholder} more than once: a prompt has one vector for each"
                         )
                     found[placeholder] = row
             inputs += self._fusion_inputs(prompt, tuple(found))
             rows += found.values()
+            # placeholder ids may lie beyond the LLM's embedding table; row 0 is looked up instead, and replaced below
             token_ids += [0 if token in self._placeholder_of else token for token in prompt.token_ids]
         embeds = self.embed_tokens(torch.tensor(token_ids, device=self.device))
         if inputs:
-            vectors = self.fusion(inputs).to(embeds.dtype)
+            vectors = self.fusion(inputs).to(embeds.dtype)  # fused in float32, see `Fusion`
             embeds = embeds.index_copy(0, torch.tensor(rows, device=self.device), vectors)
         return list(embeds.split([len(prompt.token_ids) for prompt in prompts]))
 
     def _fusion_inputs(self, prompt: Prompt, placeholders: Sequence[str]) -> list[FusionInput]:
-        """One input per placeholder, in order, from the prompt's features."""
+        """Make one fusion input per placeholder, in order, from the prompt's features."""
         inputs: list[FusionInput] = []
         used: set[str] = set()
         for placeholder in placeholders:
@@ -313,6 +319,7 @@ class AffectGPT(nn.Module):
                 self._check_feature(prompt, placeholder, name)
             features = {"audio" if name == "audio" else "visual": prompt.features[name] for name in names}
             inputs.append(FusionInput(PLACEHOLDERS[placeholder], **features))
+        # refused, since a model that silently ignores a modality trains without an error
         if unused := sorted(prompt.features.keys() - used):
             raise ValueError(
                 f"prompt {prompt.id!r} has features {', '.join(unused)} but no placeholder token for them: "
@@ -336,19 +343,20 @@ class AffectGPT(nn.Module):
 
 
 def add_placeholders(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give the tokenizer the five placeholder tokens, as special tokens in upstream's order, where it lacks them."""
+    """Add the placeholder tokens that a tokenizer lacks, as special tokens in upstream's order."""
     known = tokenizer.get_vocab()
     tokens = [AddedToken(t, special=True, normalized=False) for t in PLACEHOLDERS if t not in known]
+    # special: never split, and left out when completions are decoded
     if tokens:
         tokenizer.add_tokens(tokens, special_tokens=True)
 
 
 def load_llm(folder: str | os.PathLike, dtype: torch.dtype | str, attn_implementation: str) -> PreTrainedModel:
-    """Load a causal LM from a local folder of safetensors, refusing incomplete or ill-fitting weights.
+    """Load a causal LM from a local folder of safetensors, refusing missing weights or weights of the wrong shape.
 
     Raises:
-        FileNotFoundError: no such folder, or no config or weights in it.
-        ValueError: tensors are missing or of another shape than config.json says.
+        FileNotFoundError: the folder, its config or its weights are missing.
+        ValueError: tensors are missing, or their shapes do not match config.json.
     """
     folder = _model_folder(folder, "base LLM")
     if not any(folder.glob("*.safetensors")):
@@ -359,11 +367,12 @@ def load_llm(folder: str | os.PathLike, dtype: torch.dtype | str, attn_implement
         attn_implementation=attn_implementation,
         local_files_only=True,
         use_safetensors=True,
-        trust_remote_code=False,
-        ignore_mismatched_sizes=True,  # to name the key below instead of pointing to a log
+        trust_remote_code=False,  # no code from the folder is run
+        ignore_mismatched_sizes=True,  # reported by name below; transformers' error only points to its log
         output_loading_info=True,
     )
     model, info = loaded
+    # transformers only warns, and initialises missing weights at random
     if info["missing_keys"]:
         raise ValueError(f"the weights in {folder} lack {min(info['missing_keys'])}: copy the folder again")
     if info["mismatched_keys"]:
@@ -378,7 +387,7 @@ def _model_folder(folder: str | os.PathLike, what: str) -> Path:
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
-            f"{folder} is not the folder of a {what}: it has no config.json. If it was moved, give its place as an "
+            f"{folder} is not the folder of a {what}: it has no config.json. If it was moved, give its new path as an "
             f"argument or in {CONFIG_FILE}"
         )
     return folder
@@ -392,17 +401,18 @@ def _config_value(folder: str | os.PathLike, key: str, what: str) -> int:
 
 
 def _visual_dim(folder: str | os.PathLike) -> int:
-    """Width of CLIP's projected image features."""
+    """Read the width of CLIP's projected image features."""
     return _config_value(folder, "projection_dim", "CLIP vision model")
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file beside `path`, then put it in its place in one step."""
+    """Write a file beside `path`, then move it there atomically."""
+    # in the same folder, as a rename is atomic within one file system only; the process id keeps two writers apart
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
         with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # or a power cut could leave the new name without the bytes
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The frozen encoders: CLIP for frames and faces, HuBERT for sound, both from local folders in transformers' format."""
+"""Run the frozen encoders: CLIP for frames and faces, HuBERT for sound, from local folders in transformers' format."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _WEIGHT_FILES = ("*.safetensors", "*.bin")
 
 
 class Encoders:
-    """CLIP's image tower with its projection, and HuBERT. Frozen, in eval mode, without gradient.
+    """CLIP's image tower with its projection, and HuBERT, both frozen and in eval mode.
 
-    Every output row depends on its own input row alone, so samples may be encoded together in any grouping.
+    Every output row depends only on the same input row, so samples may be batched in any way.
 
     Attributes:
         visual_dim: Dv, CLIP's projection width (768 for ViT-L/14).
         audio_dim: Da, HuBERT's hidden width (1024 for large).
-        batch: rows sent through an encoder at a time.
+        batch: rows per forward pass of an encoder.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Encoders:
         dtype: torch.dtype = torch.float32,
         batch: int = 64,
     ) -> None:
-        """`image_processor`: what CLIP's `preprocessor_config.json` holds; absent entries are CLIP's own defaults."""
+        """Freeze the encoders; entries absent in `image_processor` (`preprocessor_config.json`) are CLIP's defaults."""
         processor = image_processor or {}
         self.visual = _frozen(visual, device, dtype)
         self.audio = _frozen(audio, device, dtype)
@@ -70,7 +70,7 @@ class Encoders:
             audio_folder: `HubertModel`, or a model with a head around it.
 
         Raises:
-            ValueError: a folder that is missing, holds another kind of model, or lacks some of its weights.
+            ValueError: a folder is missing, holds another type of model, or lacks some of its weights.
         """
         visual = _load(visual_folder, "CLIP", ("clip", "clip_vision_model"), CLIPVisionModelWithProjection)
         audio = _load(audio_folder, "HuBERT", ("hubert",), HubertModel)
@@ -80,12 +80,14 @@ class Encoders:
 
     @torch.inference_mode()
     def encode_frames(self, frames: np.ndarray | Tensor) -> Tensor:
-        """Images uint8 RGB `[T, H, W, 3]` → projected image embeddings, not normalised: float32 `[T, Dv]` on the CPU.
+        """Encode images, uint8 RGB `[T, H, W, 3]`, to projected embeddings, float32 `[T, Dv]` on the CPU.
 
-        CLIP's processor: to its image size (bicubic, antialiased; 224 × 224 input goes in untouched for ViT-L/14),
-        rescaled, mean and deviation of its training set.
+        They are prepared as by CLIP's processor: resized to its image size (bicubic, antialiased; for ViT-L/14, 224 ×
+        224 input is left as it is), rescaled, and normalised by the mean and deviation of its training set. The
+        embeddings are not normalised.
         """
         features = []
+        # in batches, which bounds the memory of the pixels and activations
         for rows in torch.as_tensor(frames).split(self.batch):
             pixels = rows.to(self.device).permute(0, 3, 1, 2).float()
             if pixels.shape[-2:] != (self.image_size, self.image_size):
@@ -96,25 +98,25 @@ class Encoders:
 
     @torch.inference_mode()
     def encode_audio(self, clips: np.ndarray | Tensor) -> Tensor:
-        """Normalised sound at 16 kHz, float32 `[N, 32000]` → float32 `[N, Da]` on the CPU, one vector a clip.
+        """Encode normalised sound at 16 kHz, float32 `[N, 32000]`, to a vector per clip, float32 `[N, Da]` on the CPU.
 
-        Mean of the last four hidden states, then over time. The very last is taken after HuBERT's closing layer norm,
-        as transformers gave it when AffectGPT was trained: since 5.x `hidden_states[-1]` of a pre-norm HuBERT (the
-        large ones) comes from before it.
+        The vector is the mean of the last four hidden states, then over time.
         """
         features = []
         for rows in torch.as_tensor(clips).split(self.batch):
             output = self.audio(rows.to(self.device, self.dtype), output_hidden_states=True)
+            # the last one after HuBERT's closing layer norm, as transformers returned it when AffectGPT was trained:
+            # since 5.x, `hidden_states[-1]` of a pre-norm HuBERT (the large ones) comes from before that norm
             last_four = torch.stack([*output.hidden_states[-4:-1], output.last_hidden_state])
             features.append(last_four.float().mean(dim=(0, 2)).cpu())
         return torch.cat(features)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex digest of what the outputs depend on: architecture, image processing, precision and every weight.
+        """Hex digest of everything that the outputs depend on: architecture, image processing, dtype and every weight.
 
-        Weights are hashed by content as loaded, so that a copied folder, or the same model stored in another format,
-        keeps its cache, and an edited one does not; about a second per gigabyte, once.
+        Weights are hashed as loaded, so a copied folder, or the same model stored in another format, keeps its cache,
+        and an edited one does not. It takes about a second per gigabyte, once.
         """
         digest = hashlib.sha256()
         settings: list[Any] = [
@@ -128,13 +130,16 @@ class Encoders:
             settings.append({name: config[name] for name in _BEHAVIOUR if name in config})
         digest.update(json.dumps(settings).encode())
         for model in (self.visual, self.audio):
+            # sorted: the order of a state dict is that of the module's source, which another release may change
             for name, weight in sorted(model.state_dict().items()):
                 digest.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
+                # as bytes, because NumPy has no bfloat16
                 digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()[:32]
 
 
-# config entries that change the outputs and cannot be seen in the weights
+# config entries that change the outputs but not the names or shapes of weights; the whole config would not do, as each
+# release of transformers adds entries to it
 _BEHAVIOUR = (
     "num_attention_heads",
     "hidden_act",
@@ -153,24 +158,27 @@ _BEHAVIOUR = (
 
 
 def _frozen(model: Any, device: torch.device | str, dtype: torch.dtype) -> Any:
-    """A model in its place and precision, in eval mode, without gradients."""
+    """Move a model to its device and dtype, in eval mode and without gradients."""
     return model.to(device, dtype).eval().requires_grad_(False)
 
 
 def _to_square(pixels: Tensor, size: int) -> Tensor:
-    """As CLIP's processor: shortest edge to `size`, bicubic, values kept in 0..255, then the centre square."""
+    """Resize as CLIP's processor: shortest edge to `size`, bicubic, then the centre square."""
     height, width = pixels.shape[-2:]
     scale = size / min(height, width)
     shape = (max(size, int(height * scale)), max(size, int(width * scale)))
+    # rounded and clamped, because the processor works on 8-bit images, and bicubic overshoots at edges
     pixels = torch.nn.functional.interpolate(pixels, shape, mode="bicubic", antialias=True).round().clamp(0, 255)
     top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
     return pixels[..., top : top + size, left : left + size]
 
 
-def _load(folder: str | Path, kind: str, model_types: tuple[str, ...], model_class: type[PreTrainedModel]) -> Any:
-    """Load `model_class` from `folder`, refusing other models and weights that do not fill it."""
+def _load(
+    folder: str | Path, architecture: str, model_types: tuple[str, ...], model_class: type[PreTrainedModel]
+) -> Any:
+    """Load `model_class` from a folder, refusing other models and incomplete weights."""
     folder = Path(folder)
-    fix = f"Give the folder of a {kind} checkpoint as save_pretrained writes it"
+    fix = f"Give the folder of a {architecture} checkpoint as save_pretrained writes it"
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: no config.json there. {fix}.")
     if not any(path for pattern in _WEIGHT_FILES for path in folder.glob(pattern)):
@@ -180,13 +188,13 @@ def _load(folder: str | Path, kind: str, model_types: tuple[str, ...], model_cla
     except (ValueError, OSError) as error:
         raise ValueError(f"{folder}: config.json cannot be read ({error}). {fix}.") from error
     if config.model_type not in model_types:
-        raise ValueError(f"{folder}: it holds a model of type {config.model_type!r}, not {kind}. {fix}.")
-    if config.model_type == "clip":  # a whole CLIP: its image half, with the outer config's projection width
+        raise ValueError(f"{folder}: it holds a model of type {config.model_type!r}, not {architecture}. {fix}.")
+    if config.model_type == "clip":  # a whole CLIP: take its image half, with the outer config's projection width
         projection_dim, config = config.projection_dim, config.vision_config
         config.projection_dim = projection_dim
 
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # the text half of a CLIP is left out on purpose; no need to list its weights
+    logging.set_verbosity_error()  # or transformers lists the weights of a CLIP's text half, left out on purpose
     try:
         loaded: Any = model_class.from_pretrained(
             folder, config=config, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
@@ -198,7 +206,7 @@ def _load(folder: str | Path, kind: str, model_types: tuple[str, ...], model_cla
         logging.set_verbosity(verbosity)
     for name, stored, expected in info["mismatched_keys"]:
         raise ValueError(f"{folder}: {name} is {list(stored)}, but config.json asks for {list(expected)}. {fix}.")
-    missing = sorted(set(info["missing_keys"]) - {"masked_spec_embed"})  # that one is for HuBERT's pre-training alone
+    missing = sorted(set(info["missing_keys"]) - {"masked_spec_embed"})  # used in HuBERT's pre-training only
     if missing:
         raise ValueError(f"{folder}: {len(missing)} weights are missing, {missing[0]!r} first. {fix}.")
     return model

@@ -1,4 +1,4 @@
-"""The projections that turn encoder outputs into the few vectors a prompt carries: one per placeholder."""
+"""Project encoder outputs to the vectors of a prompt's placeholders, one vector per placeholder."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Branch = Literal["image", "audio", "video", "multi"]
 
 @dataclass(frozen=True)
 class FusionInput:
-    """What one placeholder is made from.
+    """Features of one placeholder.
 
     Attributes:
-        branch: which projections apply; faces and frames share `video`.
+        branch: the projections that apply; faces and frames share `video`.
         visual: `[T, Dv]` CLIP vectors over time, for every branch but `audio`.
         audio: `[T, Da]` HuBERT vectors over time, for `audio` and `multi`.
     """
@@ -29,20 +29,20 @@ class FusionInput:
 
 
 class Fusion(nn.Module):
-    """AffectGPT's attention fusion and multi (pre-)fusion: 10 linear layers, 20 tensors, named as upstream names them.
+    """AffectGPT's attention fusion and multi (pre-)fusion: 10 linear layers, 20 tensors, with upstream's names.
 
     With h `[T, d]` the encoder's vectors of T time steps:
 
     * one modality: weights w = Linear(d→1)(h), then Σₜ wₜ hₜ, then Linear(d→H). There is **no softmax**: the weights
-      are signed and unbounded and the result grows with |h|² and with T, so it is computed in fp32 whatever the LLM's
-      dtype.
+      are signed and unbounded and the result grows with |h|² and with T, so it is computed in float32 whatever the
+      LLM's dtype.
     * multi: visual and audio are averaged over time and projected to the width M of the audio encoder; their
-      concatenation, visual first, gives two weights, Linear(2M→M) then Linear(M→2) with nothing in between; the
-      weighted sum of the two goes through Linear(M→H).
+      concatenation, visual first, gives two weights by Linear(2M→M) then Linear(M→2), without a non-linearity in
+      between; the weighted sum of the two goes through Linear(M→H).
     * image: the mean over its rows, then Linear(Dv→H).
 
-    Each layer has PyTorch's default initialisation, as upstream. A fresh projection thus gives vectors of a larger norm
-    than token embeddings have; the decoder's first RMSNorm removes the scale, only the residual stream keeps it.
+    Each layer has PyTorch's default initialisation, as upstream. The vectors of a fresh projection therefore have a
+    larger norm than token embeddings; the decoder's first RMSNorm removes the scale, only the residual stream keeps it.
 
     Args:
         visual_dim: Dv, width of the visual encoder's projected output (CLIP ViT-L/14: 768).
@@ -66,16 +66,17 @@ class Fusion(nn.Module):
         self.multi_llama_proj = nn.Linear(multi_dim, hidden_size)
 
     def forward(self, inputs: Sequence[FusionInput]) -> Tensor:
-        """One vector for each of S placeholders, of any mixture of branches: `[S, H]`, in the weights' dtype.
+        """Compute one vector for each of S placeholders of any branches: `[S, H]`, in the weights' dtype.
 
         Placeholders of one branch are computed as one batch, whichever prompts they come from. Inputs of a branch must
-        agree on T; features are moved to the weights' device and dtype.
+        have the same T; features are moved to the weights' device and dtype.
         """
         weight = self.image_llama_proj.weight
         rows_of: defaultdict[Branch, list[int]] = defaultdict(list)
         for row, item in enumerate(inputs):
             rows_of[item.branch].append(row)
         out = torch.empty(len(inputs), self.hidden_size, dtype=weight.dtype, device=weight.device)
+        # under autocast the sums of products above would be computed in bfloat16
         with torch.autocast(weight.device.type, enabled=False):
             for branch, rows in rows_of.items():
                 index = torch.tensor(rows, device=weight.device)

@@ -1,7 +1,7 @@
-"""The AffectGPT-R1 rewards (arXiv 2508.01318) and their kin, each a vectorised function over all groups of a step.
+"""The AffectGPT-R1 rewards (arXiv 2508.01318) and related ones, each a vectorised function over all groups of a step.
 
-Called with N groups of G completions, a reward gives float64 `[N, G]`, NaN where it cannot judge. Importing this
-package needs NumPy alone, so options are read and `--help` is printed without torch.
+Called with N groups of G completions, a reward returns float64 `[N, G]`, NaN where it cannot judge. Importing this
+package needs only NumPy, so that options are read and `--help` is printed without torch.
 """
 
 from affectgpt.rewards.accuracy import AccuracyReward, DualReward

@@ -1,4 +1,4 @@
-"""Whether a completion's thinking and its answer name the same emotions."""
+"""Reward completions whose thinking and answer name the same emotions."""
 
 from __future__ import annotations
 
@@ -20,23 +20,22 @@ if TYPE_CHECKING:
 
 @register_reward("alignment", needs="think")
 class AlignmentReward:
-    """Agreement of the emotion words of the think block with those of the answer, in 0…1, ground truth aside.
+    """Agreement of the emotion words of the think block with those of the answer, in 0…1, whatever the ground truth.
 
     0 for a completion without the think-answer form, or with no word of the wheels on either side.
 
     Args:
         wheel: the tables.
         form: `jaccard`, the mean over wheels of |T∩A| / |T∪A| of the cluster sets; `threshold`, 1 where the mean of
-            their F, 2|T∩A| / (|T| + |A|), reaches `threshold`, else 0. The paper's own form is not known; both are
-            in use.
-        threshold: for `threshold`.
+            their F, 2|T∩A| / (|T| + |A|), reaches `threshold`, else 0. Which form the paper uses is not known.
+        threshold: threshold of that form.
         level: 1 for the inner ring of the wheels, 2 for the next.
-        unscored: a wheel that neither side is on counts as 0 (`zero`) or is left out of the mean (`skip`).
-        rule: what a think-answer form is, see `split_think_answer`.
-        words: finds the emotion words of the thinking; on `wheel`'s tables unless given.
+        unscored: a wheel that has neither side counts as 0 (`zero`) or is left out of the mean (`skip`).
+        rule: reading of the think-answer form, see `split_think_answer`.
+        words: finder of emotion words in the thinking; by default one on `wheel`'s tables.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: the form, `unscored` or the rule is unknown.
     """
 
     name: ClassVar[str]
@@ -61,7 +60,7 @@ class AlignmentReward:
 
     @classmethod
     def from_config(cls, config: RewardConfig, context: RewardContext) -> AlignmentReward:
-        """The reward of a run."""
+        """Make the reward of a run."""
         return cls(
             context.wheel,
             form=config.alignment,
@@ -73,16 +72,18 @@ class AlignmentReward:
         )
 
     def __call__(self, groups: Sequence[Group]) -> np.ndarray:
-        # a completion without the form has no words on either side, which is agreement 0
+        # a completion without the form counts as one without words on either side, whose agreement is 0
         blocks = [split_think_answer(c.text, self.rule) or ("", "") for group in groups for c in group.completions]
         thoughts = [",".join(self.words.find(think)) for think, _ in blocks]
         think = self.wheel.masks(thoughts, self.level)
         answer = self.wheel.masks([answer for _, answer in blocks], self.level, parse="tolerant")
+        # bit w of a mask is cluster w, so sizes of intersections and unions are counts of bits
         common = np.bitwise_count(think & answer).astype(np.float64)
         union = np.bitwise_count(think | answer).astype(np.float64)
         if self.form == "jaccard":
             agreement = common / np.maximum(union, 1)
         else:
+            # |T| + |A| = |T∪A| + |T∩A|
             agreement = 2 * common / np.maximum(union + common, 1)
         wheels = np.full(len(blocks), union.shape[1]) if self.unscored == "zero" else (union > 0).sum(axis=1)
         values = agreement.sum(axis=1) / np.maximum(wheels, 1)

@@ -1,4 +1,4 @@
-"""Rewards for data with closed labels: one basic emotion a sample (hit rate), or a sentiment value."""
+"""Reward answers to data with closed labels: one basic emotion per sample (hit rate), or a sentiment value."""
 
 from __future__ import annotations
 
@@ -16,24 +16,25 @@ if TYPE_CHECKING:
     from affectgpt.rewards.registry import RewardContext
     from grpo_core.types import Group
 
+# sectors of the wheels' inner rings
 POSITIVE = frozenset(["happy", "joyful", "joy", "powerful", "peaceful", "genius"])
 NEGATIVE = frozenset(["mad", "angry", "anger", "disgusted", "disgust", "sad", "scared", "fearful", "fear", "bad"])
-NEITHER = frozenset({"surprised"})
+NEITHER = frozenset({"surprised"})  # may be either, so it does not count
 _SENTIMENT = {"positive": 1.0, "negative": -1.0, "neutral": 0.0}
 
 
 @register_reward("hit_rate")
 class HitRateReward:
-    """1 per wheel where the true label's cluster is among the answer's, mean over wheels (MER-UniBench's hit rate).
+    """Share of wheels on which the true label's cluster is among the answer's (MER-UniBench's hit rate).
 
     NaN for a sample whose label is on no wheel, as `neutral` is.
 
     Args:
         wheel: the tables.
-        mode: `think` scores what is inside `<answer>`, `no_think` the whole text.
-        candidates: the dataset's labels; with them a hit is divided by how many of their clusters the answer names
-            (upstream's "mscore"), so naming them all does not pay.
-        unscored: a wheel that the true label is not on counts as 0 (`zero`) or is left out of the mean (`skip`).
+        mode: `think` scores the text inside `<answer>`, `no_think` the whole text.
+        candidates: the dataset's labels; with them a hit is divided by the number of their clusters that the answer
+            names (upstream's "mscore"), so that naming them all does not pay.
+        unscored: a wheel without the true label counts as 0 (`zero`) or is left out of the mean (`skip`).
     """
 
     name: ClassVar[str]
@@ -51,7 +52,7 @@ class HitRateReward:
 
     @classmethod
     def from_config(cls, config: RewardConfig, context: RewardContext) -> HitRateReward:
-        """The reward of a run."""
+        """Make the reward of a run."""
         return cls(context.wheel, context.mode, config.candidates, config.unscored)
 
     def __call__(self, groups: Sequence[Group]) -> np.ndarray:
@@ -60,7 +61,7 @@ class HitRateReward:
         hits = hit_rates(self.wheel, truth, answers, self.candidates)
         scored = ~np.isnan(hits)
         wheels = np.full(len(hits), hits.shape[1]) if self.unscored == "zero" else scored.sum(axis=1)
-        with np.errstate(invalid="ignore"):
+        with np.errstate(invalid="ignore"):  # 0 / 0 where no wheel has the label: NaN, as is set below for `zero` too
             values = np.where(scored, hits, 0.0).sum(axis=1) / wheels
         values[~scored.any(axis=1)] = np.nan
         return values.reshape(len(groups), -1)
@@ -68,14 +69,15 @@ class HitRateReward:
 
 @register_reward("sentiment")
 class SentimentReward:
-    """1 if the answer's sentiment is positive exactly where the sample's value is, else 0 (as MOSI's metric counts).
+    """1 if the answer's sentiment and the sample's value are both positive or both not, else 0 (MOSI's metric).
 
-    The sample's `labels` hold the value, a number or positive / negative / neutral; 0 cannot be judged: NaN, as the
-    metric drops such samples. The answer's sentiment is the one it names, or else that of its labels: clusters of
-    happy sectors against clusters of unhappy ones, over all wheels (published figures ask a second LLM instead).
+    The sample's `labels` hold the value, a number or positive / negative / neutral. A value of 0 is not judged (NaN),
+    as the metric drops such samples. The answer's sentiment is the one that it names or, if it names none, that of its
+    labels: clusters of happy sectors against clusters of unhappy ones, over all wheels (published figures ask a second
+    LLM instead).
 
     Raises:
-        ValueError: the wheel has a sector whose sentiment is not known here.
+        ValueError: the wheel has a sector of unknown sentiment.
     """
 
     name: ClassVar[str]
@@ -85,6 +87,7 @@ class SentimentReward:
         sectors = [wheel.sectors(w) for w in range(len(wheel.names))]
         if unknown := {s for row in sectors for s in row} - POSITIVE - NEGATIVE - NEITHER:
             raise ValueError(f"the sentiment of the wheel's sectors {', '.join(sorted(unknown))} is not known")
+        # uint64 masks of sectors, as `EmotionWheel.masks` gives them
         self._positive, self._negative = (
             np.array([sum(1 << i for i, s in enumerate(row) if s in side) for row in sectors], dtype=np.uint64)
             for side in (POSITIVE, NEGATIVE)
@@ -92,7 +95,7 @@ class SentimentReward:
 
     @classmethod
     def from_config(cls, config: RewardConfig, context: RewardContext) -> SentimentReward:
-        """The reward of a run."""
+        """Make the reward of a run."""
         return cls(context.wheel, context.mode)
 
     def __call__(self, groups: Sequence[Group]) -> np.ndarray:
@@ -102,13 +105,13 @@ class SentimentReward:
         return np.where(values == 0, np.nan, right.astype(np.float64)).reshape(len(groups), -1)
 
     def sentiment(self, answers: Sequence[str]) -> np.ndarray:
-        """float64 `[n]`: above 0 for positive answers, below for negative ones."""
+        """Compute the sentiment of answers, float64 `[n]`: above 0 is positive, below 0 negative."""
         masks = self.wheel.masks(answers, parse="tolerant")
         happy, unhappy = (np.bitwise_count(masks & side).sum(axis=1) for side in (self._positive, self._negative))
         values = happy.astype(np.float64) - unhappy
         for i, answer in enumerate(answers):
             named = {_SENTIMENT[label] for label in parse_labels(answer, "tolerant") if label in _SENTIMENT}
-            if len(named) == 1:
+            if len(named) == 1:  # an answer that names both sentiments is judged by its labels
                 values[i] = named.pop()
         return values
 
@@ -116,7 +119,7 @@ class SentimentReward:
 def hit_rates(
     wheel: EmotionWheel, truth: Sequence[str], answers: Sequence[str], candidates: Sequence[str] = ()
 ) -> np.ndarray:
-    """float64 `[n, W]` hits in 0…1 at level 1; NaN where the true label is not on the wheel. See `HitRateReward`."""
+    """Compute hits, float64 `[n, W]` in 0…1 at level 1; NaN if the wheel lacks the true label. See `HitRateReward`."""
     true, named = wheel.masks(truth), wheel.masks(answers, parse="tolerant")
     hits = ((true & named) != 0).astype(np.float64)
     if candidates:

@@ -1,4 +1,4 @@
-"""A run's reward options, and the rewards they name."""
+"""Define a run's reward options, check them, and make the rewards that they name."""
 
 from __future__ import annotations
 
@@ -20,43 +20,44 @@ if TYPE_CHECKING:
 
 @dataclass
 class RewardConfig(ConfigSection, key="reward"):
-    """Which rewards a run has, and how they judge; algorithm.reward_weights weighs them."""
+    """Rewards of a run and their options; algorithm.reward_weights weights them."""
 
     names: tuple[str, ...] = ("accuracy",)
-    """Built-in rewards by name, and your own by import path: file.py:name or package.module:name; docs/rewards.md has
-    the list."""
+    """Built-in rewards by name, see docs/rewards.md, and others by import path: file.py:name or
+    package.module:name."""
     level: Literal[1, 2] = 1
     """Ring of the wheels that is compared."""
     unscored: Literal["zero", "skip"] = "skip"
-    """A wheel that the ground truth is not on counts as 0 or is left out."""
+    """A wheel without the ground truth counts as 0, or is left out of the mean."""
     length_penalty: Literal["none", "P1", "P2", "P3"] = "none"
     """Factor on accuracy and dual for more labels than the ground truth has."""
     single_label: Literal["as_written", "shift_single", "shift", "inverse_log"] = "shift_single"
-    """How P3 treats a ground truth of one label, where it is 0 as written; see docs/rewards.md."""
+    """P3 for a ground truth of one label, where the written formula gives 0; see docs/rewards.md."""
     format_rule: Literal["full", "prefix", "tolerant"] = "full"
-    """What counts as the think-answer form: the whole text, its beginning, or two blocks anywhere."""
+    """Reading of the think-answer form: the whole text, its beginning, or two blocks anywhere."""
     alignment: Literal["jaccard", "threshold"] = "jaccard"
-    """Mean Jaccard index of the clusters in think and in answer, or 1 where their F reaches alignment_threshold."""
+    """Mean Jaccard index of the clusters in think and in answer, or 1 if their F reaches alignment_threshold."""
     alignment_threshold: float = 0.5
-    """For alignment threshold."""
+    """F from which alignment threshold gives 1."""
     wordnet: Path | None = None
-    """WordNet 3.0 folder, for words of the thinking that the wheel's tables lack; unset, only what these hold is
+    """WordNet 3.0 folder, for words of the thinking that the wheel's tables lack; unset, only words in these are
     found."""
     overlong_cache: int = 16
     """Tokens before rollout.max_new_tokens over which the overlong reward falls to −1."""
     repetition_ngram: int = 3
-    """Tokens of the n-grams that the repetition reward counts."""
+    """Length in tokens of the n-grams that the repetition reward counts."""
     candidates: tuple[str, ...] = ()
-    """Labels of a dataset with closed labels; a hit is divided by how many of them the answer names. Unset: not."""
+    """Labels of a dataset with closed labels; a hit is divided by the number of them that the answer names. Unset,
+    off."""
     judge: Path | None = None
-    """Folder of a multimodal chat model in safetensors, which compares answers for the perception reward; every rank
+    """Folder of a multimodal chat model in safetensors that compares answers for the perception reward; every rank
     loads it. See docs/rewards.md."""
     judge_frames: int = 8
-    """Frames of a video that the judge is shown."""
+    """Number of frames of a video shown to the judge."""
     judge_batch: int = 4
     """Pairs of answers in one forward pass of the judge, two rows each."""
     judge_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the judge's weights; auto is its checkpoint's."""
+    """Dtype of the judge's weights; auto is its checkpoint's."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,34 +70,33 @@ class RewardConfig(ConfigSection, key="reward"):
 
     @property
     def penalty(self) -> LengthPenalty:
-        """The factor for too many labels."""
+        """Factor for too many labels."""
         return LengthPenalty(self.length_penalty, self.single_label)
 
 
 def is_import_path(name: str) -> bool:
-    """Whether a reward is named by import path, `file.py:name` or `package.module:name`."""
+    """Whether a name is an import path, `file.py:name` or `package.module:name`."""
     return ":" in name
 
 
 def check_rewards(
     names: Sequence[str], mode: Mode, config: RewardConfig, *, max_length: int, has_judge: bool = False
 ) -> None:
-    """Refuse rewards that a run cannot have. Reads no table, imports no reward, and loads no model.
+    """Refuse rewards that a run cannot have, without reading tables, importing rewards or loading models.
 
     Args:
         max_length: tokens of the longest completion, `rollout.max_new_tokens`.
-        has_judge: a judge is at hand beside `config.judge`.
+        has_judge: the caller has a judge to use instead of `config.judge`.
 
     Raises:
-        ValueError: an unknown name, a reward named twice, one that the mode has nothing for, perception without a
-            judge, a judge without perception, a judge's folder without a model, or an overlong cache above the longest
-            completion.
+        ValueError: a name is unknown or appears twice, a reward does not fit the mode, perception has no judge, a judge
+            has no perception reward, its folder holds no model, or the overlong cache exceeds the longest completion.
     """
     built_in = [name for name in names if not is_import_path(name)]
     for name in built_in:
         if name not in REWARDS:
             raise ValueError(
-                f"unknown reward {name!r}: choose among {', '.join(REWARDS)}, or name your own by import path, "
+                f"reward.names has {name!r}, which is not a reward: choose among {', '.join(REWARDS)}, or name one by import path, "
                 "file.py:name or package.module:name"
             )
         if REWARDS[name].needs == "think" and mode != "think":
@@ -110,8 +110,8 @@ def check_rewards(
         raise ValueError(f"a reward is named twice in reward.names: {', '.join(names)}; keep one of them")
     if config.judge is not None and not has_judge:
         if not any(REWARDS[name].needs == "judge" for name in built_in):
-            raise ValueError("reward.judge is set, but nothing asks it: add perception to reward.names, or unset it")
-        check_judge_folder(config.judge)
+            raise ValueError("reward.judge is set, but no reward uses it: add perception to reward.names, or unset it")
+        check_judge_folder(config.judge)  # a mistyped path fails now, not when the model is loaded
     if "overlong" in names and not 1 <= config.overlong_cache <= max_length:
         raise ValueError(
             f"reward.overlong_cache is {config.overlong_cache} tokens of {max_length}: set it between 1 and the "
@@ -132,22 +132,24 @@ def make_rewards(
 
     Args:
         max_length: tokens of the longest completion, `rollout.max_new_tokens`.
-        judge: for `perception`, in the place of the model in `config.judge`.
+        judge: judge for `perception`, instead of the model in `config.judge`.
 
     Raises:
-        ValueError: as `check_rewards` and, for an import path, `grpo_core.rewards.load_reward`; two rewards of one
-            name; a `config.judge` that no judge can be made of.
+        ValueError: `check_rewards` or, for an import path, `grpo_core.load_reward` refuses one, two rewards share a
+            name, or the model in `config.judge` cannot be a judge.
     """
+    # here, because it imports the engine's groups: options are read without
     from grpo_core.reward_adapters import load_reward
 
     check_rewards(names, mode, config, max_length=max_length, has_judge=judge is not None)
+    # one context for all: its cache of words is shared by the rewards
     context = RewardContext(wheel, mode, max_length, config, judge)
     rewards: list[Reward] = [
         load_reward(name) if is_import_path(name) else REWARDS[name].from_config(config, context) for name in names
     ]
     by_label: dict[str, str] = {}
     for name, reward in zip(names, rewards, strict=True):
-        if reward.name in by_label:
+        if reward.name in by_label:  # checked here, since a reward from a file chooses its name when it is imported
             raise ValueError(
                 f"rewards {by_label[reward.name]} and {name} are both called {reward.name!r} in metrics and "
                 "algorithm.reward_weights: rename yours"

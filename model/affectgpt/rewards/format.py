@@ -1,4 +1,4 @@
-"""Whether a completion has the form `<think>…</think><answer>…</answer>`, by three readings of that."""
+"""Check the form `<think>…</think><answer>…</answer>` of completions, by three readings of it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 FormatRule = Literal["full", "prefix", "tolerant"]
 
+# text up to the next tag of any sort: with `.*?` a second block could hide inside the first
 _NO_TAG = "((?:(?!</?(?:think|answer)>).)*)"
 _FULL = re.compile(rf"<think>{_NO_TAG}</think>\s*<answer>{_NO_TAG}</answer>", re.DOTALL)
 _PREFIX = re.compile(r"<think>(.*?)</think>\s*<answer>(.*?)</answer>", re.DOTALL)
@@ -28,7 +29,7 @@ def check_rule(rule: str) -> None:
     """Refuse an unknown reading of the form.
 
     Raises:
-        ValueError: listing the readings there are.
+        ValueError: listing the known readings.
     """
     if rule not in get_args(FormatRule):
         raise ValueError(f"unknown format rule {rule!r}: choose full, prefix or tolerant")
@@ -43,7 +44,7 @@ def split_think_answer(text: str, rule: FormatRule = "full") -> tuple[str, str] 
     empty; anything may surround them.
 
     Raises:
-        ValueError: an unknown rule.
+        ValueError: the rule is unknown.
     """
     if rule == "full":
         match = _FULL.fullmatch(text.strip())
@@ -66,7 +67,7 @@ def has_think_answer_format(text: str, rule: FormatRule = "full") -> bool:
 
 
 def think_text(text: str) -> str:
-    """The text of the first closed think block, whatever surrounds it; an empty string if there is none."""
+    """Return the text of the first closed think block, whatever surrounds it; an empty string if there is none."""
     match = _THINK.search(text)
     return match[1].strip() if match else ""
 
@@ -76,7 +77,7 @@ class FormatReward:
     """1 if a completion has the think-answer form, else 0.
 
     Args:
-        rule: how strictly it is read, see `split_think_answer`.
+        rule: reading of the form, see `split_think_answer`.
     """
 
     name: ClassVar[str]
@@ -87,7 +88,7 @@ class FormatReward:
 
     @classmethod
     def from_config(cls, config: RewardConfig, context: RewardContext) -> FormatReward:
-        """The reward of a run."""
+        """Make the reward of a run."""
         return cls(config.format_rule)
 
     def __call__(self, groups: Sequence[Group]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""A judge for the perception reward: a multimodal chat model, loaded from a local folder, that sees the clip."""
+"""Judge answers for the perception reward by a multimodal chat model that sees the clip."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from affectgpt.data.media import SAMPLE_RATE, MediaError, read_frames, read_imag
 from affectgpt.prompts import neutralise
 from affectgpt.rewards.perception import Comparison, check_judge_folder
 
-FRAME_SIZE = 448  # pixels a side that the model's own image processor starts from
+FRAME_SIZE = 448  # pixels per side, which the model's image processor then resizes
 
 logger = logging.getLogger(__name__)
 
@@ -52,23 +52,23 @@ Which of the two describes the person's emotions in this clip better? Reply with
 
 
 class ModelJudge:
-    """Asks a chat model which of two answers describes a clip better; a `Judge`.
+    """A `Judge` that asks a chat model which of two answers describes a clip better.
 
     The model sees frames of the clip, hears its sound if it can, and reads the subtitle and both answers in full. A
     verdict is the probability of the letter `A` against `B` as the first token of its reply. Every pair is asked in
     both orders: with p₁ for the first answer as A and p₂ for the second as A, the verdict is `(p₁ + 1 − p₂) / 2`, so a
-    liking for a letter cancels, and swapped answers get the complement exactly. Equal answers get 0.5 unasked, those to
-    a clip that cannot be read NaN.
+    preference for a letter cancels, and swapped answers get the exact complement. Equal answers get 0.5 without being
+    asked, answers to a clip that cannot be read NaN.
 
-    Clips are never mixed in a batch, and the pairs of one are asked in a fixed order: a verdict depends on neither the
-    rest of the step nor the number of ranks.
+    Clips are never mixed in a batch, and the pairs of a clip are asked in a fixed order: a verdict depends on neither
+    the rest of the step nor the number of ranks.
 
     Args:
         folder: config, safetensors and processor of a model that transformers knows as image-text-to-text.
-        frames: shown of a video, uniformly over its length; a still image is shown once.
+        frames: number of frames shown of a video, uniformly over its length; a still image is shown once.
         batch: pairs in one forward pass, two rows each.
-        dtype: of the weights; `auto` is the checkpoint's.
-        device: None takes this process's CUDA device, or the CPU where there is none.
+        dtype: dtype of the weights; `auto` is the checkpoint's.
+        device: None takes this process's CUDA device, or the CPU if there is none.
 
     The processor is loaded here, the weights by the first comparison.
 
@@ -76,7 +76,7 @@ class ModelJudge:
         hears: whether the model takes sound.
 
     Raises:
-        ValueError: the folder does not hold such a model, holds less than all of it, or one that cannot chat.
+        ValueError: the folder holds no such model, an incomplete one, or one that cannot chat.
     """
 
     def __init__(
@@ -92,6 +92,7 @@ class ModelJudge:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         config = _load_config(self.folder)
         self.processor = _load_processor(self.folder)
+        # a shallow copy: everything is shared but the image processor, which then works once per clip
         self._for_one_clip = copy.copy(self.processor)
         self._for_one_clip.image_processor = _OneClip(self.processor.image_processor)
         letters = [self.processor.tokenizer.encode(letter, add_special_tokens=False) for letter in "AB"]
@@ -107,10 +108,10 @@ class ModelJudge:
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        """The model, frozen.
+        """The frozen model, loaded on first use: after the cold start, when the memory for it is there.
 
         Raises:
-            ValueError: its weights do not fill it.
+            ValueError: weights are missing or do not load.
         """
         dtype = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
         try:
@@ -125,11 +126,13 @@ class ModelJudge:
         return model.to(self.device).eval().requires_grad_(False)
 
     def __call__(self, comparisons: Sequence[Comparison]) -> np.ndarray:
-        """float64 `[n]`: the probability that the first answer is the better one, NaN for none."""
+        """Judge comparisons, float64 `[n]`: the probability that the first answer is the better one, or NaN."""
+        # a set of unordered pairs per clip: answers that are compared twice in a step are asked about once
         asked: dict[Sample, set[tuple[str, str]]] = {}
         for prompt, first, second in comparisons:
             if first != second:
                 asked.setdefault(prompt.sample, set()).add(_pair(first, second))
+        # sorted: the batches, and so the rounding of their padded rows, must not depend on the order of a set
         known = {sample: self._judge_clip(sample, sorted(pairs)) for sample, pairs in asked.items()}
 
         verdicts = np.full(len(comparisons), 0.5)
@@ -141,7 +144,7 @@ class ModelJudge:
         return verdicts
 
     def _judge_clip(self, sample: Sample, pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], float]:
-        """How probably the first of each pair is the better one; empty if the clip cannot be shown."""
+        """Compute the probability that the first of each pair is better; empty if the clip cannot be shown."""
         try:
             clip = self.read_clip(sample)
         except MediaError as error:
@@ -157,10 +160,10 @@ class ModelJudge:
         return verdicts
 
     def read_clip(self, sample: Sample) -> list[dict[str, Any]]:
-        """Read what the model is shown of a clip, as content of a message: images, and the sound if there is any.
+        """Read a clip as content of a message: images, and the sound if there is any.
 
         Raises:
-            MediaError: no video or image, one that cannot be read, or a file of its sound that cannot.
+            MediaError: there is no video or image, or a file cannot be read.
         """
         if sample.video is not None:
             frames = read_frames(sample.video, self.frames, FRAME_SIZE)
@@ -172,12 +175,12 @@ class ModelJudge:
         if self.hears and sample.audio is not None:
             content.append({"type": "audio", "audio": read_waveform(sample.audio)})
         elif self.hears and sample.video is not None:
-            with suppress(MediaError):  # a silent video
+            with suppress(MediaError):  # a video without sound is shown without it
                 content.append({"type": "audio", "audio": read_waveform(sample.video)})
         return content
 
     def conversation(self, sample: Sample, clip: Sequence[dict[str, Any]], a: str, b: str) -> list[dict[str, Any]]:
-        """The question, as messages of a chat. Foreign text is made harmless: see `neutralise`."""
+        """Write the question as messages of a chat; foreign text is made harmless by `neutralise`."""
         subtitle, a, b = (neutralise(text, self.processor.tokenizer).strip() for text in (sample.subtitle, a, b))
         shown = _VIDEO if sample.video is not None else _IMAGE
         said = _SUBTITLE.format(subtitle=subtitle) if subtitle else ""
@@ -186,14 +189,14 @@ class ModelJudge:
 
     @torch.no_grad()
     def preference(self, conversations: Sequence[list[dict[str, Any]]]) -> Tensor:
-        """float64 `[n]` on the CPU: P(A) / (P(A) + P(B)) for the first token of the reply to each conversation.
+        """Compute P(A) / (P(A) + P(B)) for the first token of each reply, float64 `[n]` on the CPU.
 
-        All conversations are about one clip, read once.
+        All conversations are about one clip, which is processed once.
 
         Raises:
-            ValueError: the model computes numbers that are none.
+            ValueError: the model computes NaN.
         """
-        # models that think before they answer must not here; templates of others do not know the switch
+        # models that think first must answer at once here; templates of other models do not know the switch
         options: dict[str, Any] = (
             {"enable_thinking": False} if "enable_thinking" in str(self.processor.chat_template) else {}
         )
@@ -204,10 +207,11 @@ class ModelJudge:
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
+            # on the right, so that a row's positions, and with them its verdict, do not depend on its batch
             processor_kwargs={"padding": True, "padding_side": "right"},
             **options,
         ).to(self.device, self.model.dtype)
-        # rows end at different places: only there logits are computed, where the model can leave out the others
+        # rows end at different positions: logits are computed only there, if the model can leave out the others
         last = inputs["attention_mask"].sum(1) - 1
         kept, column = last.unique(return_inverse=True)
         keep = {"logits_to_keep": kept}
@@ -215,6 +219,7 @@ class ModelJudge:
             keep, column = {}, last
         logits = self.model(**inputs, **keep, use_cache=False).logits
         replies = logits[torch.arange(len(last), device=logits.device), column]
+        # float64 keeps the digits of nearly certain verdicts
         preferences = replies[:, self.letters].double().softmax(1)[:, 0].cpu()
         if preferences.isnan().any():
             raise _refusal(self.folder, "its logits are not finite", "Set reward.judge_dtype to bfloat16 or float32")
@@ -222,7 +227,7 @@ class ModelJudge:
         return preferences
 
     def _warn_if_evasive(self, share: float) -> None:
-        """Say once if the model would rather reply with something else: a choice of unlikely words means little."""
+        """Warn once if the model prefers other replies: a choice between two unlikely tokens means little."""
         if share < 0.5 and not self._evasive:
             self._evasive = True
             logger.warning(
@@ -234,7 +239,7 @@ class ModelJudge:
 
 
 class _OneClip:
-    """An image processor for batches whose rows show the same images: it works on the first row, once a clip."""
+    """Image processor for batches whose rows show the same images: it processes the first row, once per clip."""
 
     def __init__(self, image_processor: Any):
         self._processor = image_processor
@@ -245,8 +250,9 @@ class _OneClip:
         return getattr(self._processor, name)
 
     def __call__(self, images: list[Any], *args: Any, **kwargs: Any) -> BatchFeature:
-        """Of `[rows][frames]` or `[rows · frames]` images, as the model's own processor hands them over."""
+        """Process images, `[rows][frames]` or `[rows · frames]`, whichever way the model's processor passes them."""
         nested = isinstance(images[0], list | tuple)
+        # flat: rows repeat the very same image objects, so the first image's second appearance ends the first row
         again = next((i for i in range(1, len(images)) if not nested and images[i] is images[0]), len(images))
         first = images[:1] if nested else images[:again]
         shown = list(first[0]) if nested else first
@@ -257,7 +263,7 @@ class _OneClip:
 
 
 def _repeat(value: Any, rows: int) -> Any:
-    """A row's part of a batch for all rows: lists and arrays one after the other."""
+    """Repeat the first row's result for all rows: tensors and arrays are concatenated, lists too."""
     if isinstance(value, Tensor):
         return torch.cat([value] * rows)
     return np.concatenate([value] * rows) if isinstance(value, np.ndarray) else value * rows
@@ -269,7 +275,7 @@ _FOLDER = "Give the folder of a multimodal chat model as save_pretrained writes 
 
 
 def _load_config(folder: Path) -> PreTrainedConfig:
-    """The config of an image-text-to-text model that has weights beside it."""
+    """Load the config of an image-text-to-text model, checking that its weights are beside it."""
     check_judge_folder(folder)
     _check_weights(folder)
     try:
@@ -283,10 +289,10 @@ def _load_config(folder: Path) -> PreTrainedConfig:
 
 
 def _check_weights(folder: Path) -> None:
-    """Refuse files that are missing or cut off, by their headers: loading them comes hours later."""
+    """Refuse missing or truncated files by their headers, since their loading comes hours later."""
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
-        raise _refusal(folder, "no .safetensors file there", _FOLDER)
+        raise _refusal(folder, "no .safetensors file in it", _FOLDER)
     index = folder / "model.safetensors.index.json"
     shards = set(json.loads(index.read_text("utf-8"))["weight_map"].values()) if index.is_file() else set()
     if missing := shards - {path.name for path in weights}:
@@ -300,7 +306,7 @@ def _check_weights(folder: Path) -> None:
 
 
 def _load_processor(folder: Path) -> ProcessorMixin:
-    """The processor of a model that chats about images."""
+    """Load the processor of a model that chats about images."""
     try:
         processor = AutoProcessor.from_pretrained(folder, **_LOCAL)
     except ImportError as error:

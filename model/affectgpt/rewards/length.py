@@ -1,4 +1,4 @@
-"""Penalties for naming more labels than the ground truth has, which would raise recall at no cost."""
+"""Penalise answers with more labels than the ground truth, which would raise recall at no cost."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def check_penalty(kind: str, single_label: str) -> None:
     """Refuse an unknown penalty, or an unknown repair of P3.
 
     Raises:
-        ValueError: listing those there are.
+        ValueError: listing the known ones.
     """
     if kind not in PENALTIES:
         raise ValueError(f"unknown length penalty {kind!r}: choose one of {', '.join(PENALTIES)}")
@@ -39,13 +39,13 @@ class LengthPenalty:
     ```
 
     Attributes:
-        kind: P1, P2 or P3; `none` is 1 throughout.
-        single_label: how P3 treats |y| = 1, where it is 0 for every |o| above 1: `as_written`; `shift_single`,
-            log(|y| + 1) / log(|o| + 1) there alone; `shift`, the same for every |y|; `inverse_log`, 1 / log |o| there,
-            at most 1. The paper does not say; each of the three repairs is used by a re-implementation.
+        kind: P1, P2 or P3; `none` is always 1.
+        single_label: P3 for |y| = 1, where the formula gives 0 for every |o| above 1: `as_written` keeps that;
+            `shift_single` takes log(|y| + 1) / log(|o| + 1) there, `shift` takes it for every |y|; `inverse_log` takes
+            1 / log |o| there, at most 1. The paper leaves it open; each repair is used by a re-implementation.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: a name is unknown.
     """
 
     kind: PenaltyKind = "none"
@@ -55,12 +55,12 @@ class LengthPenalty:
         check_penalty(self.kind, self.single_label)
 
     def __call__(self, predicted: np.ndarray, true: np.ndarray) -> np.ndarray:
-        """float64 `[n]` from int `[n]` numbers of predicted and of true labels."""
+        """Compute the factor, float64 `[n]`, from the numbers of predicted and of true labels, int `[n]` each."""
         o, y = np.asarray(predicted, dtype=np.float64), np.asarray(true, dtype=np.float64)
         longer = o > y
         if self.kind == "none" or not longer.any():
             return np.ones(np.broadcast_shapes(o.shape, y.shape))
-        o = np.where(longer, o, 2.0)  # any number that has a penalty: it is not used
+        o = np.where(longer, o, 2.0)  # any valid number: the result is not used where the answer is not longer
         if self.kind == "P1":
             penalty = 1.0 / np.where(longer, o - y + 1.0, 1.0)
         elif self.kind == "P2":
@@ -73,7 +73,7 @@ class LengthPenalty:
         shifted = np.log(y + 1.0) / np.log(o + 1.0)
         if self.single_label == "shift":
             return shifted
-        # of one label against none, log |o| is 0
+        # clamped: for one label against none, log |o| is 0
         written = np.log(np.maximum(y, 1.0)) / np.log(np.maximum(o, 2.0))
         if self.single_label == "as_written":
             return written
@@ -82,7 +82,8 @@ class LengthPenalty:
 
 
 def count_labels(texts: Sequence[str | None], parser: str) -> np.ndarray:
-    """int64 `[n]`: different labels of each text, case ignored; those on no wheel count too."""
+    """Count the distinct labels of each text, int64 `[n]`, ignoring case and including labels on no wheel."""
+    # members of a group share their ground truth, and often their answer: each text is parsed once
     known: dict[str | None, int] = {}
     for text in texts:
         if text not in known:

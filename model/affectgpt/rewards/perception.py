@@ -1,4 +1,4 @@
-"""Which answers of a group fit the clip best, by a judge that compares them in pairs."""
+"""Reward the answers of a group that fit the clip best, by a judge that compares them in pairs."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from affectgpt.rewards.registry import RewardContext
     from grpo_core.types import Group, Prompt
 
-# Each member also wins and loses this much against one of skill 1: else the skill of one that always won is infinite.
+# Each member also wins and loses this much against a member of skill 1, or one that always won had infinite skill.
 PRIOR = 0.5
 
 
 class Comparison(NamedTuple):
-    """Two answers to one prompt; `prompt.sample` has the clip."""
+    """Two answers to one prompt, whose `sample` has the clip."""
 
     prompt: Prompt
     first: str
@@ -32,7 +32,7 @@ class Comparison(NamedTuple):
 
 Judge = Callable[[Sequence[Comparison]], np.ndarray]
 """Judges n comparisons at once: float64 `[n]`, the probability (or verdict: 1, 0.5, 0) that the first answer is the
-better one, NaN for none. It must be a pure function of the comparisons: the same ones give the same verdicts."""
+better one, or NaN without a verdict. It must be a pure function: the same comparisons give the same verdicts."""
 
 
 def check_judge_folder(folder: Path) -> None:
@@ -43,7 +43,7 @@ def check_judge_folder(folder: Path) -> None:
     """
     if not (folder / "config.json").is_file():
         raise ValueError(
-            f"reward.judge {folder}: no config.json there. Give the folder of a multimodal chat model as "
+            f"reward.judge {folder}: it has no config.json. Give the folder of a multimodal chat model as "
             "save_pretrained writes it."
         )
 
@@ -52,15 +52,15 @@ def check_judge_folder(folder: Path) -> None:
 class PerceptionReward:
     """1 for the better half of a group's completions, 0 for the rest, ranked by Bradley and Terry's model.
 
-    All pairs of a group are compared, over all groups in one call: `G (G − 1) / 2` comparisons a prompt. A well-formed
-    answer beats a malformed one without asking the judge; two malformed answers are not compared. Members that are as
-    good as the last one of the better half belong to it, so a judge without preferences gives no signal, and the order
-    of members does not matter. A member without any verdict is NaN.
+    All pairs of a group are compared, in one call for all groups: `G (G − 1) / 2` comparisons per prompt. A well-formed
+    answer beats a malformed one without asking the judge; two malformed answers are not compared. Members as good as
+    the last one of the better half belong to it, so a judge without preferences gives no signal, and the order of
+    members does not matter. A member without any verdict is NaN.
 
     Args:
-        judge: compares answers; an MLLM that sees the clip.
-        mode: in `think`, the right form is the think-answer form; in `no_think`, any text.
-        rule: what a think-answer form is, see `split_think_answer`.
+        judge: compares answers; a multimodal model that sees the clip.
+        mode: in `think`, a well-formed answer has the think-answer form; in `no_think`, any text is well-formed.
+        rule: reading of the think-answer form, see `split_think_answer`.
 
     Raises:
         ValueError: there is no judge.
@@ -78,10 +78,10 @@ class PerceptionReward:
 
     @classmethod
     def from_config(cls, config: RewardConfig, context: RewardContext) -> PerceptionReward:
-        """The reward of a run; loads the processor of `config.judge` unless the context has a judge."""
+        """Make the reward of a run; loads the processor of `config.judge` unless the context has a judge."""
         judge = context.judge
         if judge is None and config.judge is not None:
-            from affectgpt.rewards.judge import ModelJudge  # torch and transformers, for this reward alone
+            from affectgpt.rewards.judge import ModelJudge  # here, as only this reward needs torch
 
             judge = ModelJudge(
                 config.judge, frames=config.judge_frames, batch=config.judge_batch, dtype=config.judge_dtype
@@ -109,7 +109,7 @@ class PerceptionReward:
                     f"the judge must give {len(comparisons)} numbers in 0…1 or NaN, got shape {verdicts.shape}"
                 )
             for (n, i, j), verdict in zip(asked, verdicts.tolist(), strict=True):
-                if verdict == verdict:
+                if verdict == verdict:  # NaN, without a verdict, leaves the pair as not compared
                     wins[n, i, j], wins[n, j, i] = verdict, 1.0 - verdict
         return top_half(bradley_terry(wins))
 
@@ -118,13 +118,13 @@ class PerceptionReward:
 
 
 def bradley_terry(wins: np.ndarray, iterations: int = 1000, tolerance: float = 1e-8) -> np.ndarray:
-    """Log-skills `[N, G]` of members from wins over each other, by minorisation-maximisation (Hunter, 2004).
+    """Estimate log-skills `[N, G]` from wins over each other, by minorisation-maximisation (Hunter, 2004).
 
     Under the model, i beats j with probability `p_i / (p_i + p_j)`.
 
     Args:
         wins: float64 `[N, G, G]`, `wins[n, i, j]` victories of i over j, fractions allowed.
-        iterations, tolerance: until no log-skill moves by more than the tolerance.
+        iterations, tolerance: stop when no log-skill moves by more than the tolerance, or after these iterations.
 
     Returns:
         float64 `[N, G]`; NaN for a member without any comparison.
@@ -132,7 +132,7 @@ def bradley_terry(wins: np.ndarray, iterations: int = 1000, tolerance: float = 1
     played = wins + wins.transpose(0, 2, 1)
     won = wins.sum(axis=2) + PRIOR
     skill = np.ones(won.shape)
-    for _ in range(iterations):
+    for _ in range(iterations):  # all groups together, to the slowest one's end
         expected = (played / (skill[:, :, None] + skill[:, None, :])).sum(axis=2) + 2 * PRIOR / (skill + 1.0)
         updated = won / expected
         moved = np.abs(np.log(updated / skill)).max(initial=0.0)
@@ -143,7 +143,7 @@ def bradley_terry(wins: np.ndarray, iterations: int = 1000, tolerance: float = 1
 
 
 def top_half(skills: np.ndarray) -> np.ndarray:
-    """1 for members `[N, G]` with at least the ⌈n / 2⌉-th best skill of their group's n, else 0; NaN stays."""
+    """Mark members `[N, G]` with at least the ⌈n / 2⌉-th best skill of n by 1, others by 0; NaN stays NaN."""
     values = np.full(skills.shape, np.nan)
     for row, out in zip(skills, values, strict=True):
         known = ~np.isnan(row)

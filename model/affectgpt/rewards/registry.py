@@ -1,4 +1,4 @@
-"""The built-in rewards by name: every reward class registers itself, with what it needs and how it is made."""
+"""Register the built-in rewards by name, with what they need; each class knows how to make itself from a config."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ Needs = Literal["think", "judge"]
 
 @dataclass
 class RewardContext:
-    """What rewards are made from beside their options.
+    """Objects from which rewards are made, beside their options.
 
     Attributes:
         wheel: the emotion tables.
         mode: whether completions think before they answer.
         max_length: tokens of the longest completion, `rollout.max_new_tokens`.
         config: the run's reward options.
-        judge: compares answers, in the place of the model that `config.judge` names.
+        judge: judge to use instead of the model that `config.judge` names.
     """
 
     wheel: EmotionWheel
@@ -39,17 +39,17 @@ class RewardContext:
 
     @cached_property
     def words(self) -> EmotionWords:
-        """Finds emotion words in the thinking. One object serves all rewards: it remembers the words it has met."""
+        """Finder of emotion words in the thinking; one object serves all rewards, as it caches the words it has met."""
         folder = self.config.wordnet
         return EmotionWords(self.wheel, None if folder is None else wordnet_lemmas(folder))
 
 
 class BuiltInReward(Protocol):
-    """What a registered class has. `register_reward` sets `name` and `needs`.
+    """Interface of a registered class; `register_reward` sets `name` and `needs`.
 
     Attributes:
-        name: what `reward.names` calls it, and its label in metrics and logs.
-        needs: `think`, a think block to judge; `judge`, a model that compares answers; None, nothing.
+        name: its name in `reward.names`, in metrics and in logs.
+        needs: `think` if it judges a think block, `judge` if it asks a model that compares answers, or None.
     """
 
     name: ClassVar[str]
@@ -61,22 +61,22 @@ class BuiltInReward(Protocol):
 
 
 REWARDS: Registry[Any] = Registry("reward")
-"""Every built-in reward, a class as `BuiltInReward` describes it. Messages and checks are made from this list."""
+"""Built-in rewards by name; each is a class that keeps `BuiltInReward`. Messages and checks derive from this list."""
 
 RewardClass = TypeVar("RewardClass", bound=type)
 
 
 def register_reward(name: str, *, needs: Needs | None = None) -> Callable[[RewardClass], RewardClass]:
-    """Register the class below as the reward that `reward.names` calls `name`.
+    """Register the class below as the reward `name` of `reward.names`.
 
     Raises:
-        ValueError: the name is taken, or the class has no `from_config`.
+        ValueError: the name is registered already, or the class has no `from_config`.
     """
 
     def register(cls: RewardClass) -> RewardClass:
         if not callable(getattr(cls, "from_config", None)):
             raise ValueError(f"reward {name!r}: give {cls.__name__} a classmethod from_config(config, context)")
-        REWARDS.add(name, cls)
+        REWARDS.add(name, cls)  # before the class is changed: a name that is taken raises here
         cls.name, cls.needs = name, needs  # type: ignore[attr-defined]
         return cls
 

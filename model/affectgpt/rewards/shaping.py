@@ -1,4 +1,4 @@
-"""Penalties on a completion's tokens, whatever it says: for running to the limit, for repeating itself."""
+"""Penalise a completion by its tokens alone: for running up to the length limit, and for repeating itself."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class SoftOverlongPunishment:
     """0 up to `max_length − cache` tokens, then falling evenly to −1 at `max_length` (DAPO, arXiv 2503.14476, eq. 13).
 
     Args:
-        max_length: tokens, `rollout.max_new_tokens`.
-        cache: tokens over which it falls.
+        max_length: most tokens of a completion, `rollout.max_new_tokens`.
+        cache: number of tokens over which the reward falls.
 
     Raises:
         ValueError: cache is not within 1…max_length.
@@ -38,7 +38,7 @@ class SoftOverlongPunishment:
 
     @classmethod
     def from_config(cls, config: RewardConfig, context: RewardContext) -> SoftOverlongPunishment:
-        """The reward of a run."""
+        """Make the reward of a run."""
         return cls(context.max_length, config.overlong_cache)
 
     def __call__(self, groups: Sequence[Group]) -> np.ndarray:
@@ -49,7 +49,7 @@ class SoftOverlongPunishment:
 
 @register_reward("repetition")
 class RepetitionPenalty:
-    """−(1 − different / all) of a completion's n-grams of tokens, in −1…0 (arXiv 2502.03373, appendix C.2; TRL's).
+    """−(1 − distinct / all) of a completion's n-grams of tokens, in −1…0 (arXiv 2502.03373, appendix C.2; TRL's).
 
     Args:
         ngram_size: n; a completion with fewer tokens gets 0.
@@ -67,7 +67,7 @@ class RepetitionPenalty:
 
     @classmethod
     def from_config(cls, config: RewardConfig, context: RewardContext) -> RepetitionPenalty:
-        """The reward of a run."""
+        """Make the reward of a run."""
         return cls(config.repetition_ngram)
 
     def __call__(self, groups: Sequence[Group]) -> np.ndarray:
@@ -75,7 +75,8 @@ class RepetitionPenalty:
         return -np.array(values, dtype=np.float64).reshape(len(groups), -1)
 
     def _repeated(self, tokens: Sequence[int]) -> float:
+        # over token ids and not words: it needs no tokenizer, and Chinese has no blanks to split at
         total = len(tokens) - self.ngram_size + 1
-        if total < 1:
+        if total < 1:  # too short to repeat an n-gram: judged as 0, not as NaN
             return 0.0
         return 1.0 - len(set(zip(*(tokens[i:] for i in range(self.ngram_size)), strict=False))) / total

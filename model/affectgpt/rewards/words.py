@@ -1,4 +1,4 @@
-"""Emotion words in free text: one pass over its words, the longest form of the wheel's tables at each place."""
+"""Find emotion words in free text: in one pass, the longest form of the wheel's tables at each position."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from affectgpt.emotion_wheel import EmotionWheel
 
 Lemmas = Callable[[str], Iterable[str]]
 
-# Words go on over blanks and hyphens; any other mark ends what may be one form.
+# A form may continue over blanks and hyphens; any other mark is a token that matches no form, and so ends one.
 _TOKEN = re.compile(r"[^\W_]+(?:'[^\W_]+)*|[^\w\s'-]")
 _APOSTROPHES = str.maketrans("’ʼ‘", "'''")
 
-# Forms that name a feeling when they stand as a label, but in prose describe a face, a voice, a scene, or nothing.
+# Forms that name a feeling as a label, but in prose describe a face, a voice or a scene, or mean nothing.
 _DESCRIBING = """
 act aid aim arch art attitude bar bare base bash bit black blue bond boot born brain break bright cast character cheek
 clear close cold color content cool cover cross cut dark dead deep direct down draw drive edge emotion emotional express
@@ -49,24 +49,25 @@ class EmotionWords:
     holds *angry*.
 
     Args:
-        wheel: whose tables.
-        lemmas: for a word that the tables lack, base forms to try, in order; see `wordnet_lemmas`. Without, only what
-            the tables have is found (they hold inflected forms).
+        wheel: the emotion tables.
+        lemmas: gives base forms to try, in order, for a word that the tables lack; see `wordnet_lemmas`. Without it,
+            only forms in the tables are found (which hold inflected forms).
     """
 
     def __init__(self, wheel: EmotionWheel, lemmas: Lemmas | None = None):
         self._lemmas = lemmas
         self._by_first: dict[str, list[tuple[list[str], str]]] = {}
-        self._other: dict[str, str | None] = {}  # what the tables lack, and the form found for it
+        self._other: dict[str, str | None] = {}  # words that the tables lack, with the form found for them
         for form in wheel.tables.words:
             tokens = _tokens(form)
             if tokens and "," not in form and " ".join(tokens) not in PROSE:
                 self._by_first.setdefault(tokens[0], []).append((tokens, form))
+        # by first word, longest first: `find` takes the first that matches
         for candidates in self._by_first.values():
             candidates.sort(key=lambda candidate: -len(candidate[0]))
 
     def find(self, text: str) -> list[str]:
-        """Find the forms of a text in order, as the tables spell them; one that occurs twice is listed twice."""
+        """Find the forms of a text in order, as the tables spell them; one that appears twice is listed twice."""
         tokens, found, i = _tokens(text), [], 0
         while i < len(tokens):
             for form_tokens, form in self._by_first.get(tokens[i], ()):
@@ -94,7 +95,7 @@ class EmotionWords:
 
 
 def wordnet_lemmas(folder: Path) -> Lemmas:
-    """Base forms of a word as noun, verb, adjective and adverb by WordNet's morphology (nltk's morphy).
+    """Make a function that gives a word's base forms by WordNet's morphology (nltk's morphy), in all word classes.
 
     Args:
         folder: a WordNet 3.0 database folder, as Debian's wordnet-base installs in /usr/share/wordnet.
@@ -102,12 +103,12 @@ def wordnet_lemmas(folder: Path) -> Lemmas:
     Raises:
         TablesError: the folder lacks a file.
     """
-    from affectgpt.emotion_wheel.build import open_wordnet
+    from affectgpt.emotion_wheel.build import open_wordnet  # here, because it imports nltk
 
     reader = open_wordnet(folder)
 
     def lemmas(word: str) -> list[str]:
-        bases = (reader.morphy(word, part) for part in "nvar")
+        bases = (reader.morphy(word, word_class) for word_class in "nvar")  # noun, verb, adjective, adverb
         return list(dict.fromkeys(base for base in bases if base))
 
     return lemmas

@@ -11,7 +11,7 @@ __all__ = ["TinyModels", "make_dataset", "make_tiny_models", "read_truth", "shuf
 
 
 def __getattr__(name: str) -> Any:
-    """The models need torch and transformers; the processes that draw clips do without."""
+    """Import the models on first use: they need torch and transformers, the processes that draw clips do not."""
     if name in ("TinyModels", "make_tiny_models"):
         from affectgpt.synthetic import tiny_models
 

@@ -1,4 +1,4 @@
-"""`affectgpt synthetic make FOLDER`: the embedded clips from the command line, and what scores they allow."""
+"""Make the embedded clips and models from the command line: `affectgpt synthetic make FOLDER`."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     make.add_argument("--train", type=int, default=400)
     make.add_argument("--test", type=int, default=450)
     make.add_argument("--workers", type=int, default=2)
-    part = commands.add_parser("film", help="film one part of a folder's scripts (what `make` starts in parallel)")
-    part.add_argument("folder", type=Path)
-    part.add_argument("part", type=int)
-    part.add_argument("parts", type=int)
+    film = commands.add_parser("film", help="film one worker's share of a folder's scripts (started by `make`)")
+    film.add_argument("folder", type=Path)
+    film.add_argument("worker", type=int)
+    film.add_argument("workers", type=int)
     models = commands.add_parser("models", help="make the tiny LLM, CLIP and HuBERT")
     models.add_argument("folder", type=Path)
     models.add_argument("--seed", type=int, default=0)
-    encoders = commands.add_parser("encoders", help="make CLIP and HuBERT alone (what `models` starts in parallel)")
+    encoders = commands.add_parser("encoders", help="make CLIP and HuBERT only (started by `models`)")
     encoders.add_argument("folder", type=Path)
     encoders.add_argument("--seed", type=int, default=0)
     scores = commands.add_parser("ceiling", help="held-out scores of the best possible and of constant answers")
     scores.add_argument("folder", type=Path)
     args = parser.parse_args(argv)
-    match args.command:  # torch, and all that comes with it, is loaded only where it is needed
+    match args.command:  # torch is imported only by the commands that need it
         case "make":
             print(make_dataset(args.folder, seed=args.seed, train=args.train, test=args.test, workers=args.workers))
         case "film":
-            film_part(args.folder, args.part, args.parts)
+            film_part(args.folder, args.worker, args.workers)
         case "models":
             from affectgpt.synthetic.tiny_models import make_tiny_models
 

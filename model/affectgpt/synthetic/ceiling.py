@@ -1,4 +1,4 @@
-"""What can be scored on the held-out clips: by a constant answer, by other annotators, by the best possible one."""
+"""Compute reachable scores on the held-out clips: of a constant answer, of other annotators, of the best answer."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from affectgpt.synthetic.emotions import EMOTIONS
 
 
 def ceilings(root: str | Path, panels: int = 64) -> dict[str, float]:
-    """Level-1 EW F (0…100) on the held-out clips of a made data set.
+    """Compute level-1 emotion-wheel F (0…100) on the held-out clips of a generated data set.
 
     * `constant`: of all answers of up to three emotions, the one that is best on the training clips.
-    * `annotators`: a fresh panel of annotators for each clip: what sampling from a perfect model of the labels scores.
-    * `best`: each clip's true probabilities are known; of all answers of up to three emotions, the one with the highest
-      mean F against `panels` fresh panels.
+    * `annotators`: a fresh panel of annotators for each clip, the score of sampling from a perfect model of the labels.
+    * `best`: of all answers of up to three emotions, the one with the highest mean F against `panels` fresh panels,
+      which are drawn from each clip's true probabilities.
     """
     scripts = read_truth(root)
     held_out = [s for s in scripts if s.seed[1] == 1]
@@ -44,12 +44,12 @@ def ceilings(root: str | Path, panels: int = 64) -> dict[str, float]:
 
 
 def report(root: str | Path) -> str:
-    """`ceilings` as lines of text."""
+    """Format `ceilings` as lines of text."""
     return "\n".join(f"{name:<10} {value:6.2f}" for name, value in ceilings(root).items())
 
 
 def _answers(emotions: Iterable[str]) -> list[str]:
-    """Answers that name one to three of the emotions, each by its commonest word."""
+    """List the answers that name one to three of the emotions, each by its commonest word."""
     return [_text([EMOTIONS[e].words[0] for e in chosen]) for n in (1, 2, 3) for chosen in combinations(emotions, n)]
 
 

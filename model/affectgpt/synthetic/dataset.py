@@ -21,13 +21,12 @@ from numpy.typing import NDArray
 from affectgpt.synthetic import face, voice
 from affectgpt.synthetic.emotions import EMOTIONS, IRONIC, PLAIN_FACE, PLAIN_LINES, PLAIN_VOICE, THINGS, TIMES
 
-VERSION = 3  # raise when the same seed would give other clips
+VERSION = 3  # raise it when the same seed gives other clips
 FPS = 10
 FACE_EVERY = 3  # the face tracker keeps every third frame
 TRAIN_LABELS, TRAIN_REASONS, TEST_LABELS = "track2_train_ovmerd.csv", "track3_train_ovmerd.csv", "track2_test.csv"
 
-CHANNELS = ("face", "voice", "words")
-# how often a clip's one emotion is carried by which channels, and which two channels carry two emotions
+# channels that carry a clip's one emotion, and those that carry its two emotions, with their shares
 SINGLE = ((("face",), 0.30), (("voice",), 0.30), (("face", "voice"), 0.25), (("words",), 0.15))
 MIXED = ((("face", "voice"), 0.6), (("face", "words"), 0.2), (("voice", "words"), 0.2))
 MIXED_SHARE, IRONIC_SHARE, SLIP = 0.35, 0.15, 0.10
@@ -36,15 +35,15 @@ PANEL = (0.2, 0.5, 0.3)  # one, two or three annotators
 
 @dataclass(frozen=True)
 class Script:
-    """Everything that is decided about a clip before it is drawn.
+    """Script of a clip, written before it is drawn.
 
     Attributes:
         name: as in the csv files.
         channels: emotion per channel ("face", "voice", "words"); an absent channel is plain.
-        probabilities: how likely an annotator names which emotion.
+        probabilities: probability that an annotator names an emotion, by emotion.
         subtitle, labels, reason: as written to the csv files.
-        ironic: the words say the opposite of what is felt.
-        seed: of the drawing and voicing.
+        ironic: the words express the opposite of the emotion.
+        seed: seed of the drawing and voicing.
     """
 
     name: str
@@ -58,13 +57,13 @@ class Script:
 
 
 def write_script(name: str, rng: np.random.Generator, seed: tuple[int, ...]) -> Script:
-    """Decide what a clip shows and what its annotators write."""
+    """Draw a clip's emotions, subtitle and labels."""
     names = list(EMOTIONS)
     shares = np.array([EMOTIONS[e].share for e in names])
     first = _pick(rng, names, shares)
     if rng.random() < MIXED_SHARE:
         carriers = _pick(rng, [carriers for carriers, _ in MIXED], [share for _, share in MIXED])
-        apart = (first, EMOTIONS[first].near, IRONIC.get(first))  # a near or ironic partner would not be told from it
+        apart = (first, EMOTIONS[first].near, IRONIC.get(first))  # could not be told from it
         others = [e for e in names if e not in apart and IRONIC.get(e) != first]
         second = _pick(rng, others, np.array([EMOTIONS[e].share for e in others]))
         weight = rng.uniform(0.35, 0.65)
@@ -89,7 +88,7 @@ def write_script(name: str, rng: np.random.Generator, seed: tuple[int, ...]) -> 
 
 
 def annotate(probabilities: dict[str, float], rng: np.random.Generator) -> tuple[str, ...]:
-    """One to five label words: a panel's members each feel one emotion and write one or two words; lists are merged.
+    """Draw one to five label words: each member of a panel writes one or two words for one emotion, and lists merge.
 
     Words of an emotion have frequencies rank^-0.8 in the order of `Emotion.words`. With 24 words the first covers
     20 % and the first five 51 %, with seven 33 % and 85 %; in OV-MERD's 332 samples these are 18 % and 56 % for the
@@ -105,7 +104,7 @@ def annotate(probabilities: dict[str, float], rng: np.random.Generator) -> tuple
 
 
 def describe(channels: dict[str, str], ironic: bool, labels: Sequence[str]) -> str:
-    """One description of a clip, as a think-mode target: what is seen, heard and said, and what follows."""
+    """Describe a clip for think mode: what is seen, heard and said, and what follows from it."""
     seen = EMOTIONS[channels["face"]].seen if "face" in channels else PLAIN_FACE
     heard = EMOTIONS[channels["voice"]].heard if "voice" in channels else PLAIN_VOICE
     said = "ironic" if ironic else "telling" if "words" in channels else "plain"
@@ -114,9 +113,9 @@ def describe(channels: dict[str, str], ironic: bool, labels: Sequence[str]) -> s
 
 
 def expression_curves(emotion: str | None, frames: int, rng: np.random.Generator) -> dict[str, NDArray[np.float32]]:
-    """A face's curves `[frames]` at `FPS`: onset and hold of the emotion, idle movement, blinks, and talking lips.
+    """Draw a face's curves `[frames]` at `FPS`: onset and hold of the emotion, idle movement, blinks, talking lips.
 
-    The lips follow a rhythm of their own, not the sound, so that nothing of a tone of voice can be seen.
+    The lips follow a separate rhythm, not the sound, so that nothing of a tone of voice can be seen.
     """
     t = np.arange(frames) / FPS
     target = EMOTIONS[emotion].face if emotion else {}
@@ -135,7 +134,7 @@ def expression_curves(emotion: str | None, frames: int, rng: np.random.Generator
 
 
 def tone_of(emotion: str | None, rng: np.random.Generator) -> dict[str, float]:
-    """A tone of voice (`voice.TONE`): the emotion's, somewhat varied."""
+    """Draw a tone of voice (`voice.TONE`) around the emotion's."""
     offsets = EMOTIONS[emotion].tone if emotion else {}
     strength = rng.uniform(0.8, 1.15)
     spread = {"pitch": 0.7, "pitch_range": 0.2, "pitch_slope": 0.7, "tempo": 0.25, "effort": 0.1}
@@ -153,18 +152,19 @@ def film(script: Script) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[
 
 
 def cast(script: Script) -> tuple[face.Appearance, voice.Speaker, float]:
-    """Who is seen and heard in a clip, and for how many seconds: independent of what it tells."""
+    """Draw a clip's person, speaker and length in seconds, independently of its emotions."""
     rng = _stream(script, "person")
     return face.Appearance.random(rng), voice.Speaker.random(rng), round(rng.uniform(2.2, 2.8), 1)
 
 
-def _stream(script: Script, part: str) -> np.random.Generator:
-    # counted from 1: NumPy takes (a, b, c, 0) for (a, b, c), the stream the script itself was written from
-    return np.random.default_rng((*script.seed, 1 + ("person", "looks", "sounds").index(part)))
+def _stream(script: Script, purpose: str) -> np.random.Generator:
+    # a stream per purpose, so that a change to the drawing leaves the sound as it is; counted from 1, because NumPy
+    # takes (a, b, c, 0) for (a, b, c), the stream from which the script itself was drawn
+    return np.random.default_rng((*script.seed, 1 + ("person", "looks", "sounds").index(purpose)))
 
 
 def write_wav(path: Path, sound: NDArray[np.float32]) -> None:
-    """16-bit mono wav at 16 kHz of `[n]` in −1…1."""
+    """Write sound `[n]` in −1…1 as a 16-bit mono wav at 16 kHz."""
     with wave.open(str(path), "wb") as file:
         file.setnchannels(1)
         file.setsampwidth(2)
@@ -174,6 +174,7 @@ def write_wav(path: Path, sound: NDArray[np.float32]) -> None:
 
 def write_mp4(path: Path, frames: NDArray[np.uint8], sound: NDArray[np.float32]) -> None:
     """Encode frames `[T, H, W, 3]` at `FPS` (H.264, or MPEG-4 where PyAV lacks it) and sound `[n]` at 16 kHz (AAC)."""
+    # bitexact and one thread below: the same clip gives the same bytes, and so the same key in the feature cache
     h264 = "libx264" in av.codecs_available
     options = {"preset": "ultrafast", "crf": "18"} if h264 else {"qscale": "2"}
     with av.open(str(path), "w", options={"fflags": "+bitexact"}) as container:
@@ -182,7 +183,7 @@ def write_mp4(path: Path, frames: NDArray[np.uint8], sound: NDArray[np.float32])
         audio = container.add_stream("aac", rate=voice.SAMPLE_RATE, layout="mono")
         for picture in frames:
             container.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(video.encode())
+        container.mux(video.encode())  # flushes the encoder
         block = av.AudioFrame.from_ndarray(sound[None], format="fltp", layout="mono")
         block.sample_rate, block.time_base, block.pts = voice.SAMPLE_RATE, Fraction(1, voice.SAMPLE_RATE), 0
         container.mux(audio.encode(block))
@@ -193,8 +194,11 @@ def make_dataset(root: str | Path, *, seed: int = 0, train: int = 400, test: int
     """Make `train` + `test` clips in the MER2025 layout under `root` and return it.
 
     Writes video/, audio/, openface_face/, subtitle_chieng.csv, track2_train_ovmerd.csv, track3_train_ovmerd.csv,
-    track2_test.csv (held out), truth.jsonl (the scripts) and, last, manifest.json. A folder whose manifest names the
-    same seed, sizes and version is left as it is. Raises FileExistsError for a folder that holds anything else.
+    track2_test.csv (held out), truth.jsonl (the scripts) and, last, manifest.json. A folder whose manifest has the same
+    seed, sizes and version is left unchanged.
+
+    Raises:
+        FileExistsError: the folder holds something else.
     """
     root = Path(root)
     manifest = {"made_by": "affectgpt.synthetic", "version": VERSION, "seed": seed, "train": train, "test": test}
@@ -202,7 +206,8 @@ def make_dataset(root: str | Path, *, seed: int = 0, train: int = 400, test: int
     if mark.is_file() and json.loads(mark.read_text()) == manifest:
         return root
     if root.exists() and any(root.iterdir()) and not (root / "truth.jsonl").is_file():
-        raise FileExistsError(f"{root} holds files that are no synthetic data set: name an empty or a new folder")
+        raise FileExistsError(f"{root} holds files that are not a synthetic data set: name an empty or a new folder")
+    # truth.jsonl without the right manifest: an interrupted run's, or another version's
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True)
     scripts = write_scripts(seed, train, test)
@@ -217,12 +222,12 @@ def make_dataset(root: str | Path, *, seed: int = 0, train: int = 400, test: int
     _write_csv(root / TRAIN_LABELS, ("name", "openset"), openset[:train])
     _write_csv(root / TEST_LABELS, ("name", "openset"), openset[train:])
     _write_csv(root / TRAIN_REASONS, ("name", "reason"), [(s.name, s.reason) for s in scripts[:train]])
-    mark.write_text(json.dumps(manifest))
+    mark.write_text(json.dumps(manifest))  # last: its presence means that all files are complete
     return root
 
 
 def write_scripts(seed: int, train: int, test: int) -> list[Script]:
-    """The clips' scripts, training clips first; clip k is the same whatever the sizes."""
+    """Write the clips' scripts, training clips first; clip k is the same whatever the sizes."""
     return [
         write_script(f"sample_{split}{k:07d}", np.random.default_rng((seed, split, k)), (seed, split, k))
         for split, count in enumerate((train, test))
@@ -231,19 +236,20 @@ def write_scripts(seed: int, train: int, test: int) -> list[Script]:
 
 
 def read_truth(root: str | Path) -> list[Script]:
-    """The scripts of a made data set, training clips first."""
+    """Read the scripts of a generated data set, training clips first."""
     rows = (json.loads(line) for line in (Path(root) / "truth.jsonl").read_text().splitlines())
     return [Script(**row | {"labels": tuple(row["labels"]), "seed": tuple(row["seed"])}) for row in rows]
 
 
 def shuffle_media(samples: Sequence, seed: int) -> list:
-    """Give each sample another sample's video, sound, face and subtitle; names and labels stay. A control.
+    """Give each sample another sample's video, sound, face and subtitle, keeping names and labels, as a control.
 
-    `samples` are `affectgpt.data.datasets.Sample`. No sample keeps its own clip (two or more samples needed).
+    `samples` are two or more `affectgpt.data.datasets.Sample`; none keeps its clip.
     """
     if len(samples) < 2:
         raise ValueError("shuffling media needs two or more samples")
     order = np.random.default_rng(seed).permutation(len(samples))
+    # each takes from the one before it in a random cycle, so none takes from itself
     donors = dict(zip(order, np.roll(order, 1), strict=True))
     return [
         replace(s, video=d.video, audio=d.audio, face=d.face, subtitle=d.subtitle)
@@ -251,20 +257,20 @@ def shuffle_media(samples: Sequence, seed: int) -> list:
     ]
 
 
-def film_part(root: Path, part: int, parts: int) -> None:
-    """Film every `parts`-th clip of `truth.jsonl`, starting at `part`."""
-    for script in read_truth(root)[part::parts]:
+def film_part(root: Path, worker: int, workers: int) -> None:
+    """Film every `workers`-th clip of `truth.jsonl`, starting at clip `worker`."""
+    for script in read_truth(root)[worker::workers]:
         _write_clip(root, script)
 
 
 def _film_all(root: Path, workers: int) -> None:
     # plain child processes: multiprocessing would import the caller's main module, torch and all, into each of them
     command = [sys.executable, "-m", "affectgpt.synthetic", "film", str(root)]
-    children = [subprocess.Popen([*command, str(part), str(workers)]) for part in range(1, workers)]
+    children = [subprocess.Popen([*command, str(worker), str(workers)]) for worker in range(1, workers)]
     try:
         film_part(root, 0, workers)
     finally:
-        codes = [child.wait() for child in children]
+        codes = [child.wait() for child in children]  # also after an error here: no child outlives the call
     if any(codes):
         raise RuntimeError(
             f"filming clips into {root} failed in a child process (exit codes {codes}); see its message above"

@@ -1,4 +1,4 @@
-"""What each emotion looks like, sounds like, says and is called: the tables that the synthetic clips are drawn from."""
+"""Tables of the emotions in the synthetic clips: their looks, voices, lines and label words."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ class Emotion:
     """One emotion of the synthetic clips.
 
     Attributes:
-        share: how often clips show it (sums to 1).
-        words: what annotators call it, most used first; all in the same sector of most wheels.
-        near: the emotion it is taken for by mistake.
-        face: offsets from a face at rest (`face.EXPRESSION`), and `sway`, `sway_hz`: how the head moves.
+        share: share of the clips that show it; all sum to 1.
+        words: label words of annotators, most used first; all in the same sector of most wheels.
+        near: the emotion for which it is mistaken.
+        face: offsets from a face at rest (`face.EXPRESSION`), and `sway`, `sway_hz`, the movement of the head.
         tone: offsets from a matter-of-fact voice (`voice.TONE`).
-        seen, heard: how a describer puts the face and the voice.
-        lines: what a person in this state may say; `{thing}` and `{time}` are filled in.
+        seen, heard: descriptions of the face and the voice.
+        lines: sentences of a person in this state; `{thing}` and `{time}` are filled in.
     """
 
     share: float
@@ -149,4 +149,4 @@ THINGS = ("letter", "box", "car", "garden", "book", "picture", "door", "phone", 
 TIMES = ("today", "last night", "this morning", "on Monday", "this week", "yesterday", "after lunch", "at home")
 
 IRONIC = {"anger": "joy", "disgust": "joy", "sadness": "joy"}
-"""Emotion shown → emotion of the words when they are ironic; such words say nothing about the state."""
+"""Emotion shown → emotion of the words when they are ironic; such words do not tell the emotion."""

@@ -1,8 +1,8 @@
-"""Tiny CLIP and HuBERT that see and hear: made on the fly, taught to measure drawn faces and synthetic voices.
+"""Make a tiny CLIP and HuBERT, and train them to measure drawn faces and synthetic voices.
 
-The real encoders come pretrained on the world; random ones of this size would be nearly blind and deaf. These are
-taught to regress the drawing and voicing parameters (smile, brow height, pitch, tempo, …), drawn uniformly and
-independently of each other: no emotion, no label, no clip of the data set takes part.
+Real encoders are pretrained; random ones of this size would be nearly blind and deaf. These are trained to regress the
+drawing and voicing parameters (smile, brow height, pitch, tempo, …), drawn uniformly and independently of each other,
+without any emotion, label or clip of the data set.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from affectgpt.synthetic import face, voice
 
 CLIP_SECONDS = 2.0
-PICTURES, SOUNDS = 11, 12  # random streams beside the data set's, whose second key is its split, 0 or 1
+PICTURES, SOUNDS = 11, 12  # keys of random streams other than the data set's, whose second key is its split, 0 or 1
 
 VISUAL_RANGES = {name: (-1.0, 1.0) for name in face.EXPRESSION} | {"mouth_open": (0.0, 1.0), "nose_wrinkle": (0.0, 1.0)}
 TONE_RANGES = {
@@ -36,9 +36,9 @@ TONE_RANGES = {
 
 
 def tiny_clip() -> CLIPVisionModelWithProjection:
-    """CLIP's image tower: 56 px in 2 × 2 patches, 128 wide, 2 layers, projected to Dv = 64. Random weights.
+    """Make CLIP's image tower with random weights: 56 px in 2 × 2 patches, 128 wide, 2 layers, projected to Dv = 64.
 
-    The large patches suit faces in the middle: a patch projection that knows them takes the first layers' part.
+    Large patches suit faces in the middle of the picture: a projection fitted to them replaces several layers.
     """
     config = CLIPVisionConfig(
         hidden_size=128,
@@ -53,9 +53,9 @@ def tiny_clip() -> CLIPVisionModelWithProjection:
 
 
 def tiny_hubert() -> HubertModel:
-    """HuBERT, Da = 64, 4 layers, 20 frames a second, over a first convolution that is a bank of Gabor filters.
+    """Make a HuBERT, Da = 64, 4 layers, 20 frames per second, whose first convolution is a bank of Gabor filters.
 
-    The filters (32 ms, four phases each) stand where a pretrained model has learnt some like them.
+    The filters (32 ms, four phases each) replace the similar ones that a pretrained model has learnt.
     """
     frequencies = np.concatenate([np.arange(75, 705, 21), np.geomspace(720, 6500, 18)])  # 30 + 18
     config = HubertConfig(
@@ -92,7 +92,7 @@ def tiny_hubert() -> HubertModel:
 
 
 def teach_clip(model: CLIPVisionModelWithProjection, seed: int, images: int = 4096, epochs: int = 8) -> float:
-    """Teach `image_embeds` to hold the expression parameters linearly; returns the last epoch's unexplained variance.
+    """Train `image_embeds` to encode the expression parameters linearly; return the last epoch's unexplained variance.
 
     The patch projection starts as the whitened principal components of patches.
     """
@@ -120,7 +120,7 @@ def teach_clip(model: CLIPVisionModelWithProjection, seed: int, images: int = 40
 
 
 def teach_hubert(model: HubertModel, seed: int, utterances: int = 768, epochs: int = 8) -> float:
-    """Teach the mean over time of the last four hidden states to hold the voicing parameters linearly.
+    """Train the mean over time of the last four hidden states to encode the voicing parameters linearly.
 
     Returns the last epoch's unexplained variance. The filter bank is not trained, so its output is computed once.
     """
@@ -129,7 +129,8 @@ def teach_hubert(model: HubertModel, seed: int, utterances: int = 768, epochs: i
     bank = layers[0]
     with torch.no_grad():
         filtered = torch.cat([bank(rows[:, None]) for rows in sounds.split(64)])
-    layers[0] = nn.Flatten(1, 2)  # undoes the channel axis that the feature extractor adds
+    # in place of the bank, whose output is computed above; it removes the channel axis that the extractor adds
+    layers[0] = nn.Flatten(1, 2)
 
     def encode(rows: Tensor) -> Tensor:
         states = model(filtered[rows], output_hidden_states=True).hidden_states
@@ -168,7 +169,7 @@ def _regress(
 
 
 def _pictures(seed: int, count: int, size: int) -> tuple[Tensor, Tensor]:
-    """Drawn faces float32 `[count, 3, size, size]` in 0…255 and their parameters `[count, P]`.
+    """Draw faces, float32 `[count, 3, size, size]` in 0…255, and their parameters `[count, P]`.
 
     Every person is drawn four times, each as a whole frame and as a face crop.
     """
@@ -186,7 +187,7 @@ def _pictures(seed: int, count: int, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _sounds(seed: int, count: int) -> tuple[Tensor, Tensor]:
-    """Utterances of 2 s, normalised, float32 `[count, 32000]`, and their parameters `[count, P]`; pitch is absolute."""
+    """Voice utterances of 2 s, normalised, float32 `[count, 32000]`, with parameters `[count, P]`, pitch absolute."""
     sounds, targets = [], []
     for k in range(count):
         rng = np.random.default_rng((seed, SOUNDS, k))

@@ -1,7 +1,7 @@
-"""A tiny Qwen2 and its tokenizer, made on the fly and pretrained on the program's own texts: no clip takes part.
+"""Make a tiny Qwen2 and its tokenizer, and pretrain it on generated texts, without any clip.
 
-A real LLM arrives knowing its language, the prompt's format, and that lowered brows speak of anger. This one learns as
-much from descriptions in words, put where a clip's vectors will stand later.
+A real LLM knows its language, the prompt's format, and that lowered brows express anger. This one learns as much from
+descriptions in words, inserted where a clip's vectors will be later.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from affectgpt.synthetic.dataset import Script, write_script
 from affectgpt.synthetic.emotions import EMOTIONS, PLAIN_FACE, PLAIN_VOICE
 
 VOCABULARY = 1400
-PROMPTS, NOTES = 13, 14  # random streams beside the data set's and the encoders'
+PROMPTS, NOTES = 13, 14  # keys of random streams other than the data set's and the encoders'
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-_PROMPTS: tuple[tuple[Template, Mode, str], ...] = (  # template, mode, face_or_frame of the texts that are learnt
+_PROMPTS: tuple[tuple[Template, Mode, str], ...] = (  # template, mode and face_or_frame of the texts
     ("upstream", "no_think", "multiface_audio_face_text"),
     ("upstream", "think", "multiface_audio_face_text"),
     ("chat", "no_think", "multiface_audio_face_text"),
@@ -39,15 +39,16 @@ _NO_FEATURES = dict.fromkeys(("frame", "face", "audio"), torch.zeros(1, 1))
 
 
 def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer (it can write any text) learnt from prompts and answers, with ChatML's template."""
+    """Train a byte-level BPE tokenizer (which can write any text) on prompts and answers, with ChatML's template."""
+    # `corpus` gives token ids, so a tokenizer of bytes makes the texts on which the real one is trained
     plain = _tokenizer(())
-    texts = [plain.decode(part) for text in corpus(plain, seed, 600) for part in text]
+    texts = [plain.decode(ids) for prompt_and_answer in corpus(plain, seed, 600) for ids in prompt_and_answer]
     words = [form for emotion in EMOTIONS.values() for word in emotion.words for form in (word, f" {word}")]
     return _tokenizer([*texts, *(words * 5)])
 
 
 def make_llm(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
-    """Qwen2 of 2 layers, 96 wide, 4 heads over 2 key-value heads. Random weights."""
+    """Make a Qwen2 of 2 layers, 96 wide, 4 heads over 2 key-value heads, with random weights."""
     config = Qwen2Config(
         vocab_size=-(-len(tokenizer) // 64) * 64,
         hidden_size=96,
@@ -64,9 +65,9 @@ def make_llm(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
 
 
 def pretrain(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int, steps: int = 360) -> float:
-    """Next-token training, by turns on label lists, notes and full prompts; the mean loss of the last ten steps.
+    """Train on next tokens of label lists, notes and full prompts in turn; return the mean loss of the last ten steps.
 
-    Answers weigh as much as what stands before them.
+    Answers have as much weight as the text before them.
     """
     lists, notes = short_texts(tokenizer, seed, 64 * steps // 3, 32 * steps // 3)
     prompts = corpus(tokenizer, seed, 6 * steps // 3)
@@ -92,7 +93,7 @@ def pretrain(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: 
 
 
 def corpus(tokenizer: PreTrainedTokenizerFast, seed: int, count: int) -> list[tuple[list[int], list[int]]]:
-    """Prompts in all templates with words where the vectors would be, and answers, as token ids."""
+    """Make prompts in all templates, with words in place of the vectors, and their answers, as token ids."""
     tokenizer = _with_placeholders(tokenizer)
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in PLACEHOLDERS}
     texts = []
@@ -109,9 +110,9 @@ def corpus(tokenizer: PreTrainedTokenizerFast, seed: int, count: int) -> list[tu
 
 
 def short_texts(tokenizer: PreTrainedTokenizerFast, seed: int, lists: int, notes: int) -> tuple[list, list]:
-    """Label lists alone, and notes that lead from cues to labels: which words go with each other, and with which cues.
+    """Make label lists, and notes that lead from cues to labels, in the form of `corpus`.
 
-    Both as `corpus` gives them.
+    They teach which words go together, and with which cues.
     """
     texts = []
     for k in range(lists + notes):
@@ -127,7 +128,7 @@ def short_texts(tokenizer: PreTrainedTokenizerFast, seed: int, lists: int, notes
 
 
 def _in_words(script: Script) -> dict[str, str]:
-    """What each placeholder's vector will have to tell, told in words."""
+    """Describe in words what each placeholder's vector will express."""
     seen = EMOTIONS[script.channels["face"]].seen if "face" in script.channels else PLAIN_FACE
     heard = EMOTIONS[script.channels["voice"]].heard if "voice" in script.channels else PLAIN_VOICE
     both = f"{seen} and {heard}"
@@ -135,22 +136,22 @@ def _in_words(script: Script) -> dict[str, str]:
 
 
 def _next_token_loss(model: Qwen2ForCausalLM, texts: list[tuple[list[int], list[int]]]) -> Tensor:
-    """Mean cross-entropy of prompt tokens plus mean cross-entropy of answer tokens, over right-padded rows."""
+    """Compute the mean cross-entropy of prompt tokens plus that of answer tokens, over right-padded rows."""
     longest = max(len(prompt) + len(answer) for prompt, answer in texts)
     ids = torch.zeros(len(texts), longest, dtype=torch.long)
-    part = torch.zeros(len(texts), longest, dtype=torch.long)  # 1 prompt, 2 answer, 0 padding
+    role = torch.zeros(len(texts), longest, dtype=torch.long)  # 1 prompt, 2 answer, 0 padding
     for row, (prompt, answer) in enumerate(texts):
         ids[row, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
-        part[row, : len(prompt)], part[row, len(prompt) : len(prompt) + len(answer)] = 1, 2
-    logits = model(input_ids=ids, attention_mask=(part > 0).long()).logits[:, :-1]
+        role[row, : len(prompt)], role[row, len(prompt) : len(prompt) + len(answer)] = 1, 2
+    logits = model(input_ids=ids, attention_mask=(role > 0).long()).logits[:, :-1]
     losses = nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-    chosen = [(part[:, 1:] == which).float() for which in (1, 2)]
-    total: Any = sum((losses * mask).sum() / mask.sum().clamp(min=1) for mask in chosen)
+    masks = [(role[:, 1:] == which).float() for which in (1, 2)]
+    total: Any = sum((losses * mask).sum() / mask.sum().clamp(min=1) for mask in masks)
     return total
 
 
 def _with_placeholders(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """A copy that knows the placeholders, as `AffectGPT` will add them; the saved tokenizer stays a plain LLM's."""
+    """Copy a tokenizer and add the placeholders as `AffectGPT` does; the saved one stays that of a plain LLM."""
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     copied = _wrap(backend)
     add_placeholders(copied)
@@ -164,6 +165,7 @@ def _tokenizer(texts: Iterable[Any]) -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
         min_frequency=2,
+        # sorted: the alphabet is a set, and its order decides the token ids
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
         show_progress=False,

@@ -1,4 +1,4 @@
-"""Tiny encoders and a tiny LLM in folders, as `from_pretrained` reads them: made, taught and saved by the program."""
+"""Make, train and save a tiny LLM and tiny encoders, in folders that `from_pretrained` reads."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import torch
 
-MODELS_VERSION = 4  # raise when the same seed would give other models
+MODELS_VERSION = 4  # raise it when the same seed gives other models
 
 
 class TinyModels(NamedTuple):
-    """Folders of the three models; the LLM's holds its tokenizer too."""
+    """Folders of the three models; that of the LLM holds its tokenizer too."""
 
     llm: Path
     visual: Path
@@ -24,11 +24,13 @@ class TinyModels(NamedTuple):
 
 
 def make_tiny_models(folder: str | Path, *, seed: int = 0) -> TinyModels:
-    """Make a tiny Qwen2 with tokenizer, CLIP image tower and HuBERT under `folder`; made ones are kept.
+    """Make a tiny Qwen2 with tokenizer, CLIP image tower and HuBERT under `folder`, unless they are there already.
 
-    Weights depend on the seed alone: all runs on one thread, the encoders in a process beside the LLM's. A folder whose
-    manifest names the same seed and version is left as it is. Raises FileExistsError for a folder that holds anything
-    else.
+    Weights depend on the seed only: everything runs on one thread, the encoders in a process beside the LLM's. A folder
+    whose manifest has the same seed and version is left unchanged.
+
+    Raises:
+        FileExistsError: the folder holds something else.
     """
     folder = Path(folder)
     models = TinyModels(folder / "llm", folder / "visual", folder / "audio")
@@ -37,11 +39,13 @@ def make_tiny_models(folder: str | Path, *, seed: int = 0) -> TinyModels:
     if mark.is_file() and json.loads(mark.read_text()) == manifest:
         return models
     if folder.exists() and any(folder.iterdir()) and not (mark.is_file() or began.is_file()):
-        raise FileExistsError(f"{folder} holds files that are no tiny models: name an empty or a new folder")
+        raise FileExistsError(f"{folder} holds files that are not tiny models: name an empty or a new folder")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    # marks the folder as ours until the manifest does: an interrupted run's files may be deleted by the next
     began.write_text(json.dumps(manifest))
     command = [sys.executable, "-m", "affectgpt.synthetic", "encoders", str(folder), "--seed", str(seed)]
+    # a process, because torch's thread count and generator are global: both trainings have to be repeatable
     child = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
     try:
         make_llm_folder(models.llm, seed)
@@ -66,7 +70,7 @@ def make_llm_folder(folder: Path, seed: int) -> None:
 
 
 def make_encoder_folders(folder: Path, seed: int) -> None:
-    """Make, teach and save the two encoders, as `folder/visual` and `folder/audio`."""
+    """Make, train and save the two encoders, as `folder/visual` and `folder/audio`."""
     from affectgpt.synthetic import tiny_encoders
 
     with _repeatable(seed):
@@ -78,7 +82,7 @@ def make_encoder_folders(folder: Path, seed: int) -> None:
 
 
 class _repeatable:
-    """One thread, and a torch generator seeded for the block; both as they were afterwards."""
+    """Context with one thread and a seeded torch generator; both are restored afterwards."""
 
     def __init__(self, seed: int):
         self.seed = seed

@@ -14,7 +14,7 @@ _CONTROL_RATE = 200  # contour values per second
 _HOP = SAMPLE_RATE // _CONTROL_RATE
 
 TONE = (
-    "pitch",  # semitones above the speaker's own
+    "pitch",  # semitones above the speaker's base pitch
     "pitch_range",  # semitones (standard deviation) of the accents
     "pitch_slope",  # semitones gained from the first to the last syllable
     "tempo",  # syllables a second
@@ -23,7 +23,7 @@ TONE = (
     "breath",  # 0 … 1, aspiration noise
     "tremor",  # semitones of a 6 Hz shake
 )
-"""What a tone of voice is made of."""
+"""Parameters of a tone of voice."""
 
 REST: dict[str, float] = {
     "pitch": 0.0,
@@ -35,7 +35,7 @@ REST: dict[str, float] = {
     "breath": 0.15,
     "tremor": 0.0,
 }
-"""A matter-of-fact sentence."""
+"""Tone of a matter-of-fact sentence."""
 
 _VOWELS = np.array([[730, 1090, 2440], [530, 1840, 2480], [300, 2200, 2900], [570, 840, 2410], [320, 870, 2240]], float)
 """First three formants (Hz) of a, e, i, o, u, as measured by Peterson and Barney (1952) for men, rounded."""
@@ -44,7 +44,7 @@ _BANDWIDTHS = np.array([80.0, 110.0, 160.0])
 
 @dataclass(frozen=True)
 class Speaker:
-    """Whose voice it is: base pitch in Hz, vocal-tract scale of the formants, level of the room's noise (relative)."""
+    """A speaker: base pitch in Hz, vocal-tract scale of the formants, and relative level of the room's noise."""
 
     base_pitch: float
     tract: float
@@ -56,10 +56,10 @@ class Speaker:
 
 
 def speak(tone: Mapping[str, float], who: Speaker, seconds: float, rng: np.random.Generator) -> NDArray[np.float32]:
-    """A voice-like signal `[seconds · 16000]` in −1…1 with the given tone (keys of `TONE`).
+    """Synthesise a voice-like signal `[seconds · 16000]` in −1…1 with a tone (keys of `TONE`).
 
-    The source is a sum of harmonics of the pitch contour whose amplitudes fall with frequency as `effort` says; formant
-    resonances weigh them, so no filter has to run and nothing aliases.
+    The source is a sum of harmonics of the pitch contour, whose amplitudes fall with frequency at a rate set by
+    `effort`; formant resonances weight them, so no filter has to run and nothing aliases.
     """
     steps = round(seconds * _CONTROL_RATE)
     at = np.arange(steps + 1) / _CONTROL_RATE
@@ -88,7 +88,7 @@ def speak(tone: Mapping[str, float], who: Speaker, seconds: float, rng: np.rando
 
 
 def _upsample(contour: NDArray) -> NDArray:
-    """A contour at the control rate, `[steps + 1]`, linearly interpolated to samples `[steps · 80]`, same dtype."""
+    """Interpolate a contour at the control rate, `[steps + 1]`, linearly to samples `[steps · 80]`, same dtype."""
     u = np.arange(_HOP, dtype=contour.dtype) / _HOP
     return (contour[:-1, None] + np.diff(contour)[:, None] * u).ravel()
 
@@ -96,7 +96,7 @@ def _upsample(contour: NDArray) -> NDArray:
 def _syllables(
     tone: Mapping[str, float], who: Speaker, at: NDArray[Any], seconds: float, rng: np.random.Generator
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """Contours at the control rate: loudness `[m]`, formants `[m, 3]` (Hz), accents and slope `[m]` (semitones)."""
+    """Draw control-rate contours: loudness `[m]`, formants `[m, 3]` (Hz), accents with slope `[m]` (semitones)."""
     loudness, pitch = np.zeros_like(at), np.zeros_like(at)
     vowels, starts, accents = [], [], []
     clock = rng.uniform(0.05, 0.15)
@@ -115,6 +115,6 @@ def _syllables(
 
 
 def _resonance(hertz: NDArray[Any], formants: NDArray[Any]) -> NDArray[Any]:
-    """Gain of three parallel resonances at `hertz` `[m]`."""
+    """Compute the gain of three parallel resonances at `hertz` `[m]`."""
     detuning = (hertz[:, None] - formants) / _BANDWIDTHS
     return (np.array([1.0, 0.6, 0.35]) / np.sqrt(1 + detuning**2)).sum(axis=1) + 0.02

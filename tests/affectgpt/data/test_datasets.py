@@ -140,7 +140,7 @@ def test_a_folder_of_clips_with_whatever_lies_beside_them(tmp_path):
     with pytest.raises(ValueError, match="'a' appears twice"):
         load_folder(tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="no clip there"):
+    with pytest.raises(ValueError, match="it holds no clip"):
         load_folder(tmp_path / "empty")
 
 

@@ -167,7 +167,7 @@ def test_channel_order_and_encoders_have_features_of_their_own(
     half = Encoders.from_pretrained(tiny_clip_folder, tiny_hubert_folder, dtype=torch.bfloat16)
     other = extract_features(samples, half, tmp_path / "cache", **options)
     assert 0 < (other["clip0"]["face"] - rgb["clip0"]["face"]).abs().max() < 0.5
-    with pytest.raises(ValueError, match="it holds the features of 2 encoders; pass encoders to say which"):
+    with pytest.raises(ValueError, match="it holds the features of 2 encoders; pass encoders to choose one"):
         extract_features(samples, None, tmp_path / "cache", **options)
 
 
@@ -278,7 +278,7 @@ def test_nan_features_are_refused_not_cached(tmp_path, samples, encoders, monkey
 
 
 def test_wrong_arguments_are_named(tmp_path, samples, encoders):
-    with pytest.raises(ValueError, match="no modality 'video'; there are frame, face, audio, image"):
+    with pytest.raises(ValueError, match="unknown modality 'video': choose among frame, face, audio, image"):
         extract_features(samples, encoders, tmp_path, ("video",))
     with pytest.raises(ValueError, match="two samples have the same name"):
         extract_features([samples[0], samples[0]], encoders, tmp_path)

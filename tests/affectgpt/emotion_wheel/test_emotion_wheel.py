@@ -256,7 +256,7 @@ def test_lexicon_errors_name_the_line(tmp_path):
     for text, message in (
         ("happy joyful\n", "line 1: .word"),
         ("happy: joyful |\nhappy: joyful |\n", "line 2: 'happy' has a line"),
-        ("happy: zorp |\n", "line 1: zorp stands on no wheel"),
+        ("happy: zorp |\n", "line 1: zorp is on no wheel"),
         ("happy: joyful |\n", "no line for the wheel words joyful"),
     ):
         path.write_text(text, encoding="utf-8")

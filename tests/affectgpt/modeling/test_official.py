@@ -38,7 +38,7 @@ def test_names_translate_both_ways(ours, upstream):
 
 
 def test_a_name_that_is_not_ours_is_refused():
-    with pytest.raises(ValueError, match=r"visual_encoder\.weight is no tensor of an AffectGPT"):
+    with pytest.raises(ValueError, match=r"visual_encoder\.weight is not a tensor of an AffectGPT"):
         to_upstream("visual_encoder.weight")
 
 

@@ -490,8 +490,8 @@ def lose_a_shard(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (without("*"), r"no config\.json there\. Give the folder"),
-        (to_bin, r"no \.safetensors file there"),
+        (without("*"), r"it has no config\.json there\. Give the folder"),
+        (to_bin, r"no \.safetensors file in it"),
         (cut, r"model\.safetensors cannot be read"),
         (lose_a_shard, r"model-2\.safetensors is missing\. Copy"),
         (without("processor_config.json", "chat_template.jinja"), "its processor"),
@@ -547,9 +547,9 @@ def test_weights_that_do_not_fill_the_model_are_refused_when_they_are_loaded(lla
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--reward.judge", "nowhere"], r"reward\.judge nowhere: no config\.json there"),
+        (["--reward.judge", "nowhere"], r"reward\.judge nowhere: it has no config\.json there"),
         ([], r"set reward\.judge to the folder"),
-        (["--reward.judge", "nowhere", "--reward.names", "[accuracy]"], r"reward\.judge is set, but nothing asks it"),
+        (["--reward.judge", "nowhere", "--reward.names", "[accuracy]"], r"reward\.judge is set, but no reward uses it"),
         (["--reward.judge_batch", "0"], "judge_batch is 0"),
         (["--reward.judge_frames", "0"], "judge_frames is 0"),
     ],

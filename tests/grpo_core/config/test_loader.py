@@ -225,8 +225,8 @@ def test_a_value_of_the_wrong_type_is_refused_naming_key_value_and_type(argument
     [
         ("optim: 3\n", "optim (FILE:1) is a section: give its keys below it"),
         ("- 1\n", "FILE: a config file is a mapping"),
-        ("seed: [1\n", "FILE:2: this is not YAML"),
-        ("seed: 1\nseed: 2\n", "the key 'seed' is given twice (again in line 2)"),
+        ("seed: [1\n", "FILE:2: not valid YAML"),
+        ("seed: 1\nseed: 2\n", "the key 'seed' appears twice (again in line 2)"),
         ("seed: !!python/object/apply:os.getcwd []\n", "the tag tag:yaml.org,2002:python/object/apply:os.getcwd"),
         ("seed:\n", "seed (FILE:1) is null: it wants an integer"),
         ("data: {stop: a}\n", "data.stop (FILE:1) is 'a': it wants a list (text each)"),
@@ -244,7 +244,7 @@ def test_a_missing_file_and_a_missing_value_are_refused():
     assert refusal("--optim.lr") == "--optim.lr needs a value"
     assert refusal("--optim.lr", "--seed", "1") == "--optim.lr needs a value"
     assert refusal("--config") == "--config needs a value"
-    assert "'lr' is no option: write --section.key value" in refusal("lr", "3")
+    assert "'lr' is not an option: write --section.key value" in refusal("lr", "3")
 
 
 def test_a_required_key_is_asked_for_and_an_ambiguous_one_refused():
@@ -422,14 +422,14 @@ def test_from_yaml_a_named_entry_brings_its_options_and_another_name_drops_them(
 
 
 def test_an_option_of_another_entry_is_refused_with_those_there_are(write):
-    expected = "source.layout.limit{} is no option of format folder: it has pattern"
+    expected = "source.layout.limit{} is not an option of format folder: it has pattern"
     for arguments in (["--source.layout.limit", "3"], ["--limit", "3"]):
         assert refusal(*arguments, cls=Clips) == expected.format(" (command line)")
     path = write("source:\n  layout:\n    limit: 3\n")
     assert refusal("--config", path, cls=Clips) == expected.format(f" ({path}:3)")
-    with pytest.raises(ValueError, match=r"^source\.layout\.limit is no option of format folder: it has pattern$"):
+    with pytest.raises(ValueError, match=r"^source\.layout\.limit is not an option of format folder: it has pattern$"):
         Source(layout={"limit": 3})
-    assert refusal("--format", "bare", "--pattern", "x", cls=Clips).endswith("no option of format bare: it has none")
+    assert refusal("--format", "bare", "--pattern", "x", cls=Clips).endswith("option of format bare: it has none")
     assert refusal("--source.layout", "x", cls=Clips) == (
         "source.layout (command line) is a section: give its keys below it"
     )

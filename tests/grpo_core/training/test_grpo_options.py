@@ -203,7 +203,7 @@ REFUSED = [
     ({"kl_target": 0.1}, "algorithm.kl_target is set, but beta is 0"),
     ({"beta": 0.1, "kl_target": 0.1, "beta_end": 0.0}, "both steer beta"),
     ({"dynamic_sampling": True}, "needs a reserve above 0"),
-    ({"reserve_prompts": 4}, "a reserve is for nothing else"),
+    ({"reserve_prompts": 4}, "a reserve has no other use"),
     ({"steps_per_generation": 5}, "steps_per_generation is 5, but a step has 4 prompts"),
     ({"multi_objective_aggregation": "normalize_then_sum", "scale_rewards": "none"}, "leave scale_rewards at group"),
     ({"beta": 0.1, "kl_in": "reward", "kl_estimator": "full"}, "not full, but k1"),

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -137,7 +137,7 @@ def open_wordnet(folder: Path) -> WordNetCorpusReader:
     from nltk.corpus.reader.wordnet import WordNetCorpusReader
 
     class Reader(WordNetCorpusReader):
-        def open(self, file: str):  # type: ignore[override]
+        def open(self, file: str) -> Any:
             if file == "lexnames":
                 return io.StringIO("".join(f"{i}\t{name}\t0\n" for i, name in enumerate(LEXNAMES.split())))
             return super().open(file)

@@ -232,8 +232,8 @@ def _read_synonyms(path: Path) -> dict[str, set[str]]:
     wheel_words: dict[str, set[str]] = {}
     for row in body:
         for left, right in pairs:
-            if row[left]:
-                word = row[left].lower()
+            if word := row[left]:
+                word = word.lower()
                 for base in (word, *_items(row[right] or "")):
                     wheel_words.setdefault(base, set()).add(word)
     return wheel_words

@@ -96,7 +96,7 @@ def _upsample(contour: NDArray) -> NDArray:
 def _syllables(
     tone: Mapping[str, float], who: Speaker, at: NDArray[Any], seconds: float, rng: np.random.Generator
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """Draw contours at the control rate: loudness `[m]`, formants `[m, 3]` (Hz), accents with slope `[m]` (semitones)."""
+    """Draw contours at the control rate: loudness `[m]`, formants (Hz) `[m, 3]`, accents + slope (semitones) `[m]`."""
     loudness, pitch = np.zeros_like(at), np.zeros_like(at)
     vowels, starts, accents = [], [], []
     clock = rng.uniform(0.05, 0.15)

@@ -1,6 +1,6 @@
 """AffectGPT: an open-vocabulary emotion model over video, audio and subtitle.
 
-Names are imported on first use: `import affectgpt` alone needs neither torch nor transformers.
+Names are imported on first use, so that `import affectgpt` needs neither torch nor transformers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""AffectGPT-R1's ablations on the embedded synthetic clips, beside the paper's numbers: rewards, thinking, penalty."""
+"""Train AffectGPT-R1's ablations (rewards, thinking, penalty) on synthetic clips, beside the paper's numbers."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ DESCRIPTION = f"""{__doc__}
 
     affectgpt ablations --steps 40
 
-Every row is `affectgpt train` with its own options; rows of one mode start from one cold start. Options that are not
-named here go to every row. Writes `table.md` and `table.json` into the output folder.
+Every row is one `affectgpt train`; rows of a mode share one cold start. Options not listed below are passed to every
+row. Writes `table.md` and `table.json` to the output folder.
 """
 
 MODES = {"think": ("demo", "demo_think"), "no_think": ("demo",)}
@@ -29,10 +29,10 @@ class Row:
     """One line of the table.
 
     Attributes:
-        label: as printed.
-        options: what this row's training changes.
+        label: the row's first cell.
+        options: options of this row's training.
         paper: the paper's F on OV-MERD+ (level 1), in percent.
-        note: how the paper's row differs.
+        note: difference of the paper's row.
     """
 
     name: str
@@ -68,17 +68,17 @@ def flags(options: Mapping[str, Any]) -> list[str]:
 
 
 def train(row: Row, output_dir: Path, steps: int, cold_start: Path | None, more: Sequence[str]) -> dict[str, Any]:
-    """Train a row, in a process of its own.
+    """Train a row in a separate process.
 
     Args:
         cold_start: a model to start from; None trains one.
-        more: options of every row; the row's come first, so these win.
+        more: options of every row; they override the row's.
 
     Returns:
-        The row's fields, its scores in percent before and after GRPO, and the labels that an answer has after it.
+        The row's fields, its scores in percent before and after GRPO, and the mean number of labels of an answer.
 
     Raises:
-        RuntimeError: training failed; its own error is above.
+        RuntimeError: training failed, after its process printed the error.
     """
     options = {
         "run.output_dir": output_dir,
@@ -91,6 +91,8 @@ def train(row: Row, output_dir: Path, steps: int, cold_start: Path | None, more:
     }
     start = {} if cold_start is None else {"model.path": cold_start, "cold_start.max_steps": 0}
     configs = [text for name in MODES[row.mode] for text in ("--config", name)]
+    # a process per row: memory and random numbers start fresh, as if the row had been trained alone. The start comes
+    # last, so that no option of every row can undo it
     command = [sys.executable, "-m", "affectgpt", "train", *configs, *flags(options), *more, *flags(start)]
     if subprocess.run(command, check=False).returncode:
         raise RuntimeError(f"row {row.name!r} failed: its error is above")
@@ -132,7 +134,7 @@ def main(arguments: Sequence[str]) -> None:
     if options.steps < 1:
         parser.error(f"--steps is {options.steps}: set it to 1 or more")
     results: list[dict[str, Any]] = []
-    cold_starts: dict[str, Path] = {}  # by mode: the first row's, from which the others start
+    cold_starts: dict[str, Path] = {}  # by mode; the first row trains it, the others start from it
     for row in ROWS:
         results.append(train(row, options.output_dir, options.steps, cold_starts.get(row.mode), more))
         cold_starts.setdefault(row.mode, options.output_dir / row.name / "cold_start" / "model")

@@ -395,8 +395,8 @@ def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     [
         ("algorithm.loss_type", "soft_reinforse", "is 'soft_reinforse': it wants one of {losses}"),
         ("data.format", "my_tabel", "is 'my_tabel': it wants one of {layouts}"),
-        ("algorithm.loss.slope", "1", "is no option of loss_type soft_reinforce: it has sharpness"),
-        ("data.layout.column", "1", "is no option of format my_table: it has name_column, labels_column"),
+        ("algorithm.loss.slope", "1", "is not an option of loss_type soft_reinforce: it has sharpness"),
+        ("data.layout.column", "1", "is not an option of format my_table: it has name_column, labels_column"),
     ],
 )
 def test_unknown_names_in_a_file_and_on_the_command_line_are_refused_with_those_that_are_known(
@@ -426,7 +426,9 @@ def test_unknown_names_from_python_are_refused_with_those_that_are_known(plugins
     load_config(GRPOConfig, plugins[:2])
     with pytest.raises(ValueError, match=r"^algorithm\.loss_type is 'soft': it wants one of grpo, .*, soft_reinforce$"):
         AlgorithmConfig(loss_type="soft")
-    with pytest.raises(ValueError, match=r"^algorithm\.loss\.slope is no option of loss_type soft_reinforce: it has "):
+    with pytest.raises(
+        ValueError, match=r"^algorithm\.loss\.slope is not an option of loss_type soft_reinforce: it has "
+    ):
         AlgorithmConfig(loss_type="soft_reinforce", loss={"slope": 1.0})
     with pytest.raises(ValueError, match=f"^model family 'nova' is not known: use one of: {family_names()}; or add it"):
         get_family("nova")

@@ -1,4 +1,4 @@
-"""Emotion-wheel scores: a label set is one bit mask per wheel, overlap a popcount, a batch one NumPy expression."""
+"""Score label sets on emotion wheels: a set is a bit mask per wheel, an overlap a popcount, a batch one expression."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Scores:
     f1: np.ndarray
 
     def mean(self, unscored: str = "zero", of: str = "f1") -> np.ndarray:
-        """Mean over wheels, float64 [N].
+        """Average over wheels, float64 [N].
 
-        ``unscored="zero"`` divides by all wheels, so that none is missing; ``"skip"`` averages the scored ones,
-        and is NaN where there are none. ``of`` names precision, recall or f1.
+        ``unscored="zero"`` divides by the number of all wheels, so there is no NaN; ``"skip"`` averages the scored
+        ones, and is NaN if there are none. ``of`` names precision, recall or f1.
         """
         values = getattr(self, of)
         scored = ~np.isnan(values)
@@ -46,8 +46,8 @@ class Scores:
 class CorpusScore:
     """Scores of a corpus, 0..1: means over wheels, and per wheel (float64 [W]); ``scored`` counts pairs per wheel.
 
-    Per wheel, precision and recall are means over the scored pairs and F is 2PR/(P+R) of these means. A wheel on which
-    nothing was scored, or nothing right, counts as 0 (the first published code gives NaN there, the later one 0).
+    Per wheel, precision and recall are means over the scored pairs and F is 2PR/(P+R) of these means. A wheel without
+    scored pairs, or without a match, counts as 0 (the first published code gives NaN there, the later one 0).
     """
 
     f1: float
@@ -60,7 +60,7 @@ class CorpusScore:
 
 
 class EmotionWheel:
-    """Label strings scored against label strings. `default()` uses the project's tables, `from_published` a user's."""
+    """Scorer of label strings; `default()` uses the project's tables, `from_published` those of a folder."""
 
     def __init__(self, tables: Tables):
         self.tables = tables
@@ -76,12 +76,12 @@ class EmotionWheel:
     @classmethod
     @cache
     def default(cls) -> EmotionWheel:
-        """The wheel on the tables that come with the project."""
+        """Return the wheel on the tables that come with the project."""
         return cls(load_tables(DEFAULT_TABLES))
 
     @classmethod
     def from_published(cls, folder: str | Path) -> EmotionWheel:
-        """The wheel on a folder like the MER2025 tables': ``wheel*.xlsx``, ``format.csv``, ``synonym.xlsx``."""
+        """Make a wheel of a folder like that of MER2025: ``wheel*.xlsx``, ``format.csv``, ``synonym.xlsx``."""
         return cls(read_published(folder))
 
     # --- what is on the wheels ---------------------------------------------------------------------------------
@@ -92,11 +92,11 @@ class EmotionWheel:
         return self.tables.names
 
     def sectors(self, wheel: int, level: int = 1) -> tuple[str, ...]:
-        """Cluster names of a wheel in drawing order; level 2 follows the order of level 1."""
+        """Return the cluster names of a wheel in drawing order; level 2 follows the order of level 1."""
         return self.tables.sectors[_level(level)][wheel]
 
     def clusters(self, label: str, level: int = 1) -> tuple[str | None, ...]:
-        """Cluster name of one label on each wheel, None where it is not on it."""
+        """Return the cluster name of a label on each wheel, None on wheels without it."""
         form = self._vocabulary("strict")[label.lower()]
         if form >= self._unknown:
             return (None,) * len(self.names)
@@ -104,14 +104,14 @@ class EmotionWheel:
         return tuple(self.sectors(w, level)[i] if i >= 0 else None for w, i in enumerate(indices))
 
     def words(self, wheel: int, cluster: str, level: int = 1, *, base: bool = True) -> tuple[str, ...]:
-        """Words of a cluster, sorted: dictionary words, or with ``base=False`` all inflected forms too."""
+        """List the words of a cluster, sorted: dictionary words, or with ``base=False`` all inflected forms too."""
         chosen = self.tables.clusters[_level(level), wheel] == self.sectors(wheel, level).index(cluster)
         if base:
             chosen = chosen & self.tables.base
         return tuple(self.tables.words[i] for i in np.flatnonzero(chosen))
 
     def members(self, level: int = 1, *, base: bool = True) -> Iterator[tuple[int, str, tuple[str, ...]]]:
-        """Every (wheel index, cluster name, words of the cluster), in drawing order."""
+        """Iterate over all clusters as (wheel index, cluster name, words), in drawing order."""
         for wheel in range(len(self.names)):
             for cluster in self.sectors(wheel, level):
                 yield wheel, cluster, self.words(wheel, cluster, level, base=base)
@@ -119,7 +119,7 @@ class EmotionWheel:
     # --- scores --------------------------------------------------------------------------------------------------
 
     def masks(self, texts: Sequence[LabelText], level: int = 1, parse: str = "strict") -> np.ndarray:
-        """uint64 [N, W]: bit c of a text's mask is set where one of its labels is in cluster c of the wheel."""
+        """Compute masks, uint64 [N, W]: bit c is set if one of the text's labels is in cluster c of the wheel."""
         bits, vocabulary = self._bits[_level(level)], self._vocabulary(parse)
         # one pass over the types is much cheaper than a call for each text, and most batches are strings already
         plain = set(map(type, texts)) == {str}
@@ -128,7 +128,7 @@ class EmotionWheel:
         for start in range(0, len(strings), CHUNK):
             chunk = strings[start : start + CHUNK]
             row_of = dict.fromkeys(chunk)
-            repeated = 2 * len(row_of) < len(chunk)  # a group's members share their ground truth: read it once
+            repeated = 2 * len(row_of) < len(chunk)  # a group's members share their ground truth: parse it once
             tokens = split_batch(list(row_of) if repeated else chunk, parse)
             forms = np.fromiter(map(vocabulary.__getitem__, tokens), np.int32, len(tokens))
             # a text's tokens run from its mark to the next, so that no segment is empty
@@ -150,8 +150,8 @@ class EmotionWheel:
         """Score N predictions against N ground truths on every wheel.
 
         Clusters G of the ground truth and P of the prediction: precision |G∩P| / |P| (0 for empty P), recall
-        |G∩P| / |G|, F 2PR / (P+R) (0 where both are 0). Labels that are on no wheel vanish; with G empty the
-        wheel is not scored.
+        |G∩P| / |G|, F 2PR / (P+R) (0 where both are 0). Labels on no wheel are ignored; with G empty the wheel is not
+        scored.
         ``parse`` reads the predictions; ground truth is always read strictly.
         """
         if len(ground_truth) != len(prediction):

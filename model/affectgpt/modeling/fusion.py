@@ -54,6 +54,7 @@ class Fusion(nn.Module):
         super().__init__()
         multi_dim = audio_dim
         self.visual_dim, self.audio_dim, self.hidden_size = visual_dim, audio_dim, hidden_size
+        # names, shapes and order are upstream's, so that its checkpoints load by name
         self.image_llama_proj = nn.Linear(visual_dim, hidden_size)
         self.video_attention_mlp = nn.Linear(visual_dim, 1)
         self.affectgpt_proj = nn.Linear(visual_dim, hidden_size)
@@ -114,5 +115,5 @@ class Fusion(nn.Module):
 
 
 def attend(values: Tensor, weights: Tensor) -> Tensor:
-    """Σₜ wₜ vₜ: `[B, T, d]` and `[B, T, 1]` to `[B, d]`."""
+    """Compute Σₜ wₜ vₜ: `[B, T, d]` and `[B, T, 1]` to `[B, d]`."""
     return (values * weights).sum(1)

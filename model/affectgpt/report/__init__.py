@@ -26,7 +26,7 @@ def write_report(run_dir: str | Path, *, samples: Mapping[str, Sample], wheel: E
 
     Args:
         samples: the clips by name; those that are missing or cannot be decoded get a placeholder.
-        wheel: names the sectors and recomputes the scores that intervals are made from.
+        wheel: names the sectors, and recomputes the scores of which intervals are computed.
 
     Raises:
         FileNotFoundError: `run_dir` has no `metrics.jsonl`.

@@ -157,13 +157,13 @@ def build_clip(pair: Pair, sample: Sample | None, lookup: SectorLookup) -> Clip:
 
 
 def judged(label: str, truth: list[set[str]], lookup: SectorLookup) -> Label:
-    """A label judged by the wheels: a hit if it shares its sector with the ground truth on most of them."""
+    """Judge a label by the wheels: a hit if it shares its sector with the ground truth on most of them."""
     share = lookup.share(label, truth)
     return Label(label, "unknown" if share is None else "hit" if share > 0.5 else "miss")
 
 
 def is_plain_list(text: str, labels: Sequence[str]) -> bool:
-    """True if an answer consists of its labels alone, tags and brackets aside."""
+    """Whether an answer consists only of its labels, apart from tags and brackets."""
     words = re.sub(r"</?\w+>|[\[\]\s]", "", text)
     return words.lower() == re.sub(r"\s", "", ",".join(labels)).lower()
 

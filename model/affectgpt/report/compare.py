@@ -1,4 +1,4 @@
-"""Compares models with the ground truth and with each other: sector counts, intervals, and which clips to show."""
+"""Compare models with the ground truth and with each other: sector counts, intervals, and which clips to show."""
 
 from __future__ import annotations
 
@@ -45,19 +45,19 @@ class SectorLookup:
         self.count = len(wheel.names)
 
     def word(self, label: str) -> Sequence[str | None]:
-        """The sector of a label on each wheel, None on a wheel that lacks it."""
+        """Return the sector of a label on each wheel, None on a wheel that lacks it."""
         key = label.lower().strip()
         if key not in self._words:
             self._words[key] = self._wheel.clusters(key, LEVEL)
         return self._words[key]
 
     def sets(self, labels: Sequence[str]) -> list[set[str]]:
-        """The sectors that labels name, one set per wheel."""
+        """Return the sectors that labels name, one set per wheel."""
         words = [self.word(label) for label in labels]
         return [{sector for word in words if (sector := word[index]) is not None} for index in range(self.count)]
 
     def share(self, label: str, truth: list[set[str]]) -> float | None:
-        """Share of wheels on which the label's sector is in `truth`, of those that have both; None if none has."""
+        """Compute the share of wheels with the label's sector in `truth`, of those that have both; None if none has."""
         meets = [
             sector in true for sector, true in zip(self.word(label), truth, strict=True) if sector is not None and true
         ]
@@ -99,7 +99,7 @@ def sector_counts(evaluations: Mapping[str, Mapping[str, Any]], wheel: EmotionWh
 
 
 def aligned(evaluations: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], dict[str, list[Mapping[str, Any]]]]:
-    """The names of the clips that all evaluations contain, in the first one's order, and the samples of each model."""
+    """Return the names of clips in all evaluations, in the first one's order, and the samples of each model."""
     tables = {model: _by_name(evaluation) for model, evaluation in evaluations.items()}
     first = next(iter(tables.values()), {})
     names = [name for name in first if all(name in table for table in tables.values())]
@@ -210,7 +210,7 @@ def choose(candidates: Sequence[Pair], count: int = 4) -> tuple[list[Pair], list
 
 
 def _spread(ranked: Sequence[Pair], count: int) -> list[Pair]:
-    """The first `count` of distinct ground truth, filled up in rank order if there are too few."""
+    """Take the first `count` of distinct ground truth, filled up in rank order if there are too few."""
     distinct = {str(pair.after.get("ground_truth")): pair for pair in reversed(ranked)}
     picked = [pair for pair in ranked if distinct[str(pair.after.get("ground_truth"))] is pair][:count]
     picked += [pair for pair in ranked if pair not in picked][: count - len(picked)]
@@ -247,12 +247,12 @@ def follow(completions: Sequence[Mapping[str, Any]], count: int = 5) -> list[lis
 
 
 def mean_reward(rows: Sequence[Mapping[str, Any]]) -> float:
-    """Mean reward of the members that were judged; −inf if none was, which sorts such groups first."""
+    """Average the rewards of the members that were judged; −inf if none was, which sorts such groups first."""
     values = [reward for row in rows if np.isfinite(reward := reward_of(row))]
     return float(np.mean(values)) if values else float("-inf")
 
 
 def reward_of(row: Mapping[str, Any]) -> float:
-    """The reward of a completion, NaN if it was not judged."""
+    """Return the reward of a completion, NaN if it was not judged."""
     value = row.get("reward")
     return float(value) if isinstance(value, (int, float)) else float("nan")

@@ -1,4 +1,4 @@
-"""Draws the figures as inline SVG whose colours are CSS variables of the page, so that they follow its theme.
+"""Draw the figures as inline SVG whose colours are CSS variables of the page, so that they follow its theme.
 
 Texts from data reach an SVG in two ways: drawn by matplotlib, which escapes them, and as `aria-label`, escaped here.
 That is why `to_svg` may return Markup, which the templates do not escape again; nothing else in the report may.
@@ -175,7 +175,7 @@ def _draw_rings(axes: PolarAxes, width: float, limit: float) -> None:
 
 
 def rim(counts: Sequence[SectorCounts], models: Sequence[str]) -> float:
-    """The share at the rim of all wheels: the largest one drawn, rounded up to a tick."""
+    """Compute the share at the rim of all wheels: the largest one drawn, rounded up to a tick."""
     largest = max(
         (
             values.max() / wheel.scored
@@ -190,7 +190,7 @@ def rim(counts: Sequence[SectorCounts], models: Sequence[str]) -> float:
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean of the finite values among the last `window` steps `[T]`; NaN where the step itself has none."""
+    """Average the finite values among the last `window` steps `[T]`; NaN where the step itself has none."""
     finite = np.isfinite(values)
     total = np.cumsum(np.where(finite, values, 0.0))
     number = np.cumsum(finite).astype(np.float64)
@@ -200,18 +200,18 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def _tick(limit: float) -> float:
-    """A round distance between rings, which gives three to five of them."""
+    """Choose a round distance between rings, which gives three to five of them."""
     return next((step for step in (0.02, 0.05, 0.1, 0.2) if limit / step <= 5), 0.25)
 
 
 def _lonely(values: np.ndarray) -> np.ndarray:
-    """Mask of the values between two gaps."""
+    """Mask the values between two gaps."""
     finite = np.concatenate([[False], np.isfinite(values), [False]])
     return finite[1:-1] & ~finite[:-2] & ~finite[2:]
 
 
 def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most `_POINTS` points: of each stretch the lowest and the highest value, so that no spike is lost."""
+    """Thin a line to `_POINTS` points: the lowest and highest value of each stretch, so that no spike is lost."""
     if len(x) <= _POINTS:
         return x, y
     kept: set[int] = set()

@@ -1,4 +1,4 @@
-"""Assembles the page: builds each section's values from the run and renders them through the templates."""
+"""Assemble the page: build each section's values from the run and render them through the templates."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SECTIONS = {
 
 
 def template_environment() -> Environment:
-    """The jinja2 environment of the report: escapes every value, and fails on a name that a template misspells."""
+    """Make the report's jinja2 environment, which escapes every value and fails on a name that a template misspells."""
     environment = Environment(
         loader=PackageLoader("affectgpt.report"),  # `templates/` beside this file, from a checkout or a wheel
         autoescape=True,
@@ -52,7 +52,7 @@ def render_page(run: Run, samples: Mapping[str, Sample], wheel: EmotionWheel) ->
 
     Args:
         samples: the clips by name; those that are missing or cannot be decoded get a placeholder.
-        wheel: names the sectors and recomputes the scores that intervals are made from.
+        wheel: names the sectors, and recomputes the scores of which intervals are computed.
     """
     result = result_section(run, wheel)
     values = {

@@ -39,13 +39,13 @@ class ResultRow:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the scores say in words; all in points of F.
+    """Comparison of the scores, in points of F.
 
     Attributes:
         gain: after GRPO minus before.
         interval: of `gain`, by the bootstrap over clips.
         over_supervised: GRPO minus supervised training continued for as long.
-        swap_loss: what GRPO's model loses when it sees another sample's clip.
+        swap_loss: loss of GRPO's model when it is shown another sample's clip.
         share_of_gain: `swap_loss` / `gain`, not below 0; only where there is a gain.
     """
 
@@ -123,7 +123,7 @@ def result_section(run: Run, wheel: EmotionWheel) -> Result | None:
 
 
 def read_scores(run: Run) -> dict[str, float]:
-    """F in percent by model, in stage order; from the summary, else from the evaluation itself."""
+    """Read F in percent by model, in stage order, from the summary or, if that lacks it, from the evaluation."""
     found = {
         key.removesuffix("_f1"): float(value)
         for key, value in run.summary.items()
@@ -138,7 +138,7 @@ def read_scores(run: Run) -> dict[str, float]:
 def checked_intervals(
     run: Run, wheel: EmotionWheel, scores: Mapping[str, float]
 ) -> tuple[dict[str, Interval], dict[str, Interval], list[str]]:
-    """Bootstrap intervals of the scores and of their differences to the cold start, and notes on those left out.
+    """Compute bootstrap intervals of the scores and of their differences to the cold start, with notes on omissions.
 
     A model gets an interval only if the F recomputed from its answers is the F that the run reported: a report made
     with another wheel than the run's would otherwise draw a whisker around a number it does not belong to.

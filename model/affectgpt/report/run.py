@@ -1,4 +1,4 @@
-"""Reads the files of a run folder. Damaged files are noted, not fatal: a killed run deserves a report too."""
+"""Read the files of a run folder. Damaged files are noted, not fatal: a killed run gets a report too."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Curves:
         return len(self.steps)
 
     def __contains__(self, name: str) -> bool:
-        """True if at least one step has a finite value, so that there is a curve to draw."""
+        """Whether at least one step has a finite value, so that there is a curve to draw."""
         return bool(np.isfinite(self[name]).any())
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -52,7 +52,7 @@ class Run:
         supervised: step curves of the supervised stages by name, `<stage>/metrics.jsonl`, of those that ran.
         completions: rows of `completions.jsonl`, one per sampled completion.
         evaluations: `evaluations/<name>.json` by name, scores converted from fractions to percent.
-        notes: what could not be read, one sentence each for the reader of the report.
+        notes: one sentence for the reader of the report about each file that could not be read.
     """
 
     name: str
@@ -155,6 +155,7 @@ def _parse(text: str) -> Any:
     """Parse JSON and replace lone surrogates, the `\\udXXX` escapes of a text cut in the middle of a character."""
     value = json.loads(text)
     if "\\ud" in text.lower():  # only then the second pass, which costs as much as the first
+        # a lone surrogate cannot be encoded: "replace" makes it a question mark, and the page stays valid UTF-8
         value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
     return value
 

@@ -1,4 +1,4 @@
-"""The sections on training: GRPO's step curves, the curves of supervised stages, and where the time of a step goes."""
+"""Build the sections on training: GRPO's step curves, curves of supervised stages, and the time of a step by phase."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _PHASES = ("encode", "sample", "reward", "old", "reference", "forward", "backwar
 
 @dataclass(frozen=True)
 class PanelSpec:
-    """What one panel draws.
+    """Description of one panel.
 
     Attributes:
         curves: metric → label. The label of a single curve is its unit; several curves get a legend.
         band: metric drawn as ± around the curve, where it was logged.
         floor: lowest end of the y axis, unless a value lies below it.
-        smooth: draw a running mean over the steps; not for what is a schedule.
+        smooth: draw a running mean over the steps; not for a schedule.
         sparse: a metric of some steps only, drawn as dots joined by a line.
         scale: factor on the values; 100 turns a fraction into percent.
     """
@@ -186,7 +186,7 @@ def time_section(run: Run) -> Time | None:
     """Build the table and figure of seconds per phase; None if no timing was logged."""
     metrics = run.metrics
     present = [name for name in metrics.names if name.startswith("time/") and name in metrics]
-    # The phases in the order of a step, then what others have timed, by the alphabet.
+    # The phases in the order of a step, then others that were timed, alphabetically.
     known = [f"time/{phase}" for phase in _PHASES if f"time/{phase}" in present]
     names = known + sorted(set(present) - set(known))
     if not names:

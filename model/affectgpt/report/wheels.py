@@ -1,4 +1,4 @@
-"""The section on emotion wheels: the five wheels drawn, and the scores of every model on each."""
+"""Build the section on emotion wheels: drawings of the five wheels, and the scores of every model on each."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ class Wheels:
 
     Attributes:
         drawn: the models that the figures show, in the order of their scores.
-        level: level of the scores in the captions; None if it is the level of the drawn sectors, which goes unsaid.
-        titles: of all wheels, for the head of the table.
+        level: level of the scores in the captions; None, and not mentioned, if it is that of the drawn sectors.
+        titles: titles of all wheels, for the head of the table.
     """
 
     drawn: list[StageLabel]
@@ -84,7 +84,7 @@ def wheels_section(run: Run, wheel: EmotionWheel) -> Wheels | None:
 
 
 def draw_wheels(run: Run, wheel: EmotionWheel, drawn: Sequence[str], titles: Sequence[str]) -> list[WheelFigure]:
-    """One figure per wheel, all on the scale of the largest share, so that wheels can be compared by eye."""
+    """Draw one figure per wheel, all on the scale of the largest share, so that wheels can be compared by eye."""
     counts = compare.sector_counts({name: run.evaluations[name] for name in drawn}, wheel)
     limit = figures.rim(counts, drawn)
     before, after = (name if name in drawn else None for name in (COLD_START, GRPO))
@@ -103,7 +103,7 @@ def draw_wheels(run: Run, wheel: EmotionWheel, drawn: Sequence[str], titles: Seq
 
 
 def alternative_text(title: str, counts: SectorCounts, models: Sequence[str]) -> str:
-    """Alternative text of a wheel for screen readers: every count that the drawing shows."""
+    """Write the alternative text of a wheel for screen readers, with every count that the drawing shows."""
     sectors = []
     for index, sector in enumerate(counts.sectors):
         named = ", ".join(
@@ -115,7 +115,7 @@ def alternative_text(title: str, counts: SectorCounts, models: Sequence[str]) ->
 
 
 def wheel_title(name: str) -> str:
-    """Capitalise a wheel's name, and part the number of `wheel1` from the word: `Wheel 1`."""
+    """Capitalise a wheel's name and separate its number: `wheel1` becomes `Wheel 1`."""
     return re.sub(r"^[Ww]heel(?=\d)", "Wheel ", name[:1].upper() + name[1:])
 
 

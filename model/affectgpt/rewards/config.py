@@ -96,8 +96,8 @@ def check_rewards(
     for name in built_in:
         if name not in REWARDS:
             raise ValueError(
-                f"reward.names has {name!r}, which is not a reward: choose among {', '.join(REWARDS)}, or name one by import path, "
-                "file.py:name or package.module:name"
+                f"reward.names has {name!r}, which is not a reward: choose among {', '.join(REWARDS)}, or name one by "
+                "import path, file.py:name or package.module:name"
             )
         if REWARDS[name].needs == "think" and mode != "think":
             raise ValueError(f"reward {name!r} judges think and answer tags: set prompt.mode to think")

@@ -1,4 +1,4 @@
-"""Draw a talking face: expression curves over time in, anti-aliased RGB frames out, in NumPy alone."""
+"""Draw a talking face: anti-aliased RGB frames from expression curves over time, in NumPy."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ EXPRESSION = (
     "head_pitch",  # −1 chin down … +1 chin up
     "head_roll",  # −1 … +1, ±12 degrees
 )
-"""The drawn degrees of freedom, a simplified set of facial action units; 0 everywhere is a face at rest."""
+"""Degrees of freedom of a face, a simplified set of facial action units; a face at rest has 0 everywhere."""
 
 REST: dict[str, float] = dict.fromkeys(EXPRESSION, 0.0)
 
 
 @dataclass(frozen=True)
 class Appearance:
-    """Who is seen and where: everything about a clip's picture that says nothing about an emotion.
+    """A person and their surroundings: everything in a clip's picture that does not depend on the emotion.
 
     Attributes:
         centre: head centre (x, y) and `radius`: half the head's height, as fractions of the frame's side.
         skin, hair, iris, shirt, wall_top, wall_bottom: RGB in 0…255.
-        hairline: where the hair ends on the forehead, in head radii above the centre.
+        hairline: lower end of the hair on the forehead, in head radii above the centre.
         brow_weight: half thickness of the brows, in head radii.
         light: −1 … +1, from which side the face is lit.
     """
@@ -80,7 +80,7 @@ class Appearance:
 
 
 def render(curves: Mapping[str, Floats], who: Appearance, size: int = 144) -> NDArray[np.uint8]:
-    """Frames `[T, size, size, 3]`, RGB, of `who` going through expression curves, each `[T]` (keys of `EXPRESSION`).
+    """Render frames `[T, size, size, 3]`, RGB, of a person with expression curves, each `[T]` (keys of `EXPRESSION`).
 
     Shapes are signed-distance fields blended over one pixel of edge. Positions are in head radii from the head's
     centre, x to the viewer's right and y down.
@@ -184,7 +184,7 @@ def render(curves: Mapping[str, Floats], who: Appearance, size: int = 144) -> ND
 
 
 def face_crops(frames: NDArray[np.uint8], who: Appearance, side: int = 112) -> NDArray[np.uint8]:
-    """Face crops `[T, side, side, 3]` as a face tracker would cut them: the head's square, resized, RGB."""
+    """Cut face crops `[T, side, side, 3]`, RGB, as a face tracker would: the head's square, resized."""
     size = frames.shape[1]
     x, y, r = who.centre[0] * size, who.centre[1] * size, who.radius * size * 1.08
     box = (max(x - r, 0), max(y - r, 0), min(x + r, size), min(y + r, size))
@@ -194,20 +194,20 @@ def face_crops(frames: NDArray[np.uint8], who: Appearance, side: int = 112) -> N
 
 
 def _ellipse(x: Array, y: Array, rx: Any, ry: Any) -> Array:
-    """Approximate signed distance to an axis-aligned ellipse: exact on the edge, first order near it."""
+    """Approximate the signed distance to an axis-aligned ellipse: exact on the edge, first order near it."""
     k = np.sqrt((x / rx) ** 2 + (y / ry) ** 2) + 1e-6
     slope = np.sqrt((x / rx**2) ** 2 + (y / ry**2) ** 2) / k + 1e-6
     return (k - 1) / slope
 
 
 def _stroke(along: Array, half_length: Any, across: Array, half_width: float) -> Array:
-    """Signed distance to a rounded stroke: `along` from its middle, `across` from its centre line."""
+    """Compute the signed distance to a rounded stroke: `along` from its middle, `across` from its centre line."""
     past = np.clip(np.abs(along) - half_length, 0, None)
     return np.sqrt(past * past + across * across) - half_width
 
 
 class _Canvas:
-    """Frames `[T, S, S, 3]` in float, painted in head coordinates; each shape touches only its own window of pixels."""
+    """Frames `[T, S, S, 3]` in float, painted in head coordinates; a shape changes only its window of pixels."""
 
     def __init__(self, frames: int, size: int, who: Appearance, roll: Floats):
         self.size, self.scale = size, who.radius * size

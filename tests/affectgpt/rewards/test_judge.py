@@ -490,7 +490,7 @@ def lose_a_shard(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (without("*"), r"it has no config\.json there\. Give the folder"),
+        (without("*"), r"it has no config\.json\. Give the folder"),
         (to_bin, r"no \.safetensors file in it"),
         (cut, r"model\.safetensors cannot be read"),
         (lose_a_shard, r"model-2\.safetensors is missing\. Copy"),
@@ -547,7 +547,7 @@ def test_weights_that_do_not_fill_the_model_are_refused_when_they_are_loaded(lla
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--reward.judge", "nowhere"], r"reward\.judge nowhere: it has no config\.json there"),
+        (["--reward.judge", "nowhere"], r"reward\.judge nowhere: it has no config\.json"),
         ([], r"set reward\.judge to the folder"),
         (["--reward.judge", "nowhere", "--reward.names", "[accuracy]"], r"reward\.judge is set, but no reward uses it"),
         (["--reward.judge_batch", "0"], "judge_batch is 0"),

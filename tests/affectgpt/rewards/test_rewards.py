@@ -66,7 +66,7 @@ def test_rewards_by_name():
     assert [reward.name for reward in rewards] == list(REWARDS)
     with pytest.raises(
         ValueError,
-        match=r"reward.names has 'speed', which is not a reward: choose among .*accuracy, .*alignment, .*or name one by import path",
+        match=r"reward.names has 'speed', which is not a reward: .*accuracy, .*alignment, .*or name one by import path",
     ):
         make_rewards(["speed"], WHEEL, "think", RewardConfig(), max_length=64)
     for name in ("format", "alignment", "dual"):

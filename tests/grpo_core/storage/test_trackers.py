@@ -28,9 +28,7 @@ def test_a_registered_tracker_gets_every_step_and_is_closed(tmp_path, monkeypatc
 
 
 def test_an_unknown_tracker_is_refused_with_the_known_ones():
-    with pytest.raises(
-        ValueError, match=r"run.trackers names 'wandb', which is not a tracker: choose among tensorboard"
-    ):
+    with pytest.raises(ValueError, match=r"run.trackers names 'wandb', which is not a tracker: .* tensorboard"):
         RunConfig(trackers=("wandb",))
 
 

@@ -13,7 +13,7 @@ traced with `sys.settrace`. Counted are `grpo_core` and `grpo_kernels`:
 - lines: distinct executed lines, those inside lambdas and comprehensions included.
 
 These are a measure of how much code one step is made of; they are no measure of speed. Before the packages were
-rearranged (commit a74450b) this script counted 42 files, 237 functions and 1,278 lines.
+rearranged (commit a74450b) this script counted 42 files, 237 functions and 1,278 lines; after it 30, 145 and 1,283.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ def test_masking_truncated_completions_takes_their_gradient_away(tmp_path):
     ("options", "message"),
     [
         ({"loss": {"delta": 1.1}}, "delta is 1.1"),
-        ({"loss": {"delta": 2.0}, "loss_type": "sapo"}, "no option of loss_type sapo"),
+        ({"loss": {"delta": 2.0}, "loss_type": "sapo"}, "not an option of loss_type sapo"),
         ({"unbiased_kl": True, "kl_estimator": "k1"}, "kl_estimator to k3"),
         ({"loss": {"epsilon": 1.5}}, "epsilon is 1.5"),
     ],

@@ -72,7 +72,7 @@ def train(row: Row, output_dir: Path, steps: int, cold_start: Path | None, more:
 
     Args:
         cold_start: a model to start from; None trains one.
-        more: options of every row; they override the row's.
+        more: options of every row; they override the row's (a list adds to it).
 
     Returns:
         The row's fields, its scores in percent before and after GRPO, and the mean number of labels of an answer.
@@ -96,11 +96,23 @@ def train(row: Row, output_dir: Path, steps: int, cold_start: Path | None, more:
     command = [sys.executable, "-m", "affectgpt", "train", *configs, *flags(options), *more, *flags(start)]
     if subprocess.run(command, check=False).returncode:
         raise RuntimeError(f"row {row.name!r} failed: its error is above")
-    evaluations = output_dir / row.name / "evaluations"
+    from grpo_core.storage.run_folder import newest_folder
+
+    # where the row has gone: beside the folder of its name, if a finished run was there
+    folder = newest_folder(output_dir, row.name)
+    evaluations = folder / "evaluations"
     before, after = (json.loads((evaluations / f"{name}.json").read_text()) for name in ("cold_start", "grpo"))
     scores = {"cold_start": 100 * before["f1"], **{key: 100 * after[key] for key in ("f1", "precision", "recall")}}
     counts = [len(sample["labels"]) for sample in after["samples"]]
-    return asdict(row) | scores | {"labels_per_answer": sum(counts) / len(counts), "clips": len(counts)}
+    return (
+        asdict(row)
+        | scores
+        | {
+            "labels_per_answer": sum(counts) / len(counts),
+            "clips": len(counts),
+            "folder": str(folder),
+        }
+    )
 
 
 def table(results: Sequence[Mapping[str, Any]], steps: int) -> str:
@@ -137,7 +149,7 @@ def main(arguments: Sequence[str]) -> None:
     cold_starts: dict[str, Path] = {}  # by mode; the first row trains it, the others start from it
     for row in ROWS:
         results.append(train(row, options.output_dir, options.steps, cold_starts.get(row.mode), more))
-        cold_starts.setdefault(row.mode, options.output_dir / row.name / "cold_start" / "model")
+        cold_starts.setdefault(row.mode, Path(results[-1]["folder"]) / "cold_start" / "model")
     text = table(results, options.steps)
     (options.output_dir / "table.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     (options.output_dir / "table.md").write_text(text, encoding="utf-8")

@@ -68,7 +68,7 @@ def finished(parts, tmp_path_factory) -> tuple[Path, dict[str, str]]:
     result = run("affectgpt_r1.py", options)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "GRPO, clips swapped" in result.stdout
-    return Path(options["run.output_dir"]) / "demo", options
+    return Path(options["run.output_dir"]) / "demo-seed0", options
 
 
 def test_a_whole_run_leaves_scores_curves_answers_a_report_and_a_model(finished):
@@ -129,20 +129,20 @@ def test_a_killed_run_goes_on_to_the_same_weights(finished, tmp_path):
     process = subprocess.Popen(
         command("affectgpt_r1.py", options), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    checkpoint = tmp_path / "demo" / "checkpoints" / "step-000002"
+    checkpoint = tmp_path / "demo-seed0" / "checkpoints" / "step-000002"
     deadline = time.monotonic() + 240
     while not checkpoint.is_dir() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert checkpoint.is_dir()
-    assert not (tmp_path / "demo" / "summary.json").exists()
+    assert not (tmp_path / "demo-seed0" / "finished.json").exists()
     result = run("affectgpt_r1.py", options)
     assert result.returncode == 0, result.stderr[-3000:]
     weights = "model/affectgpt.safetensors"
-    assert (tmp_path / "demo" / weights).read_bytes() == (folder / weights).read_bytes()
-    assert (tmp_path / "demo" / "summary.json").read_text() == (folder / "summary.json").read_text()
-    one, two = (lines(path / "completions.jsonl") for path in (folder, tmp_path / "demo"))
+    assert (tmp_path / "demo-seed0" / weights).read_bytes() == (folder / weights).read_bytes()
+    assert (tmp_path / "demo-seed0" / "summary.json").read_text() == (folder / "summary.json").read_text()
+    one, two = (lines(path / "completions.jsonl") for path in (folder, tmp_path / "demo-seed0"))
     assert one == two
 
 
@@ -158,12 +158,12 @@ def test_two_ranks_in_think_mode_with_the_format_reward_and_one_of_the_users(fin
     }
     result = run("affectgpt_r1.py", options, ranks=2)
     assert result.returncode == 0, result.stderr[-3000:]
-    (first, *_) = lines(tmp_path / "demo" / "metrics.jsonl")
+    (first, *_) = lines(tmp_path / "demo-seed0" / "metrics.jsonl")
     assert first["reward"] == pytest.approx(
         first["rewards/accuracy/mean"] + 0.2 * first["rewards/format/mean"] + 0.5 * first["rewards/length/mean"],
         abs=1e-9,
     )
-    completions = lines(tmp_path / "demo" / "completions.jsonl")
+    completions = lines(tmp_path / "demo-seed0" / "completions.jsonl")
     assert len({row["prompt_id"] for row in completions if row["step"] == 1}) == 6
     for row in completions:
         assert row["rewards"]["length"] == pytest.approx(len(row["text"]) / len(row["ground_truth"]))

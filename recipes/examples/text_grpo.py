@@ -21,8 +21,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 from grpo_core import GroupSampler, GRPOConfig, GRPOTrainer, Policy, Prompt, Reward, load_config, load_reward
-from grpo_core.config import ConfigError, option
+from grpo_core.config import option
 from grpo_core.distributed import finalize, init
+from grpo_core.errors import InputError, run_program
 from grpo_core.report import try_report
 from grpo_core.reward_adapters import check_columns
 from grpo_core.storage.run_folder import open_run
@@ -44,14 +45,14 @@ class TextConfig(GRPOConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.reward:
-            raise ValueError("reward is empty: name at least one, file.py:name or package.module:name")
+            raise InputError("reward is empty: name at least one, file.py:name or package.module:name")
 
 
 def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
     """Make one prompt of each line of a jsonl.
 
     Raises:
-        ValueError: a line that is not a JSON object with a `prompt`.
+        InputError: a line that is not a JSON object with a `prompt`.
     """
     prompts = []
     with path.open(encoding="utf-8") as lines:
@@ -59,10 +60,10 @@ def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number} is not JSON ({error}): write one object per line") from error
+                raise InputError(f"{path}, line {number} is not JSON ({error}): write one object per line") from error
             if not isinstance(row, dict) or "prompt" not in row:
                 columns = ", ".join(row) if isinstance(row, dict) else repr(row)
-                raise ValueError(f"{path}, line {number} has no column 'prompt', but {columns}: add it")
+                raise InputError(f"{path}, line {number} has no column 'prompt', but {columns}: add it")
             prompts.append(make_prompt(number, row, tokenizer))
     return prompts
 
@@ -134,8 +135,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     # Mistakes in paths, columns and options are one line, not a traceback.
-    try:
-        main()
-    except (ValueError, OSError, ImportError, NotImplementedError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ConfigError) else 1)
+    sys.exit(run_program(main))

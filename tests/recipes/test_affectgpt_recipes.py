@@ -91,6 +91,14 @@ def test_a_whole_run_leaves_scores_curves_answers_a_report_and_a_model(finished)
     assert "<svg" in (folder / "report.html").read_text()
 
 
+def test_a_report_written_again_is_the_first_one_byte_for_byte(finished):
+    folder, _ = finished
+    first = (folder / "report.html").read_bytes()
+    assert b"data:image/jpeg" in first
+    assert main(["report", str(folder)]) == 0
+    assert (folder / "report.html").read_bytes() == first
+
+
 def test_the_saved_model_scores_what_the_run_reported(finished, tmp_path):
     folder, options = finished
     keep = ("data.root", "data.cache_dir", "rollout.max_new_tokens")

@@ -146,6 +146,61 @@ def test_a_killed_run_goes_on_to_the_same_weights(finished, tmp_path):
     assert one == two
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "run.lock")
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def start(options: dict[str, str]) -> int:
+    """The recipe in this process: its imports are made already."""
+    return main(["train", *(part for key, value in options.items() for part in (f"--{key}", value))])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"model.path": "no_model"}, "no_model"), ({"data.labels": "track9.csv"}, "track9.csv")],
+    ids=("model", "labels"),
+)
+def test_a_mistyped_path_leaves_a_finished_run_as_it_is(finished, capsys, change, message):
+    folder, options = finished
+    kept = contents(folder)
+    for _ in range(2):
+        # of a real data set: an option of synthetic clips would say so first
+        changed = {key: value for key, value in options.items() if key != "data.layout.clips"}
+        assert start(changed | {"data.format": "mer2025"} | change) != 0
+        assert message in capsys.readouterr().err
+    assert contents(folder) == kept
+    assert {path.name for path in folder.parent.iterdir()} <= {"demo-seed0", "synthetic"}
+
+
+def test_a_run_killed_while_it_wrote_its_report_is_finished_by_the_same_command(
+    finished, tmp_path, capsys, monkeypatch
+):
+    """And a report that fails costs neither the run nor its exit status."""
+    folder, options = finished
+    again = shutil.copytree(folder, tmp_path / "demo-seed0")
+    (again / "finished.json").unlink()
+    (again / "report.html").unlink()
+    kept = contents(again)
+
+    def fails(*arguments, **options):
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr("affectgpt.report.write_report", fails)
+    assert start(options | {"run.output_dir": str(tmp_path)}) == 0
+    captured = capsys.readouterr()
+    assert "warning: the report was not written (RuntimeError: no fonts): the run is whole, and `affectgpt report" in (
+        captured.err
+    )
+    assert captured.out.splitlines()[0] == f"run folder: {again}, going on at step 4"
+    assert captured.out.splitlines()[-1] == f"run folder: {again}"
+    now = contents(again)
+    same = [name for name in kept if name not in ("sessions.jsonl", "config.yaml")]
+    assert {name: now[name] for name in same} == {name: kept[name] for name in same}
+    assert json.loads(now["finished.json"])["max_steps"] == 4
+    assert [path.name for path in tmp_path.iterdir()] == ["demo-seed0"]
+
+
 def test_two_ranks_in_think_mode_with_the_format_reward_and_one_of_the_users(finished, tmp_path):
     _, options = finished
     (tmp_path / "mine.py").write_text("def length(completion, labels): return len(completion) / len(labels)\n")

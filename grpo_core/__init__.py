@@ -5,10 +5,17 @@ Names are loaded on first use: `import grpo_core` brings neither torch nor trans
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from grpo_kernels import __version__
+
+# `python -m` of a module that is no program would end with status 0, having done nothing
+if getattr(sys, "argv", [""])[:1] == ["-m"]:
+    from grpo_kernels._module_run import refuse_module_run
+
+    refuse_module_run(__name__, __path__[0])
 
 if TYPE_CHECKING:
     from grpo_core.algorithm.losses import LOSS_TYPES, Surrogate, register_loss

@@ -6,10 +6,17 @@ brings its own file and the few that it is made of. Where Triton is not installe
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"  # setup.py reads this line
+
+# `python -m` of a module that is no program would end with status 0, having done nothing
+if getattr(sys, "argv", [""])[:1] == ["-m"]:
+    from grpo_kernels._module_run import refuse_module_run
+
+    refuse_module_run(__name__, __path__[0])
 
 if TYPE_CHECKING:
     from grpo_kernels._backend import Backend, choose_backend

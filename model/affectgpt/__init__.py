@@ -5,10 +5,17 @@ Names are imported on first use, so that `import affectgpt` needs neither torch 
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from grpo_kernels import __version__  # one distribution, one version; this import needs no torch either
+
+# `python -m` of a module that is no program would end with status 0, having done nothing
+if getattr(sys, "argv", [""])[:1] == ["-m"]:
+    from grpo_kernels._module_run import refuse_module_run
+
+    refuse_module_run(__name__, __path__[0])
 
 if TYPE_CHECKING:
     from affectgpt.config import R1Config, SupervisedConfig, TaskConfig

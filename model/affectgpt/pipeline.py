@@ -19,7 +19,15 @@ from affectgpt.emotion_wheel import EmotionWheel, parse_labels
 from affectgpt.evaluation import Evaluation, score_answers
 from affectgpt.modeling.affectgpt import AffectGPT
 from affectgpt.modeling.encoders import Encoders
-from affectgpt.prompts import PLACEHOLDERS, answer_text, build_prompt, build_target, required_features, stop_strings
+from affectgpt.prompts import (
+    PLACEHOLDERS,
+    answer_text,
+    build_prompt,
+    build_target,
+    end_token,
+    required_features,
+    stop_strings,
+)
 from grpo_core.config.loader import save_config, to_dict
 from grpo_core.config.moved import translate_saved_config
 from grpo_core.config.options import AlgorithmConfig, GRPOConfig, OptimConfig, RolloutConfig, SFTConfig
@@ -205,7 +213,14 @@ class Stages:
         tokenizer = self.model.tokenizer
         # forbidden, since `embed` would replace a sampled placeholder by features in the update's forward pass
         placeholders: Any = tokenizer.convert_tokens_to_ids(list(PLACEHOLDERS))
-        return policy, GroupSampler(policy, tokenizer, seed=self.config.run.seed, forbidden_tokens=placeholders)
+        end = end_token(tokenizer, self.config.prompt.template)
+        return policy, GroupSampler(
+            policy,
+            tokenizer,
+            seed=self.config.run.seed,
+            forbidden_tokens=placeholders,
+            end_tokens=() if end is None else (end,),
+        )
 
     def supervised(self, config: SFTConfig) -> None:
         """Train on the labels and save the model in the stage's folder."""
@@ -221,6 +236,7 @@ class Stages:
                     template=prompt.template,
                     mode=prompt.mode,
                     answer_form=prompt.answer_form,
+                    opened=training.opened,
                 ),
             )
             for training in self.training

@@ -154,10 +154,10 @@ def test_what_is_missing_is_named_before_anything_is_trained(recipe, monkeypatch
     assert not (tmp_path / "run").exists()
 
 
-def test_a_mistake_is_one_line_and_exit_status_1(inputs):
+def test_a_mistake_is_one_line_and_exit_status_2(inputs):
     command = [sys.executable, str(RECIPE), *flags(inputs, reward=f"{inputs / 'rewards.py'}:shares")]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert run.returncode == 1
+    assert run.returncode == 2
     assert run.stderr.strip().splitlines()[-1].startswith("error: reward ")
     assert "Traceback" not in run.stderr
 

@@ -16,10 +16,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from affectgpt.modeling.fusion import Fusion, FusionInput
 from affectgpt.prompts import PLACEHOLDERS, placeholder_features
+from grpo_core.config.fields import ConfigError
+from grpo_core.pretrained import load_model, load_tokenizer, probe_text, read_config
 from grpo_core.types import Prompt
 
 CONFIG_FILE = "affectgpt.json"
@@ -149,16 +151,16 @@ class AffectGPT(nn.Module):
             lora: `lora_r`, `lora_alpha`, `lora_dropout`, `lora_targets`.
 
         Raises:
-            FileNotFoundError, ValueError: a folder is missing, incomplete, or holds another type of model.
+            ConfigError: a folder is missing, incomplete, or holds another type of model.
         """
         # widths from the configs: the encoders' weights are not loaded here, they only fill the feature cache
         config = AffectGPTConfig(
             llm=os.path.abspath(llm),
             visual_encoder=os.path.abspath(visual_encoder),
             audio_encoder=os.path.abspath(audio_encoder),
-            visual_dim=_visual_dim(visual_encoder),
-            audio_dim=_config_value(audio_encoder, "hidden_size", "HuBERT"),
-            hidden_size=_config_value(llm, "hidden_size", "causal LM"),
+            visual_dim=_config_value(visual_encoder, "projection_dim", "CLIP vision model", "model.visual_encoder"),
+            audio_dim=_config_value(audio_encoder, "hidden_size", "HuBERT", "model.audio_encoder"),
+            hidden_size=_config_value(llm, "hidden_size", "causal LM", "model.llm"),
             **lora,
         )
         return cls._over_base(config, device, dtype, attn_implementation)
@@ -183,7 +185,8 @@ class AffectGPT(nn.Module):
             llm, visual_encoder, audio_encoder: current folders of the frozen models, if they were moved.
 
         Raises:
-            FileNotFoundError: a file or the base LLM is missing.
+            ConfigError: the base LLM is missing or incomplete.
+            FileNotFoundError: a file of `folder` is missing.
             ValueError: a file is damaged, or holds tensors of another model.
         """
         config = AffectGPTConfig.load(folder)
@@ -205,8 +208,8 @@ class AffectGPT(nn.Module):
     def _over_base(
         cls, config: AffectGPTConfig, device: torch.device | str, dtype: torch.dtype | str, attn_implementation: str
     ) -> AffectGPT:
+        tokenizer = load_tokenizer(config.llm, "model.llm")  # before the LLM, whose loading takes minutes
         base = load_llm(config.llm, dtype, attn_implementation)
-        tokenizer = AutoTokenizer.from_pretrained(config.llm, local_files_only=True, trust_remote_code=False)
         return cls(config, base, tokenizer).to(device)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
@@ -351,58 +354,28 @@ def add_placeholders(tokenizer: PreTrainedTokenizerBase) -> None:
         tokenizer.add_tokens(tokens, special_tokens=True)
 
 
-def load_llm(folder: str | os.PathLike, dtype: torch.dtype | str, attn_implementation: str) -> PreTrainedModel:
-    """Load a causal LM from a local folder of safetensors, refusing missing weights or weights of the wrong shape.
+def load_llm(
+    folder: str | os.PathLike, dtype: torch.dtype | str, attn_implementation: str, key: str = "model.llm"
+) -> PreTrainedModel:
+    """Load a causal LM from a local folder of safetensors, refusing one that lacks weights.
 
     Raises:
-        FileNotFoundError: the folder, its config or its weights are missing.
-        ValueError: tensors are missing, or their shapes do not match config.json.
+        ConfigError: the folder, its config or its weights are refused; see `grpo_core.pretrained.load_model`.
     """
-    folder = _model_folder(folder, "base LLM")
-    if not any(folder.glob("*.safetensors")):
-        raise FileNotFoundError(f"{folder} has no .safetensors file: the base LLM's weights are missing")
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=dtype,
-        attn_implementation=attn_implementation,
-        local_files_only=True,
-        use_safetensors=True,
-        trust_remote_code=False,  # no code from the folder is run
-        ignore_mismatched_sizes=True,  # reported by name below; transformers' error only points to its log
-        output_loading_info=True,
+    model: PreTrainedModel = load_model(
+        AutoModelForCausalLM, folder, key, probe=probe_text, dtype=dtype, attn_implementation=attn_implementation
     )
-    model, info = loaded
-    # transformers only warns, and initialises missing weights at random
-    if info["missing_keys"]:
-        raise ValueError(f"the weights in {folder} lack {min(info['missing_keys'])}: copy the folder again")
-    if info["mismatched_keys"]:
-        key, found, needed = min(info["mismatched_keys"], key=lambda item: item[0])
-        raise ValueError(
-            f"the weights in {folder} do not fit its config.json: {key} is {list(found)}, config says {list(needed)}"
-        )
     return model
 
 
-def _model_folder(folder: str | os.PathLike, what: str) -> Path:
-    folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{folder} is not the folder of a {what}: it has no config.json. If it was moved, give its new path as an "
-            f"argument or in {CONFIG_FILE}"
+def _config_value(folder: str | os.PathLike, name: str, what: str, key: str) -> int:
+    config = read_config(folder, key)
+    if not hasattr(config, name):
+        raise ConfigError(
+            f"{key}: {folder}/config.json is of model type {config.model_type!r} and has no {name}: need a {what}"
         )
-    return folder
-
-
-def _config_value(folder: str | os.PathLike, key: str, what: str) -> int:
-    config = AutoConfig.from_pretrained(_model_folder(folder, what), local_files_only=True, trust_remote_code=False)
-    if not hasattr(config, key):
-        raise ValueError(f"{folder}/config.json is of model type {config.model_type!r} and has no {key}: need a {what}")
-    return getattr(config, key)
-
-
-def _visual_dim(folder: str | os.PathLike) -> int:
-    """Read the width of CLIP's projected image features."""
-    return _config_value(folder, "projection_dim", "CLIP vision model")
+    value: int = getattr(config, name)
+    return value
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:

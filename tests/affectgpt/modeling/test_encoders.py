@@ -20,6 +20,7 @@ from transformers import (
 
 from affectgpt.data.media import audio_clips
 from affectgpt.modeling.encoders import Encoders
+from grpo_core.config.fields import ConfigError
 
 VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -197,17 +198,20 @@ def test_a_wrong_folder_is_named_with_the_fix(tmp_path, tiny_clip_folder, tiny_h
     narrow = edited(tiny_clip_folder, tmp_path / "narrow", lambda c: c.update(projection_dim=11))
     deep = edited(tiny_clip_folder, tmp_path / "deep", lambda c: c.update(num_hidden_layers=2))
     for folder, words in (
-        (tmp_path / "absent", "no config.json there"),
-        (empty, "no config.json there"),
-        (no_weights, "no weights there"),
-        (garbled, "config.json cannot be read"),
-        (tiny_hubert_folder, "it holds a model of type 'hubert', not CLIP"),
-        (cut, "its weights do not load"),
-        (narrow, "visual_projection.weight is [12, 16], but config.json asks for [11, 16]"),
-        (deep, "16 weights are missing"),
+        (tmp_path / "absent", "there is no folder "),
+        (empty, "has no config.json"),
+        (no_weights, "has no weights"),
+        (garbled, "/config.json cannot be read"),
+        (tiny_hubert_folder, "holds a model of type 'hubert', not CLIP: give the folder of a CLIP checkpoint"),
+        (cut, "/model.safetensors is damaged"),
+        (narrow, "visual_projection.weight is [12, 16], the config says [11, 16]"),
+        (deep, "lack 16 tensors"),
     ):
-        with pytest.raises(ValueError, match="Give the folder of a CLIP checkpoint") as caught:
+        with pytest.raises(ConfigError) as caught:
             Encoders.from_pretrained(folder, tiny_hubert_folder)
-        assert str(caught.value).startswith(f"{folder}: {words}")
-    with pytest.raises(ValueError, match="it holds a model of type 'clip_vision_model', not HuBERT"):
+        message = str(caught.value)
+        assert message.startswith("model.visual_encoder: ")
+        assert str(folder) in message
+        assert words in message
+    with pytest.raises(ValueError, match="holds a model of type 'clip_vision_model', not HuBERT"):
         Encoders.from_pretrained(tiny_clip_folder, tiny_clip_folder)

@@ -94,7 +94,8 @@ def read_config(folder: str | os.PathLike, key: str) -> PreTrainedConfig:
             )
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(path, **LOCAL)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    # Exception: config classes raise what they like (huggingface_hub's StrictDataclassError is no ValueError)
+    except Exception as error:
         model_type = raw.get("model_type")
         if "auto_map" in raw:
             raise ConfigError(
@@ -103,7 +104,7 @@ def read_config(folder: str | os.PathLike, key: str) -> PreTrainedConfig:
             ) from error
         raise ConfigError(
             f"{key}: {path}/config.json cannot be read, model type {model_type!r} ({one_line(error)}): use a model of "
-            "a type that this release of transformers knows"
+            "a type that this release of transformers knows, with the config.json that it came with"
         ) from error
     return config
 
@@ -219,6 +220,8 @@ def load_model(
         UnpicklingError,
     ) as error:
         reason = one_line(error)
+        if "conversion of the weights" in reason:  # transformers names the tensors in its log only
+            reason = "tensors that are joined when they are loaded, such as a layer's experts, are missing or misshapen"
         raise ConfigError(
             f"{key}: {path}, a model of type {config.model_type!r}, does not load ({reason}): {_AS_SAVED}"
         ) from error

@@ -27,7 +27,7 @@ def refuse_module_run(package: str, folder: str, command: Sequence[str] | None =
     if not os.path.isfile(f"{source}.py"):
         return  # a package, with or without a __main__.py, or nothing
     with open(f"{source}.py", encoding="utf-8") as file:
-        if os.path.basename(source) == "__main__" or '__name__ == "__main__"' in file.read():
+        if os.path.basename(source) == "__main__" or "\nif __name__ ==" in file.read():
             return
     programs = sorted(
         ".".join([package, *os.path.relpath(place, folder).split(os.sep)]).removesuffix("..")

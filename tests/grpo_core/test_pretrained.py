@@ -1,4 +1,4 @@
-"""Loading from local folders: what is missing, damaged, elsewhere or code is one sentence; nothing random is trained."""
+"""Loading from local folders: what is missing, damaged or code is one sentence; nothing random is trained."""
 
 import builtins
 import json
@@ -154,7 +154,7 @@ def test_a_shard_that_is_missing_or_cut_is_named(tmp_path):
     with pytest.raises(ConfigError, match=f"{shards[1].name} is missing"):
         load_causal_lm(tmp_path, KEY)
     (tmp_path / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(ConfigError, match="index.json cannot be read"):
+    with pytest.raises(ConfigError, match=r"index\.json cannot be read"):
         load_causal_lm(tmp_path, KEY)
 
 

@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
@@ -215,3 +217,51 @@ def test_a_wrong_folder_is_named_with_the_fix(tmp_path, tiny_clip_folder, tiny_h
         assert words in message
     with pytest.raises(ValueError, match="holds a model of type 'clip_vision_model', not HuBERT"):
         Encoders.from_pretrained(tiny_clip_folder, tiny_clip_folder)
+
+
+@pytest.mark.parametrize("known_type", [True, False])
+def test_code_in_an_encoders_folder_is_never_run(
+    tmp_path, tiny_clip_folder, tiny_hubert_folder, monkeypatch, known_type
+):
+    mark = tmp_path / "the code ran"
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *_: asked.append(1) or "y")
+
+    def with_code(folder: Path, name: str) -> Path:
+        copied = shutil.copytree(folder, tmp_path / name)
+        (copied / "evil.py").write_text(f"open({str(mark)!r}, 'w')")
+        config = json.loads((copied / "config.json").read_text())
+        config["auto_map"] = {"AutoConfig": "evil.Config", "AutoModel": "evil.Model"}
+        if not known_type:
+            config["model_type"] = "evil"
+        (copied / "config.json").write_text(json.dumps(config))
+        return copied
+
+    clip, hubert = with_code(tiny_clip_folder, "clip"), with_code(tiny_hubert_folder, "hubert")
+    if known_type:
+        Encoders.from_pretrained(clip, hubert)
+    else:
+        with pytest.raises(ConfigError, match=r"model\.visual_encoder: .*needs code from its folder .*never run"):
+            Encoders.from_pretrained(clip, hubert)
+        with pytest.raises(ConfigError, match=r"model\.audio_encoder: .*needs code from its folder .*never run"):
+            Encoders.from_pretrained(tiny_clip_folder, hubert)
+    assert not asked
+    assert not mark.exists()
+
+
+def test_a_published_hubert_without_its_mask_embedding_loads_and_one_without_a_layer_does_not(
+    tmp_path, tiny_clip_folder, tiny_hubert_folder
+):
+    folder = shutil.copytree(tiny_hubert_folder, tmp_path / "hubert")
+    state = load_file(folder / "model.safetensors")
+    state.pop("masked_spec_embed", None)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    same = Encoders.from_pretrained(tiny_clip_folder, folder)
+    clips = torch.randn(1, 32_000, generator=torch.Generator().manual_seed(0))
+    expected = Encoders.from_pretrained(tiny_clip_folder, tiny_hubert_folder).encode_audio(clips)
+    assert torch.equal(same.encode_audio(clips), expected)
+    name = min(name for name in state if name.startswith("encoder.layers.4"))
+    del state[name]
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=rf"model\.audio_encoder: .*lack 1 tensors .*first {name}"):
+        Encoders.from_pretrained(tiny_clip_folder, folder)

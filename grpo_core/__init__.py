@@ -11,12 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from grpo_kernels import __version__
 
-# `python -m` of a module that is no program would end with status 0, having done nothing
-if getattr(sys, "argv", [""])[:1] == ["-m"]:
-    from grpo_kernels._module_run import refuse_module_run
-
-    refuse_module_run(__name__, __path__[0])
-
 if TYPE_CHECKING:
     from grpo_core.algorithm.losses import LOSS_TYPES, Surrogate, register_loss
     from grpo_core.config import (
@@ -106,3 +100,10 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+# `python -m` of a module that is no program would end with status 0, having done nothing
+if getattr(sys, "argv", [""])[:1] == ["-m"]:
+    from grpo_kernels._module_run import refuse_module_run
+
+    refuse_module_run(__name__, __path__[0])

@@ -42,7 +42,7 @@ class SFTTrainer(TrainingLoop):
     Dropout, if the policy has any, is on, and seeded by step and rank: a resumed run draws what it would have drawn.
 
     Raises:
-        ValueError: fewer examples than a step needs.
+        ValueError: fewer examples than a step needs, or a token id that the model does not have.
         FirstStepError: in the first step, where a kind of feature has no effect.
     """
 
@@ -60,6 +60,7 @@ class SFTTrainer(TrainingLoop):
         evaluate: Callable[[], dict[str, float]] | None = None,
     ):
         check_enough_items(len(examples), config.run.prompts_per_step)
+        policy.check_token_ids((e.prompt for e in examples), (e.target_ids for e in examples))
         super().__init__(policy, config.optim, config.run, dist=dist, save_model=save_model, evaluate=evaluate)
         self.examples = examples
 

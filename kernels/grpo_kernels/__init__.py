@@ -12,12 +12,6 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"  # setup.py reads this line
 
-# `python -m` of a module that is no program would end with status 0, having done nothing
-if getattr(sys, "argv", [""])[:1] == ["-m"]:
-    from grpo_kernels._module_run import refuse_module_run
-
-    refuse_module_run(__name__, __path__[0])
-
 if TYPE_CHECKING:
     from grpo_kernels._backend import Backend, choose_backend
     from grpo_kernels.attention.group_attention import group_attention
@@ -111,3 +105,10 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+# `python -m` of a module that is no program would end with status 0, having done nothing
+if getattr(sys, "argv", [""])[:1] == ["-m"]:
+    from grpo_kernels._module_run import refuse_module_run
+
+    refuse_module_run(__name__, __path__[0])

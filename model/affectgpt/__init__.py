@@ -11,12 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from grpo_kernels import __version__  # one distribution, one version; this import needs no torch either
 
-# `python -m` of a module that is no program would end with status 0, having done nothing
-if getattr(sys, "argv", [""])[:1] == ["-m"]:
-    from grpo_kernels._module_run import refuse_module_run
-
-    refuse_module_run(__name__, __path__[0])
-
 if TYPE_CHECKING:
     from affectgpt.config import R1Config, SupervisedConfig, TaskConfig
     from affectgpt.data.datasets import Sample, load_folder, load_jsonl, load_mer2025, load_mer2026, load_ovmerd_plus
@@ -78,3 +72,10 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+
+
+# `python -m` of a module that is no program would end with status 0, having done nothing
+if getattr(sys, "argv", [""])[:1] == ["-m"]:
+    from grpo_kernels._module_run import refuse_module_run
+
+    refuse_module_run(__name__, __path__[0])

@@ -1,5 +1,6 @@
 """Loading from local folders: what is missing, damaged or code is one sentence; nothing random is trained."""
 
+import ast
 import builtins
 import json
 import re
@@ -266,6 +267,24 @@ def test_code_in_a_folder_is_neither_run_nor_asked_about(copied, tmp_path, monke
                 load(copied, KEY)
             assert is_one_sentence(caught.value)
     assert not mark.exists()
+
+
+def test_every_load_in_the_sources_takes_local_files_only_and_no_code():
+    """All go through this module, or hand its arguments on; our own classes and PEFT's load no code."""
+    root = Path(__file__).parents[2]
+    files = [path for room in ("grpo_core", "model", "recipes", "bench") for path in (root / room).rglob("*.py")]
+    assert len(files) > 80
+    calls = []
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                owner = ast.unparse(node.func.value)
+                if node.func.attr == "from_pretrained" and owner not in ("AffectGPT", "Encoders", "cls"):
+                    given = {keyword.arg or ast.unparse(keyword.value) for keyword in node.keywords}
+                    calls.append((f"{path.name}: {owner}", given))
+    assert len(calls) >= 5
+    for call, given in calls:
+        assert "LOCAL" in given or call.endswith((": PeftModel", ": PeftConfig")), call
 
 
 # --- dtypes ----------------------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from affectgpt.modeling.fusion import Fusion, FusionInput
 from affectgpt.prompts import PLACEHOLDERS, placeholder_features
 from grpo_core.config.fields import ConfigError
-from grpo_core.pretrained import load_model, load_tokenizer, probe_text, read_config
+from grpo_core.pretrained import check_weight_file, load_model, load_tokenizer, probe_text, read_config
 from grpo_core.types import Prompt
 
 CONFIG_FILE = "affectgpt.json"
@@ -54,20 +53,37 @@ class AffectGPTConfig:
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> AffectGPTConfig:
-        """Read `folder/affectgpt.json`; relative folders in it are relative to `folder`."""
+        """Read `folder/affectgpt.json`; relative folders in it are relative to `folder`.
+
+        Raises:
+            ConfigError: the folder holds no AffectGPT, or the file is damaged.
+        """
         path = Path(folder).resolve() / CONFIG_FILE
+        if not Path(folder).is_dir():
+            raise ConfigError(
+                f"model.path: there is no folder {folder}: give one that AffectGPT.save_pretrained wrote; nothing is "
+                "downloaded"
+            )
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing: {folder} was not written by AffectGPT.save_pretrained")
+            llm = (path.parent / "config.json").is_file()
+            advice = (
+                "if it is a causal LM, give it as model.llm" if llm else "give one that AffectGPT.save_pretrained wrote"
+            )
+            raise ConfigError(f"model.path: {path} is missing, so {folder} holds no AffectGPT: {advice}")
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not valid JSON ({error}): save the model again") from error
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"model.path: {path} is not valid JSON ({error}): save the model again") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"model.path: {path} is no config of an AffectGPT: save the model again")
         fields = {field.name: field for field in dataclasses.fields(cls)}
         required = {name for name, field in fields.items() if field.default is dataclasses.MISSING}
         if unknown := sorted(values.keys() - fields.keys()):
-            raise ValueError(f"{path} has unknown keys {', '.join(unknown)}: known are {', '.join(fields)}")
+            raise ConfigError(
+                f"model.path: {path} has unknown keys {', '.join(unknown)}: known are {', '.join(fields)}"
+            )
         if missing := sorted(required - values.keys()):
-            raise ValueError(f"{path} lacks {', '.join(missing)}: save the model again")
+            raise ConfigError(f"model.path: {path} lacks {', '.join(missing)}: save the model again")
         for name in ("llm", "visual_encoder", "audio_encoder"):
             # an absolute path replaces `path.parent`; normpath and not resolve, which would follow symbolic links
             values[name] = os.path.normpath(path.parent / values[name])
@@ -185,21 +201,16 @@ class AffectGPT(nn.Module):
             llm, visual_encoder, audio_encoder: current folders of the frozen models, if they were moved.
 
         Raises:
-            ConfigError: the base LLM is missing or incomplete.
-            FileNotFoundError: a file of `folder` is missing.
-            ValueError: a file is damaged, or holds tensors of another model.
+            ConfigError: a file of `folder` is missing or damaged, or the base LLM is.
+            ValueError: a file holds tensors of another model.
         """
         config = AffectGPTConfig.load(folder)
         folders = {"llm": llm, "visual_encoder": visual_encoder, "audio_encoder": audio_encoder}
         moved: dict[str, Any] = {name: os.path.abspath(path) for name, path in folders.items() if path is not None}
         config = dataclasses.replace(config, **moved)
         weights = Path(folder) / WEIGHTS_FILE
-        if not weights.is_file():
-            raise FileNotFoundError(f"{weights} is missing: save the model again, or copy the whole folder")
-        try:
-            state = load_file(weights)  # before the LLM, whose loading takes minutes: damage shows at once
-        except SafetensorError as error:
-            raise ValueError(f"{weights} is damaged ({error}): save or copy it again") from error
+        check_weight_file(weights, "model.path")  # before the LLM, whose loading takes minutes: damage shows at once
+        state = load_file(weights)
         model = cls._over_base(config, device, dtype, attn_implementation)
         model.load_trained(state, str(weights))
         return model.eval()

@@ -82,7 +82,12 @@ class Encoders:
         )
         audio = _load(audio_folder, "model.audio_encoder", "HuBERT", ("hubert",), HubertModel, _probe_audio)
         processor_file = Path(visual_folder) / "preprocessor_config.json"
-        processor = json.loads(processor_file.read_text("utf-8")) if processor_file.is_file() else None
+        try:
+            processor = json.loads(processor_file.read_text("utf-8")) if processor_file.is_file() else None
+        except ValueError as error:
+            raise ConfigError(
+                f"model.visual_encoder: {processor_file} is not valid JSON ({error}): copy it again"
+            ) from error
         return cls(visual, audio, processor, device=device, dtype=dtype, batch=batch)
 
     @torch.inference_mode()

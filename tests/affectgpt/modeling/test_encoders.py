@@ -265,3 +265,29 @@ def test_a_published_hubert_without_its_mask_embedding_loads_and_one_without_a_l
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConfigError, match=rf"model\.audio_encoder: .*lack 1 tensors .*first {name}"):
         Encoders.from_pretrained(tiny_clip_folder, folder)
+
+
+def test_pickled_encoder_weights_load_and_code_in_them_does_not_run(
+    tmp_path, tiny_clip_folder, tiny_hubert_folder, capsys
+):
+    folder = shutil.copytree(tiny_hubert_folder, tmp_path / "hubert")
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(state, folder / "pytorch_model.bin")
+    assert Encoders.from_pretrained(tiny_clip_folder, folder).audio_dim == 20
+
+    class Malicious:
+        def __reduce__(self):
+            return print, ("code ran",)
+
+    torch.save(state | {"masked_spec_embed": Malicious()}, folder / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match=r"^model\.audio_encoder: .*does not load"):
+        Encoders.from_pretrained(tiny_clip_folder, folder)
+    assert "code ran" not in capsys.readouterr().out
+
+
+def test_image_processing_that_cannot_be_read_is_named(tmp_path, tiny_clip_folder, tiny_hubert_folder):
+    folder = shutil.copytree(tiny_clip_folder, tmp_path / "clip")
+    (folder / "preprocessor_config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"preprocessor_config\.json is not valid JSON .*copy it again"):
+        Encoders.from_pretrained(folder, tiny_hubert_folder)

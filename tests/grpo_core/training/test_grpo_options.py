@@ -307,6 +307,22 @@ def test_supervised_training_stops_where_a_feature_has_no_effect(tmp_path, used)
             assert torch.equal(parameter, before[name])  # found before the first update
 
 
+def test_ids_of_another_models_tokenizer_are_named_before_the_first_step(tmp_path):
+    trainer = make_trainer(tmp_path)
+    arguments = (trainer.policy, trainer.sampler, [Prompt("odd", (3, 97))] * 12, trainer.rewards, trainer.config)
+    with pytest.raises(ValueError, match="prompt 'odd' has token id 97, but the model has 97 embeddings"):
+        grpo.GRPOTrainer(*arguments)
+    config = SFTConfig(run=RunConfig(output_dir=tmp_path, prompts_per_step=1))
+    for example, words in (
+        (Example(Prompt("odd", (3, 200)), (4,)), "prompt 'odd' has token id 200"),
+        (Example(Prompt("p", (3,)), (4, 98)), "a target has token id 98"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            SFTTrainer(trainer.policy, [example], config)
+    elsewhere = Policy(trainer.policy.model, embed=trainer.policy.embed)  # an embed of its own knows its placeholders
+    elsewhere.check_token_ids([Prompt("odd", (3, 97))])
+
+
 def test_what_one_rank_finds_all_ranks_raise(monkeypatch):
     monkeypatch.setattr(sanity, "gather_objects", lambda found, dist: [found, "of the other rank"])
     with pytest.raises(FirstStepError, match="of the other rank"):

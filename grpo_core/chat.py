@@ -11,6 +11,8 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from grpo_core.errors import InputError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -45,7 +47,7 @@ def encode_chat(
         Token ids, and the tag that the template opened for the answer (`opened_tag`), which is in the ids already.
 
     Raises:
-        ValueError: the tokenizer has no chat template, or the template refuses the messages.
+        InputError: the tokenizer has no chat template, or the template refuses the messages.
     """
     text = render_chat(tokenizer, messages, **template_options)
     # the template has written the special tokens already; with a second BOS the model would see a new kind of text
@@ -56,10 +58,10 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str,
     """Write chat messages by the tokenizer's template, up to where the model's answer begins.
 
     Raises:
-        ValueError: the tokenizer has no chat template, or the template refuses the messages.
+        InputError: the tokenizer has no chat template, or the template refuses the messages.
     """
     if not tokenizer.chat_template:
-        raise ValueError(
+        raise InputError(
             "the tokenizer has no chat_template: write the prompt as text, or use a chat model's tokenizer"
         )
     try:
@@ -68,7 +70,7 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str,
         )
     # Exception: a template may raise what it likes (jinja2's TemplateError, KeyError, TypeError)
     except Exception as error:
-        raise ValueError(
+        raise InputError(
             f"the tokenizer's chat template refuses the messages ({' '.join(str(error).split())})"
         ) from error
     return str(text)

@@ -28,7 +28,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from grpo_core.config.fields import ConfigError
+from grpo_core.errors import InputError
 
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 """Arguments for every `from_pretrained`: no network, no code from the folder. Left out, transformers asks at a terminal
@@ -48,47 +48,47 @@ def check_folder(folder: str | os.PathLike, key: str) -> Path:
         key: the option that names the folder, for messages.
 
     Raises:
-        ConfigError: it is missing, a file, a name on the Hugging Face Hub, an adapter, or without config.json.
+        InputError: it is missing, a file, a name on the Hugging Face Hub, an adapter, or without config.json.
     """
     path = Path(folder)
     if not path.exists():
         if re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)) and not path.parent.exists():
-            raise ConfigError(
+            raise InputError(
                 f"{key}: there is no folder {folder}, and nothing is downloaded: if it is a name on the Hugging Face "
                 f"Hub, run `hf download {folder} --local-dir DIR` first, and give DIR"
             )
-        raise ConfigError(f"{key}: there is no folder {folder}: {_AS_SAVED}; if it was moved, give its new path")
+        raise InputError(f"{key}: there is no folder {folder}: {_AS_SAVED}; if it was moved, give its new path")
     if not path.is_dir():
-        raise ConfigError(f"{key}: {folder} is a file: {_AS_SAVED}")
+        raise InputError(f"{key}: {folder} is a file: {_AS_SAVED}")
     if (path / "config.json").is_file():
         return path
     if (path / ADAPTER_CONFIG).is_file():
-        raise ConfigError(
+        raise InputError(
             f"{key}: {folder} holds an adapter, not a whole model: give the model that it was merged into "
             "(merge_and_unload, then save_pretrained), or its base"
         )
     snapshots = sorted((path / "snapshots").glob("*/config.json"))
     advice = f"give {snapshots[-1].parent}" if snapshots else _AS_SAVED  # a folder of the Hub's cache
-    raise ConfigError(f"{key}: {folder} has no config.json: {advice}")
+    raise InputError(f"{key}: {folder} has no config.json: {advice}")
 
 
 def read_config(folder: str | os.PathLike, key: str) -> PreTrainedConfig:
     """Read a model's config.json.
 
     Raises:
-        ConfigError: the folder is refused (`check_folder`), the file is damaged, or the model needs code of its own.
+        InputError: the folder is refused (`check_folder`), the file is damaged, or the model needs code of its own.
     """
     path = check_folder(folder, key)
     try:
         raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{key}: {path}/config.json cannot be read ({one_line(error)}): {_COPY}") from error
+        raise InputError(f"{key}: {path}/config.json cannot be read ({one_line(error)}): {_COPY}") from error
     if not isinstance(raw, dict):
-        raise ConfigError(f"{key}: {path}/config.json holds no model's config: {_COPY}")
+        raise InputError(f"{key}: {path}/config.json holds no model's config: {_COPY}")
     # a name with a slash makes transformers fetch a kernel of that name from the Hub and run it
     for name, value in _entries(raw):
         if name.endswith("attn_implementation") and isinstance(value, str) and "/" in value:
-            raise ConfigError(
+            raise InputError(
                 f"{key}: {path}/config.json sets {name} to {value!r}, which is code from the Hugging Face Hub and is "
                 "never run: remove the line"
             )
@@ -98,11 +98,11 @@ def read_config(folder: str | os.PathLike, key: str) -> PreTrainedConfig:
     except Exception as error:
         model_type = raw.get("model_type")
         if "auto_map" in raw:
-            raise ConfigError(
+            raise InputError(
                 f"{key}: a model of type {model_type!r} needs code from its folder {path} (auto_map in config.json), "
                 "which is never run: use a model of a type that transformers knows"
             ) from error
-        raise ConfigError(
+        raise InputError(
             f"{key}: {path}/config.json cannot be read, model type {model_type!r} ({one_line(error)}): use a model of "
             "a type that this release of transformers knows, with the config.json that it came with"
         ) from error
@@ -116,7 +116,7 @@ def check_weights(folder: str | os.PathLike, key: str, *, pickled: bool = False)
         pickled: also accept `pytorch_model.bin`, which is then read with `weights_only`, so that no code in it runs.
 
     Raises:
-        ConfigError: no weights, a missing or a damaged file.
+        InputError: no weights, a missing or a damaged file.
     """
     path = Path(folder)
     for name in ("model.safetensors", *(("pytorch_model.bin",) if pickled else ())):
@@ -129,7 +129,7 @@ def check_weights(folder: str | os.PathLike, key: str, *, pickled: bool = False)
                     path / shard for shard in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
                 ]
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ConfigError(f"{key}: {index} cannot be read ({one_line(error)}): {_COPY}") from error
+                raise InputError(f"{key}: {index} cannot be read ({one_line(error)}): {_COPY}") from error
         else:
             continue
         for file in files:
@@ -137,31 +137,31 @@ def check_weights(folder: str | os.PathLike, key: str, *, pickled: bool = False)
         return files
     others = sorted(file.name for pattern in ("*.bin", "*.pth", "*.pt", "*.gguf") for file in path.glob(pattern))
     if others:
-        raise ConfigError(
+        raise InputError(
             f"{key}: {path} has its weights in {others[0]}, but only safetensors are read: load it once with "
             "transformers, and save it again with save_pretrained"
         )
-    raise ConfigError(f"{key}: {path} has no weights (model.safetensors): {_AS_SAVED}")
+    raise InputError(f"{key}: {path} has no weights (model.safetensors): {_AS_SAVED}")
 
 
 def check_weight_file(file: Path, key: str) -> None:
     """Check by its header that a file of weights is whole.
 
     Raises:
-        ConfigError: it is missing, cut off, or only the pointer that git leaves where Git LFS was not installed.
+        InputError: it is missing, cut off, or only the pointer that git leaves where Git LFS was not installed.
     """
     if not file.is_file():
-        raise ConfigError(f"{key}: {file} is missing: {_COPY}")
+        raise InputError(f"{key}: {file} is missing: {_COPY}")
     with file.open("rb") as opened:
         if opened.read(40).startswith(b"version https://git-lfs"):
-            raise ConfigError(f"{key}: {file} is a pointer of Git LFS, not the weights: run `git lfs pull` there")
+            raise InputError(f"{key}: {file} is a pointer of Git LFS, not the weights: run `git lfs pull` there")
     if file.suffix != ".safetensors":
         return
     try:
         with safe_open(file, "pt"):
             pass
     except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{key}: {file} is damaged ({one_line(error)}): copy it again") from error
+        raise InputError(f"{key}: {file} is damaged ({one_line(error)}): copy it again") from error
 
 
 def load_model(
@@ -188,14 +188,14 @@ def load_model(
         options: for `from_pretrained`.
 
     Raises:
-        ConfigError: the folder, its config or its weights are refused; the message names the tensor.
+        InputError: the folder, its config or its weights are refused; the message names the tensor.
     """
     path = check_folder(folder, key)
     if config is None:
         config = read_config(path, key)
     if (path / ADAPTER_CONFIG).is_file():
         # transformers would load the adapter's base instead, and put the adapter into it
-        raise ConfigError(
+        raise InputError(
             f"{key}: {path} holds a whole model and an adapter ({ADAPTER_CONFIG}): move one of them to another folder"
         )
     check_weights(path, key, pickled=pickled)
@@ -222,17 +222,17 @@ def load_model(
         reason = one_line(error)
         if "conversion of the weights" in reason:  # transformers names the tensors in its log only
             reason = "tensors that are joined when they are loaded, such as a layer's experts, are missing or misshapen"
-        raise ConfigError(
+        raise InputError(
             f"{key}: {path}, a model of type {config.model_type!r}, does not load ({reason}): {_AS_SAVED}"
         ) from error
     if info["mismatched_keys"]:
         name, found, needed = min(info["mismatched_keys"], key=lambda item: item[0])
-        raise ConfigError(
+        raise InputError(
             f"{key}: the weights in {path} do not fit its config.json: {name} is {list(found)}, the config says "
             f"{list(needed)}: {_COPY}"
         )
     if missing := sorted(missing_parameters(model, info["missing_keys"], probe)):
-        raise ConfigError(
+        raise InputError(
             f"{key}: the weights in {path} lack {len(missing)} tensors that a model of type {config.model_type!r} "
             f"needs, first {missing[0]}: {_COPY}"
         )
@@ -282,7 +282,7 @@ def load_causal_lm(folder: str | os.PathLike, key: str, **options: Any) -> PreTr
         options: for the model's `from_pretrained`, such as `dtype`.
 
     Raises:
-        ConfigError: the folder is refused, or the adapter's base.
+        InputError: the folder is refused, or the adapter's base.
     """
     # absolute: an adapter saved later names this folder, and may be loaded from another working directory
     path = Path(os.path.abspath(folder))
@@ -299,12 +299,12 @@ def load_causal_lm(folder: str | os.PathLike, key: str, **options: Any) -> PreTr
     try:
         adapted: PeftModel = PeftModel.from_pretrained(base, path, config=config, is_trainable=True)
     except (OSError, RuntimeError, ValueError, KeyError) as error:
-        raise ConfigError(f"{key}: the adapter in {path} does not fit its base ({one_line(error)}): {_COPY}") from error
+        raise InputError(f"{key}: the adapter in {path} does not fit its base ({one_line(error)}): {_COPY}") from error
     with safe_open(path / _ADAPTER_WEIGHTS, "pt") as file:
         stored = set(file.keys())
     # PEFT only warns, and leaves fresh weights where the file has none
     if missing := sorted(get_peft_model_state_dict(adapted).keys() - stored):
-        raise ConfigError(
+        raise InputError(
             f"{key}: {path / _ADAPTER_WEIGHTS} lacks {len(missing)} tensors of its adapter, first {missing[0]}: {_COPY}"
         )
     return adapted
@@ -320,22 +320,22 @@ def read_adapter(folder: str | os.PathLike, key: str) -> tuple[PeftConfig, Path]
     """Read an adapter's config, and find its base.
 
     Raises:
-        ConfigError: the config is damaged, the weights are, the base is no local folder, or the adapter is of a kind
+        InputError: the config is damaged, the weights are, the base is no local folder, or the adapter is of a kind
             that is not a change of the model's weights (prompt tuning).
     """
     path = Path(folder)
     try:
         config = PeftConfig.from_pretrained(str(path), local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"{key}: {path / ADAPTER_CONFIG} cannot be read ({one_line(error)}): {_COPY}") from error
+        raise InputError(f"{key}: {path / ADAPTER_CONFIG} cannot be read ({one_line(error)}): {_COPY}") from error
     if config.is_prompt_learning:
-        raise ConfigError(f"{key}: {path} holds an adapter of type {config.peft_type}: only LoRA's kind is trained")
+        raise InputError(f"{key}: {path} holds an adapter of type {config.peft_type}: only LoRA's kind is trained")
     check_weight_file(path / _ADAPTER_WEIGHTS, key)
     named = config.base_model_name_or_path or ""
     candidates = [Path(named), path / named] if named else []
     base = next((base for base in candidates if (base / "config.json").is_file()), None)
     if base is None:
-        raise ConfigError(
+        raise InputError(
             f"{key}: {path} holds an adapter of {named!r}, and there is no such folder: write the folder of its base "
             f"as base_model_name_or_path into {path / ADAPTER_CONFIG}"
         )
@@ -346,7 +346,7 @@ def load_tokenizer(folder: str | os.PathLike, key: str) -> PreTrainedTokenizerBa
     """Load the tokenizer in a model's folder or, if an adapter's folder has none, that of its base.
 
     Raises:
-        ConfigError: there is none, or it is damaged, or needs code from the folder.
+        InputError: there is none, or it is damaged, or needs code from the folder.
     """
     path = Path(folder)
     if is_adapter(path):
@@ -354,7 +354,7 @@ def load_tokenizer(folder: str | os.PathLike, key: str) -> PreTrainedTokenizerBa
     else:
         read_config(path, key)  # for its messages: transformers' tokenizer loader reads the config too
     if not _has_tokenizer(path):
-        raise ConfigError(
+        raise InputError(
             f"{key}: {path} holds no tokenizer: save it there too (tokenizer.save_pretrained), or copy tokenizer.json "
             "and tokenizer_config.json from the model that it was made of"
         )
@@ -362,7 +362,7 @@ def load_tokenizer(folder: str | os.PathLike, key: str) -> PreTrainedTokenizerBa
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, **LOCAL)
     # Exception: the parser of tokenizer.json, written in Rust, raises no narrower class
     except Exception as error:
-        raise ConfigError(f"{key}: the tokenizer in {path} does not load ({one_line(error)}): {_COPY}") from error
+        raise InputError(f"{key}: the tokenizer in {path} does not load ({one_line(error)}): {_COPY}") from error
     return tokenizer
 
 

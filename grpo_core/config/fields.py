@@ -10,6 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, Union, get_args, get_origin, get_type_hints
 
+from grpo_core.errors import InputError
+
 # A value from YAML or the command line, before its field's type reads it: null, text, or lists and mappings of these.
 Raw = None | str | list["Raw"] | dict[str, "Raw"]
 
@@ -26,7 +28,7 @@ _BOOLS = {"true": True, "false": False}
 _INFINITIES = {".inf": "inf", "+.inf": "inf", "-.inf": "-inf"}
 
 
-class ConfigError(ValueError):
+class ConfigError(InputError):
     """A configuration is refused; the message names the key, where it was set, and the fix."""
 
 

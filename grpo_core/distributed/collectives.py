@@ -48,6 +48,7 @@ def init(device: str | None = None, timeout_seconds: float = 600.0) -> Distribut
         timeout_seconds: how long a collective waits for the other ranks before it fails.
 
     Raises:
+        InputError: CUDA is asked for, and there is no CUDA device.
         RuntimeError: more processes on this machine than CUDA devices.
     """
     device_type = device or ("cuda" if torch.cuda.is_available() else "cpu")

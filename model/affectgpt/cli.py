@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+from grpo_core.errors import REFUSED, run_program
+
 if TYPE_CHECKING:
     from affectgpt.config import R1Config, TaskConfig
     from affectgpt.evaluation import Evaluation
@@ -259,7 +261,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; None takes those of the process.
 
     Returns:
-        The exit status: 0, 1 if the work failed, 2 if the arguments or the config were refused.
+        The exit status: 0, 1 if the work failed, 2 if an argument, a file or a model was refused.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments[0] if arguments else "--help"
@@ -270,15 +272,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         near = difflib.get_close_matches(name, COMMANDS, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(COMMANDS)}"
         print(f"error: unknown command {name!r}: {hint}", file=sys.stderr)
-        return 2
-    try:
-        return COMMANDS[name].run(arguments[1:]) or 0
-    # mistakes of the user, whose message is enough; any other error is a bug and keeps its traceback
-    except (ValueError, FileNotFoundError, NotImplementedError) as error:
-        from grpo_core.config.fields import ConfigError
-
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+        return REFUSED
+    return run_program(lambda: COMMANDS[name].run(arguments[1:]))
 
 
 def _help() -> str:

@@ -318,6 +318,11 @@ class Stages:
         return lambda: {"eval/f1": self.score(sampler, self.validation, "validation", "validation").f1}
 
 
+def synthetic_home(config: TaskConfig) -> Path:
+    """Return the folder, one per seed beside the runs, in which synthetic clips and tiny models are made."""
+    return config.run.output_dir / "synthetic" / f"seed-{config.run.seed}"
+
+
 def prepare_synthetic(config: TaskConfig, dist: Distributed) -> TaskConfig:
     """Make the clips and models of `data.format: synthetic`, and return a config that names them.
 
@@ -328,7 +333,7 @@ def prepare_synthetic(config: TaskConfig, dist: Distributed) -> TaskConfig:
     layout = config.data.layout
     if not isinstance(layout, SyntheticLayout):
         return config
-    home = config.run.output_dir / "synthetic" / f"seed-{config.run.seed}"
+    home = synthetic_home(config)
     root = config.data.root or home / "clips"
     wants_models = config.model.path is None and config.model.llm is None
     if dist.main_process:  # the others wait at the barrier, then read the same folder

@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from grpo_core import GroupSampler, GRPOConfig, GRPOTrainer, Policy, Prompt, Reward, load_config, load_reward
 from grpo_core.chat import encode_chat, encode_text, turn_end
 from grpo_core.distributed import finalize, init
+from grpo_core.errors import InputError, run_program
 from grpo_core.pretrained import is_adapter, load_causal_lm, load_tokenizer, read_adapter, save_model, stored_dtype
 from grpo_core.reward_adapters import check_columns
 
@@ -46,14 +47,14 @@ class TextConfig(GRPOConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.reward:
-            raise ValueError("reward is empty: name at least one, file.py:name or package.module:name")
+            raise InputError("reward is empty: name at least one, file.py:name or package.module:name")
 
 
 def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
     """Make one prompt of each line of a jsonl.
 
     Raises:
-        ValueError: a line that is not a JSON object with a `prompt`.
+        InputError: a line that is not a JSON object with a `prompt`.
     """
     prompts = []
     with path.open(encoding="utf-8") as lines:
@@ -61,10 +62,10 @@ def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number} is not JSON ({error}): write one object per line") from error
+                raise InputError(f"{path}, line {number} is not JSON ({error}): write one object per line") from error
             if not isinstance(row, dict) or "prompt" not in row:
                 columns = ", ".join(row) if isinstance(row, dict) else repr(row)
-                raise ValueError(f"{path}, line {number} has no column 'prompt', but {columns}: add it")
+                raise InputError(f"{path}, line {number} has no column 'prompt', but {columns}: add it")
             prompts.append(make_prompt(number, row, tokenizer))
     return prompts
 
@@ -106,7 +107,7 @@ def main() -> None:
     if is_adapter(config.model):
         rank = getattr(read_adapter(config.model, "model")[0], "r", 0)
         if config.lora_r not in (0, rank):
-            raise ValueError(
+            raise InputError(
                 f"lora_r is {config.lora_r}, but {config.model} holds an adapter of rank {rank}, which is continued: "
                 "leave lora_r out, or merge the adapter into its base and give that"
             )
@@ -151,8 +152,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     # Mistakes in paths, columns and options are one line, not a traceback.
-    try:
-        main()
-    except (ValueError, OSError, ImportError, NotImplementedError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(run_program(main))

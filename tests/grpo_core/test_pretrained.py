@@ -23,7 +23,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from grpo_core.config.fields import ConfigError
+from grpo_core.errors import InputError
 from grpo_core.pretrained import (
     check_weights,
     load_causal_lm,
@@ -69,7 +69,7 @@ def halve(path: Path) -> None:
     path.write_bytes(whole[: len(whole) // 2])
 
 
-def is_one_sentence(error: ConfigError) -> bool:
+def is_one_sentence(error: InputError) -> bool:
     text = str(error)
     return "\n" not in text and not re.search(r"[.!?] [A-Z]", text) and "trust_remote_code" not in text
 
@@ -96,7 +96,7 @@ def test_what_is_no_model_folder_is_named_with_the_way_out_and_nothing_is_asked_
         (folder / "model.safetensors", "is a file"),
         (cache, f"give {cache / 'snapshots' / 'abc'}"),
     ):
-        with pytest.raises(ConfigError) as caught:
+        with pytest.raises(InputError) as caught:
             load(place, KEY)
         assert str(caught.value).startswith(f"{KEY}: ")
         assert str(place) in str(caught.value)
@@ -139,7 +139,7 @@ def test_what_is_no_model_folder_is_named_with_the_way_out_and_nothing_is_asked_
 )
 def test_a_folder_that_would_train_a_random_layer_or_not_load_is_refused(copied, damage, words):
     damage(copied)
-    with pytest.raises(ConfigError, match=rf"^{KEY}: (the weights in )?{copied}.*{words}") as caught:
+    with pytest.raises(InputError, match=rf"^{KEY}: (the weights in )?{copied}.*{words}") as caught:
         load_causal_lm(copied, KEY)
     assert is_one_sentence(caught.value)
 
@@ -149,13 +149,13 @@ def test_a_shard_that_is_missing_or_cut_is_named(tmp_path):
     shards = check_weights(tmp_path, KEY)
     assert len(shards) > 1
     halve(shards[1])
-    with pytest.raises(ConfigError, match=f"{shards[1].name} is damaged"):
+    with pytest.raises(InputError, match=f"{shards[1].name} is damaged"):
         load_causal_lm(tmp_path, KEY)
     shards[1].unlink()
-    with pytest.raises(ConfigError, match=f"{shards[1].name} is missing"):
+    with pytest.raises(InputError, match=f"{shards[1].name} is missing"):
         load_causal_lm(tmp_path, KEY)
     (tmp_path / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"index\.json cannot be read"):
+    with pytest.raises(InputError, match=r"index\.json cannot be read"):
         load_causal_lm(tmp_path, KEY)
 
 
@@ -175,10 +175,10 @@ def test_parts_that_the_forward_never_calls_may_be_missing(tmp_path, tiny_hubert
         return model(torch.zeros(1, 4000)).last_hidden_state
 
     assert load_model(HubertModel, hubert, KEY, probe=probe_audio).config.model_type == "hubert"
-    with pytest.raises(ConfigError, match="masked_spec_embed"):
+    with pytest.raises(InputError, match="masked_spec_embed"):
         load_model(HubertModel, hubert, KEY)  # nothing is known to be unused
     drop(hubert, "encoder.layers.0.attention.k_proj.weight")
-    with pytest.raises(ConfigError, match=r"lack 1 tensors .*first encoder.layers.0.attention.k_proj.weight"):
+    with pytest.raises(InputError, match=r"lack 1 tensors .*first encoder.layers.0.attention.k_proj.weight"):
         load_model(HubertModel, hubert, KEY, probe=probe_audio)
 
     text = Qwen2Config(**SIZES)
@@ -194,7 +194,7 @@ def test_parts_that_the_forward_never_calls_may_be_missing(tmp_path, tiny_hubert
         tmp_path / "llava",
         next(name for name in names if "layers.0.self_attn.q_proj.weight" in name and "lang" in name),
     )
-    with pytest.raises(ConfigError, match=r"lack 1 tensors .*q_proj"):
+    with pytest.raises(InputError, match=r"lack 1 tensors .*q_proj"):
         load_model(LlavaForConditionalGeneration, tmp_path / "llava", KEY, probe=probe_text)
 
 
@@ -206,7 +206,7 @@ def test_an_expert_that_two_tokens_do_not_reach_is_not_optional(tmp_path):
     for name in (lost[0], lost[-1]):
         copied = shutil.copytree(tmp_path, tmp_path / "copied", dirs_exist_ok=True, ignore=lambda *_: ["copied"])
         drop(copied, name)
-        with pytest.raises(ConfigError, match="experts"):
+        with pytest.raises(InputError, match="experts"):
             load_causal_lm(copied, KEY)
 
 
@@ -234,7 +234,7 @@ def test_the_probe_leaves_what_is_trained_as_it_was():
 def test_a_folder_without_a_whole_tokenizer_is_refused(copied, damage, words):
     """transformers makes a Qwen2 tokenizer of one token where the files are missing."""
     damage(copied)
-    with pytest.raises(ConfigError, match=words) as caught:
+    with pytest.raises(InputError, match=words) as caught:
         load_tokenizer(copied, KEY)
     assert str(copied) in str(caught.value)
     assert is_one_sentence(caught.value)
@@ -261,9 +261,7 @@ def test_code_in_a_folder_is_neither_run_nor_asked_about(copied, tmp_path, monke
         if known_type:
             load(copied, KEY)  # by transformers' own class
         else:
-            with pytest.raises(
-                ConfigError, match=r"'evil' needs code from its folder .*, which is never run"
-            ) as caught:
+            with pytest.raises(InputError, match=r"'evil' needs code from its folder .*, which is never run") as caught:
                 load(copied, KEY)
             assert is_one_sentence(caught.value)
     assert not mark.exists()
@@ -374,18 +372,18 @@ def test_an_adapter_folder_is_its_base_with_the_adapter_ready_to_be_trained_on(a
 )
 def test_a_damaged_adapter_or_one_without_its_base_is_refused(adapter, damage, words):
     damage(adapter)
-    with pytest.raises(ConfigError, match=words) as caught:
+    with pytest.raises(InputError, match=words) as caught:
         load_causal_lm(adapter, KEY)
     assert str(adapter) in str(caught.value)
     assert is_one_sentence(caught.value)
 
 
 def test_an_adapter_is_no_whole_model_and_beside_one_it_is_ambiguous(adapter, copied):
-    with pytest.raises(ConfigError, match="holds an adapter, not a whole model"):
+    with pytest.raises(InputError, match="holds an adapter, not a whole model"):
         load_model(AutoModelForCausalLM, adapter, KEY)
     for file in adapter.iterdir():
         shutil.copy(file, copied)
-    with pytest.raises(ConfigError, match="holds a whole model and an adapter"):
+    with pytest.raises(InputError, match="holds a whole model and an adapter"):
         load_causal_lm(copied, KEY)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from affectgpt.cli import main
 from affectgpt.synthetic import make_dataset
 
 ROOT = Path(__file__).parents[2]
@@ -88,6 +89,14 @@ def test_a_whole_run_leaves_scores_curves_answers_a_report_and_a_model(finished)
         assert 100 * evaluation["f1"] == pytest.approx(summary[f"{row}_f1"])
         assert len(evaluation["samples"]) == 6
     assert "<svg" in (folder / "report.html").read_text()
+
+
+def test_a_report_written_again_is_the_first_one_byte_for_byte(finished):
+    folder, _ = finished
+    first = (folder / "report.html").read_bytes()
+    assert b"data:image/jpeg" in first
+    assert main(["report", str(folder)]) == 0
+    assert (folder / "report.html").read_bytes() == first
 
 
 def test_the_saved_model_scores_what_the_run_reported(finished, tmp_path):

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from affectgpt.modeling.fusion import Fusion, FusionInput
 from affectgpt.prompts import PLACEHOLDERS, placeholder_features
-from grpo_core.config.fields import ConfigError
+from grpo_core.errors import InputError
 from grpo_core.pretrained import check_weight_file, load_model, load_tokenizer, probe_text, read_config
 from grpo_core.types import Prompt
 
@@ -56,11 +56,11 @@ class AffectGPTConfig:
         """Read `folder/affectgpt.json`; relative folders in it are relative to `folder`.
 
         Raises:
-            ConfigError: the folder holds no AffectGPT, or the file is damaged.
+            InputError: the folder holds no AffectGPT, or the file is damaged.
         """
         path = Path(folder).resolve() / CONFIG_FILE
         if not Path(folder).is_dir():
-            raise ConfigError(
+            raise InputError(
                 f"model.path: there is no folder {folder}: give one that AffectGPT.save_pretrained wrote; nothing is "
                 "downloaded"
             )
@@ -69,21 +69,19 @@ class AffectGPTConfig:
             advice = (
                 "if it is a causal LM, give it as model.llm" if llm else "give one that AffectGPT.save_pretrained wrote"
             )
-            raise ConfigError(f"model.path: {path} is missing, so {folder} holds no AffectGPT: {advice}")
+            raise InputError(f"model.path: {path} is missing, so {folder} holds no AffectGPT: {advice}")
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ConfigError(f"model.path: {path} is not valid JSON ({error}): save the model again") from error
+            raise InputError(f"model.path: {path} is not valid JSON ({error}): save the model again") from error
         if not isinstance(values, dict):
-            raise ConfigError(f"model.path: {path} is no config of an AffectGPT: save the model again")
+            raise InputError(f"model.path: {path} is no config of an AffectGPT: save the model again")
         fields = {field.name: field for field in dataclasses.fields(cls)}
         required = {name for name, field in fields.items() if field.default is dataclasses.MISSING}
         if unknown := sorted(values.keys() - fields.keys()):
-            raise ConfigError(
-                f"model.path: {path} has unknown keys {', '.join(unknown)}: known are {', '.join(fields)}"
-            )
+            raise InputError(f"model.path: {path} has unknown keys {', '.join(unknown)}: known are {', '.join(fields)}")
         if missing := sorted(required - values.keys()):
-            raise ConfigError(f"model.path: {path} lacks {', '.join(missing)}: save the model again")
+            raise InputError(f"model.path: {path} lacks {', '.join(missing)}: save the model again")
         for name in ("llm", "visual_encoder", "audio_encoder"):
             # an absolute path replaces `path.parent`; normpath and not resolve, which would follow symbolic links
             values[name] = os.path.normpath(path.parent / values[name])
@@ -167,7 +165,7 @@ class AffectGPT(nn.Module):
             lora: `lora_r`, `lora_alpha`, `lora_dropout`, `lora_targets`.
 
         Raises:
-            ConfigError: a folder is missing, incomplete, or holds another type of model.
+            InputError: a folder is missing, incomplete, or holds another type of model.
         """
         # widths from the configs: the encoders' weights are not loaded here, they only fill the feature cache
         config = AffectGPTConfig(
@@ -201,7 +199,7 @@ class AffectGPT(nn.Module):
             llm, visual_encoder, audio_encoder: current folders of the frozen models, if they were moved.
 
         Raises:
-            ConfigError: a file of `folder` is missing or damaged, or the base LLM is.
+            InputError: a file of `folder` is missing or damaged, or the base LLM is.
             ValueError: a file holds tensors of another model.
         """
         config = AffectGPTConfig.load(folder)
@@ -371,7 +369,7 @@ def load_llm(
     """Load a causal LM from a local folder of safetensors, refusing one that lacks weights.
 
     Raises:
-        ConfigError: the folder, its config or its weights are refused; see `grpo_core.pretrained.load_model`.
+        InputError: the folder, its config or its weights are refused; see `grpo_core.pretrained.load_model`.
     """
     model: PreTrainedModel = load_model(
         AutoModelForCausalLM, folder, key, probe=probe_text, dtype=dtype, attn_implementation=attn_implementation
@@ -382,7 +380,7 @@ def load_llm(
 def _config_value(folder: str | os.PathLike, name: str, what: str, key: str) -> int:
     config = read_config(folder, key)
     if not hasattr(config, name):
-        raise ConfigError(
+        raise InputError(
             f"{key}: {folder}/config.json is of model type {config.model_type!r} and has no {name}: need a {what}"
         )
     value: int = getattr(config, name)

@@ -16,7 +16,7 @@ from transformers import CLIPVisionModelWithProjection, HubertModel, PreTrainedM
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.utils import logging
 
-from grpo_core.config.fields import ConfigError
+from grpo_core.errors import InputError
 from grpo_core.pretrained import load_model, read_config
 
 
@@ -70,7 +70,7 @@ class Encoders:
             audio_folder: `HubertModel`, or a model with a head around it.
 
         Raises:
-            ConfigError: a folder is missing, holds another type of model, or lacks some of its weights.
+            InputError: a folder is missing, holds another type of model, or lacks some of its weights.
         """
         visual = _load(
             visual_folder,
@@ -85,7 +85,7 @@ class Encoders:
         try:
             processor = json.loads(processor_file.read_text("utf-8")) if processor_file.is_file() else None
         except ValueError as error:
-            raise ConfigError(
+            raise InputError(
                 f"model.visual_encoder: {processor_file} is not valid JSON ({error}): copy it again"
             ) from error
         return cls(visual, audio, processor, device=device, dtype=dtype, batch=batch)
@@ -196,7 +196,7 @@ def _load(
     """Load `model_class` from a folder, refusing other models and incomplete weights."""
     config: Any = read_config(folder, key)
     if config.model_type not in model_types:
-        raise ConfigError(
+        raise InputError(
             f"{key}: {folder} holds a model of type {config.model_type!r}, not {architecture}: give the folder of a "
             f"{architecture} checkpoint as save_pretrained writes it"
         )

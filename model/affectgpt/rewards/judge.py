@@ -29,7 +29,7 @@ from affectgpt.data.datasets import Sample
 from affectgpt.data.media import SAMPLE_RATE, MediaError, read_frames, read_image, read_waveform
 from affectgpt.prompts import neutralise
 from affectgpt.rewards.perception import Comparison, check_judge_folder
-from grpo_core.config.fields import ConfigError
+from grpo_core.errors import InputError
 from grpo_core.pretrained import LOCAL, check_weights, load_model, one_line, read_config
 
 FRAME_SIZE = 448  # pixels per side, which the model's image processor then resizes
@@ -292,8 +292,8 @@ def _load_processor(folder: Path) -> ProcessorMixin:
     return processor
 
 
-def _refusal(folder: Path, reason: str, fix: str) -> ConfigError:
-    return ConfigError(f"{_KEY}: {folder}: {reason}: {fix}")
+def _refusal(folder: Path, reason: str, fix: str) -> InputError:
+    return InputError(f"{_KEY}: {folder}: {reason}: {fix}")
 
 
 def _pair(first: str, second: str) -> tuple[str, str]:

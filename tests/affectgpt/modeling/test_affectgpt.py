@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from affectgpt.modeling.affectgpt import CONFIG_FILE, WEIGHTS_FILE, AffectGPT, AffectGPTConfig
 from affectgpt.modeling.official import from_upstream, to_upstream
 from affectgpt.prompts import PLACEHOLDERS, build_prompt, build_target
-from grpo_core.config.fields import ConfigError
+from grpo_core.errors import InputError
 from grpo_core.types import Prompt
 
 
@@ -351,24 +351,24 @@ def test_a_folder_that_holds_no_model_is_named(tmp_path, tiny_llm_folder):
         (tiny_llm_folder, "holds no AffectGPT: if it is a causal LM, give it as model.llm"),
         ("Qwen/Qwen2.5-7B-Instruct", "there is no folder Qwen/Qwen2.5-7B-Instruct"),
     ):
-        with pytest.raises(ConfigError, match=rf"^model\.path: .*{words}"):
+        with pytest.raises(InputError, match=rf"^model\.path: .*{words}"):
             AffectGPT.from_pretrained(folder)
     for text in ("{", "[]"):
         (tmp_path / CONFIG_FILE).write_text(text)
-        with pytest.raises(ConfigError, match=r"^model\.path: .*save the model again"):
+        with pytest.raises(InputError, match=r"^model\.path: .*save the model again"):
             AffectGPT.from_pretrained(tmp_path)
 
 
 def test_an_adapters_folder_is_no_llm(model, tmp_path, tiny_clip_folder, tiny_hubert_folder):
     """A second adapter around the first would be trained, and one of the two saved."""
     model.llm.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ConfigError, match=r"^model\.llm: .*adapter holds an adapter, not a whole model"):
+    with pytest.raises(InputError, match=r"^model\.llm: .*adapter holds an adapter, not a whole model"):
         AffectGPT.create(tmp_path / "adapter", tiny_clip_folder, tiny_hubert_folder)
 
 
 def test_an_llm_without_a_tokenizer_is_refused(tiny_llm_folder, tmp_path, tiny_clip_folder, tiny_hubert_folder):
     shutil.copytree(tiny_llm_folder, tmp_path / "llm", ignore=shutil.ignore_patterns("tokenizer*"))
-    with pytest.raises(ConfigError, match=r"^model\.llm: .*holds no tokenizer"):
+    with pytest.raises(InputError, match=r"^model\.llm: .*holds no tokenizer"):
         AffectGPT.create(tmp_path / "llm", tiny_clip_folder, tiny_hubert_folder)
 
 

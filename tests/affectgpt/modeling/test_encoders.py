@@ -22,7 +22,7 @@ from transformers import (
 
 from affectgpt.data.media import audio_clips
 from affectgpt.modeling.encoders import Encoders
-from grpo_core.config.fields import ConfigError
+from grpo_core.errors import InputError
 
 VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -209,7 +209,7 @@ def test_a_wrong_folder_is_named_with_the_fix(tmp_path, tiny_clip_folder, tiny_h
         (narrow, "visual_projection.weight is [12, 16], the config says [11, 16]"),
         (deep, "lack 16 tensors"),
     ):
-        with pytest.raises(ConfigError) as caught:
+        with pytest.raises(InputError) as caught:
             Encoders.from_pretrained(folder, tiny_hubert_folder)
         message = str(caught.value)
         assert message.startswith("model.visual_encoder: ")
@@ -241,9 +241,9 @@ def test_code_in_an_encoders_folder_is_never_run(
     if known_type:
         Encoders.from_pretrained(clip, hubert)
     else:
-        with pytest.raises(ConfigError, match=r"model\.visual_encoder: .*needs code from its folder .*never run"):
+        with pytest.raises(InputError, match=r"model\.visual_encoder: .*needs code from its folder .*never run"):
             Encoders.from_pretrained(clip, hubert)
-        with pytest.raises(ConfigError, match=r"model\.audio_encoder: .*needs code from its folder .*never run"):
+        with pytest.raises(InputError, match=r"model\.audio_encoder: .*needs code from its folder .*never run"):
             Encoders.from_pretrained(tiny_clip_folder, hubert)
     assert not asked
     assert not mark.exists()
@@ -263,7 +263,7 @@ def test_a_published_hubert_without_its_mask_embedding_loads_and_one_without_a_l
     name = min(name for name in state if name.startswith("encoder.layers.4"))
     del state[name]
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ConfigError, match=rf"model\.audio_encoder: .*lack 1 tensors .*first {name}"):
+    with pytest.raises(InputError, match=rf"model\.audio_encoder: .*lack 1 tensors .*first {name}"):
         Encoders.from_pretrained(tiny_clip_folder, folder)
 
 
@@ -281,7 +281,7 @@ def test_pickled_encoder_weights_load_and_code_in_them_does_not_run(
             return print, ("code ran",)
 
     torch.save(state | {"masked_spec_embed": Malicious()}, folder / "pytorch_model.bin")
-    with pytest.raises(ConfigError, match=r"^model\.audio_encoder: .*does not load"):
+    with pytest.raises(InputError, match=r"^model\.audio_encoder: .*does not load"):
         Encoders.from_pretrained(tiny_clip_folder, folder)
     assert "code ran" not in capsys.readouterr().out
 
@@ -289,5 +289,5 @@ def test_pickled_encoder_weights_load_and_code_in_them_does_not_run(
 def test_image_processing_that_cannot_be_read_is_named(tmp_path, tiny_clip_folder, tiny_hubert_folder):
     folder = shutil.copytree(tiny_clip_folder, tmp_path / "clip")
     (folder / "preprocessor_config.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"preprocessor_config\.json is not valid JSON .*copy it again"):
+    with pytest.raises(InputError, match=r"preprocessor_config\.json is not valid JSON .*copy it again"):
         Encoders.from_pretrained(folder, tiny_hubert_folder)

@@ -43,7 +43,8 @@ EVALUATE = """Score a model on a labelled set: emotion-wheel F, precision and re
 
 affectgpt evaluate --model.path runs/r1/model --data.root MER2025 --data.labels track2_test.csv
 
-The answers are greedy; they and the scores are kept in `runs/<name>/evaluations/evaluation.json`.
+The answers are greedy; they and the scores are kept in `runs/<name>/evaluations/evaluation.json`, those of a second
+evaluation in `evaluation-2.json`.
 """
 
 PREDICT = """Name the emotions of clips, labelled or not: writes `name,openset` rows and the full answers.
@@ -157,6 +158,7 @@ def sft(arguments: Sequence[str]) -> None:
     from affectgpt.stages import RUN_FILES
     from grpo_core import distributed
     from grpo_core.config.options import SFTConfig
+    from grpo_core.report import try_report
     from grpo_core.storage.run_folder import open_run
 
     dist = _start()
@@ -170,6 +172,7 @@ def sft(arguments: Sequence[str]) -> None:
         print(f"\n{stages.folder / 'model'}")
         if evaluation:
             print(evaluation.table())
+        try_report(stages.folder)
     run.finish()
     distributed.finalize(dist)
 
@@ -187,9 +190,14 @@ def evaluate(arguments: Sequence[str]) -> None:
     stages = Stages(config, dist, splits=False)
     # stages.config, not config: it has the root of synthetic clips filled in
     prompts = stages.prompts(load_samples(stages.config.data))
-    evaluation = stages.evaluate_test("evaluation", prompts)
+    # an earlier evaluation stays, which may be of another model
+    folder = stages.folder / "evaluations"
+    names = ("evaluation", *(f"evaluation-{number}" for number in range(2, 10_000)))
+    name = next(name for name in names if not (folder / f"{name}.json").exists())
+    evaluation = stages.evaluate_test(name, prompts)
     if dist.main_process and evaluation:
         print(evaluation.table())
+        print(f"\n{folder / name}.json")
     distributed.finalize(dist)
 
 

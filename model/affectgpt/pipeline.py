@@ -303,18 +303,28 @@ def synthetic_home(config: TaskConfig) -> Path:
     return config.run.output_dir / "synthetic" / f"seed-{config.run.seed}"
 
 
+def synthetic_root(config: TaskConfig) -> Path:
+    """Return the folder of a config's synthetic clips: `data.root`, or one for each seed and number of clips."""
+    if config.data.root is not None or not isinstance(config.data.layout, SyntheticLayout):
+        return config.data.root or Path()
+    train, test = config.data.layout.clips
+    # of other sizes beside it: the clips of a run that is unfinished must not be exchanged under it
+    usual = (train, test) == SyntheticLayout().clips
+    return synthetic_home(config) / ("clips" if usual else f"clips-{train}-{test}")
+
+
 def prepare_synthetic(config: TaskConfig, dist: Distributed) -> TaskConfig:
     """Make the clips and models of `data.format: synthetic`, and return a config that names them.
 
     Clips are made under `data.root` and, if the config names no model, a tiny LLM and two tiny encoders. If it is
-    unset, the root is a folder beside the runs, one per seed. Files of an earlier run are kept and used. With other
+    unset, the root is that of `synthetic_root`. Files of an earlier run are kept and used. With other
     formats the config is returned unchanged.
     """
     layout = config.data.layout
     if not isinstance(layout, SyntheticLayout):
         return config
     home = synthetic_home(config)
-    root = config.data.root or home / "clips"
+    root = synthetic_root(config)
     wants_models = config.model.path is None and config.model.llm is None
     if dist.main_process:  # the others wait at the barrier, then read the same folder
         train, test = layout.clips

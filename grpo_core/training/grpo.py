@@ -72,7 +72,8 @@ class GRPOTrainer(TrainingLoop):
         describe: adds columns to a completion's row in `completions.jsonl`.
 
     Raises:
-        ValueError: a weight names no reward, β > 0 without a reference, or too few prompts for a step.
+        ValueError: a weight names no reward, β > 0 without a reference, too few prompts for a step, or a token id
+            that the model does not have.
     """
 
     phases = ("sample", "reward", "old", "reference", "forward", "backward", "optimizer")
@@ -95,6 +96,7 @@ class GRPOTrainer(TrainingLoop):
         check_enough_items(len(prompts), config.run.prompts_per_step + config.algorithm.reserve_prompts)
         if config.algorithm.beta > 0 and policy.reference is None:
             raise ValueError("algorithm.beta is above 0, but the policy keeps no reference: make it with one")
+        policy.check_token_ids(prompts)
         super().__init__(policy, config.optim, config.run, dist=dist, save_model=save_model, evaluate=evaluate)
         self.config, self.sampler, self.prompts, self.rewards = config, sampler, prompts, rewards
         self.coefficients = Coefficients(config.algorithm, config.run.max_steps)
@@ -111,7 +113,8 @@ class GRPOTrainer(TrainingLoop):
         values = self.report(experience, updates, started)
         if self.step_index == 0 and self.config.run.check_first_step:
             temperature = self.config.rollout.temperature
-            check_first_step(values, self.config.algorithm, self.policy, experience.groups, temperature)
+            algorithm = self.config.algorithm
+            check_first_step(values, algorithm, self.policy, experience.groups, temperature, self.dist, self.sampler)
 
         self.step_index += 1
         completions = self.config.run.prompts_per_step * self.config.rollout.group_size

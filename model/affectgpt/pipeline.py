@@ -17,7 +17,15 @@ from affectgpt.emotion_wheel import EmotionWheel, parse_labels
 from affectgpt.evaluation import Evaluation, score_answers
 from affectgpt.modeling.affectgpt import AffectGPT
 from affectgpt.modeling.encoders import Encoders
-from affectgpt.prompts import PLACEHOLDERS, answer_text, build_prompt, build_target, required_features, stop_strings
+from affectgpt.prompts import (
+    PLACEHOLDERS,
+    answer_text,
+    build_prompt,
+    build_target,
+    end_token,
+    required_features,
+    stop_strings,
+)
 from grpo_core.config.options import AlgorithmConfig, GRPOConfig, OptimConfig, RolloutConfig, SFTConfig
 from grpo_core.distributed import Distributed, barrier, gather_objects, shard
 from grpo_core.policy import Policy
@@ -201,7 +209,14 @@ class Stages:
         tokenizer = self.model.tokenizer
         # forbidden, since `embed` would replace a sampled placeholder by features in the update's forward pass
         placeholders: Any = tokenizer.convert_tokens_to_ids(list(PLACEHOLDERS))
-        return policy, GroupSampler(policy, tokenizer, seed=self.config.run.seed, forbidden_tokens=placeholders)
+        end = end_token(tokenizer, self.config.prompt.template)
+        return policy, GroupSampler(
+            policy,
+            tokenizer,
+            seed=self.config.run.seed,
+            forbidden_tokens=placeholders,
+            end_tokens=() if end is None else (end,),
+        )
 
     def supervised(self, config: SFTConfig) -> None:
         """Train on the labels and save the model in the stage's folder."""
@@ -217,6 +232,7 @@ class Stages:
                     template=prompt.template,
                     mode=prompt.mode,
                     answer_form=prompt.answer_form,
+                    opened=training.opened,
                 ),
             )
             for training in self.training

@@ -2,14 +2,16 @@
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from grpo_core.config.fields import ConfigError
@@ -163,6 +165,69 @@ def test_adapters_alone_are_trained_and_saved_with_lora(recipe, monkeypatch, inp
     assert any(tensor.any() for name, tensor in tensors.items() if "lora_B" in name)
 
 
+def test_an_adapter_folder_is_continued_and_saved_as_one_adapter(recipe, monkeypatch, inputs, tmp_path, capsys):
+    changed = {"run.output_dir": str(tmp_path), "run.max_steps": "2", "run.save_steps": "0"}
+    start(recipe, monkeypatch, flags(inputs, **changed, lora_r="4", **{"run.name": "first"}))
+    adapter = tmp_path / "first" / "model"
+    first = load_file(adapter / "adapter_model.safetensors")
+    shutil.rmtree(tmp_path / "second", ignore_errors=True)
+    start(recipe, monkeypatch, flags(inputs, model=adapter, **changed, **{"run.name": "second"}))
+    assert f"continuing the adapter in {adapter}, of rank 4" in capsys.readouterr().out
+    second = load_file(tmp_path / "second" / "model" / "adapter_model.safetensors")
+    assert second.keys() == first.keys()
+    moved = max(float((second[name] - tensor).abs().max()) for name, tensor in first.items())
+    assert 0 < moved < 0.2  # on from the first one's weights, not from fresh ones, whose B are zero
+    base = Qwen2ForCausalLM.from_pretrained(inputs / "model")
+    whole = PeftModel.from_pretrained(base, tmp_path / "second" / "model")
+    assert len(whole.peft_config) == 1
+    with pytest.raises(ValueError, match=r"lora_r is 8, but .* holds an adapter of rank 4, which is continued"):
+        start(recipe, monkeypatch, flags(inputs, model=adapter, lora_r="8", **changed, **{"run.name": "third"}))
+    assert not (tmp_path / "third").exists()
+
+
+@pytest.mark.parametrize(("option", "dtype"), [("auto", torch.bfloat16), ("float32", torch.float32)])
+def test_a_bf16_checkpoint_is_written_as_it_came_or_as_asked(recipe, monkeypatch, inputs, tmp_path, option, dtype):
+    shutil.copytree(inputs / "model", tmp_path / "half")
+    Qwen2ForCausalLM.from_pretrained(inputs / "model", dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
+    changed = {"run.output_dir": str(tmp_path), "run.max_steps": "1", "run.save_steps": "1", "save_dtype": option}
+    start(recipe, monkeypatch, flags(inputs, model=tmp_path / "half", **changed))
+    for file in (tmp_path / "run").rglob("model.safetensors"):
+        assert {tensor.dtype for tensor in load_file(file).values()} == {dtype}
+    (trained,) = (tmp_path / "run").rglob("trained.safetensors")
+    assert {tensor.dtype for tensor in load_file(trained).values()} == {torch.float32}  # a resumed run loses nothing
+    assert Qwen2ForCausalLM.from_pretrained(tmp_path / "run" / "model").dtype == dtype
+
+
+def test_a_prompt_knows_its_template_and_its_begin_token(recipe, inputs):
+    tokenizer = AutoTokenizer.from_pretrained(inputs / "model")
+    tokenizer.chat_template = "{% for m in messages %}x{{ m['content'] }}{% endfor %}y<think>"
+    chat = recipe.make_prompt(1, {"prompt": [{"role": "user", "content": "a"}]}, tokenizer)
+    assert chat.opened == "<think>"
+    tokenizer.add_special_tokens({"bos_token": "<pad>"})
+    frame = processors.TemplateProcessing(single="<pad> $A", special_tokens=[("<pad>", 0)])
+    tokenizer.backend_tokenizer.post_processor = frame
+    for text in ("<pad>ab", "ab"):
+        assert recipe.make_prompt(1, {"prompt": text}, tokenizer).token_ids == (0, 2, 3)
+
+
+def test_the_end_of_a_turn_ends_completions_of_chats(recipe, monkeypatch, inputs, tmp_path):
+    """The template ends turns with z, the tokenizer's end of sequence is another token."""
+    shutil.copytree(inputs / "model", tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(inputs / "model")
+    tokenizer.chat_template = "{% for m in messages %}x{{ m['content'] }}<turn>{% endfor %}"
+    turn = tokenizer.convert_tokens_to_ids("z")
+    tokenizer.chat_template = tokenizer.chat_template.replace("<turn>", "z")
+    tokenizer.add_tokens([AddedToken("z", special=True)])
+    tokenizer.save_pretrained(tmp_path / "base")
+    assert tokenizer.convert_tokens_to_ids("z") == turn
+    made = []
+    sampler = recipe.GroupSampler
+    monkeypatch.setattr(recipe, "GroupSampler", lambda *a, **k: made.append(k["end_tokens"]) or sampler(*a, **k))
+    changed = {"run.output_dir": str(tmp_path), "run.max_steps": "1"}
+    start(recipe, monkeypatch, flags(inputs, model=tmp_path / "base", **changed))
+    assert made == [(turn,)]
+
+
 def test_several_rewards_are_weighed_by_name(recipe, monkeypatch, inputs, tmp_path):
     (inputs / "length.py").write_text("def short(completions):\n    return [-float(len(c)) for c in completions]\n")
     specs = f"{inputs / 'rewards.py'}:share,{inputs / 'length.py'}:short"
@@ -195,7 +260,9 @@ def test_a_loss_type_of_a_plug_in_can_be_named(recipe, monkeypatch, inputs, tmp_
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"model": "{inputs}/none"}, "none"),
+        ({"model": "{inputs}/none"}, "model: there is no folder .*none: give the folder of a model"),
+        ({"model": "Qwen/Qwen2.5-0.5B"}, "hf download Qwen/Qwen2.5-0.5B --local-dir DIR"),
+        ({"model": "{inputs}/rewards.py"}, "rewards.py is a file"),
         ({"reward": "{inputs}/none.py:share"}, "there is no file .*none.py"),
         ({"reward": "{inputs}/rewards.py:shares"}, "defines no 'shares'; did you mean 'share'"),
         ({"reward": "no_such_module:share"}, "no_such_module cannot be imported"),

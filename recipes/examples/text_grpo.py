@@ -45,7 +45,7 @@ class TextConfig(GRPOConfig):
     """Rewards, each file.py:name or package.module:name, separated by commas; algorithm.reward_weights weighs them."""
     lora_r: int = 0
     """Rank of LoRA adapters on all linear layers but the head. 0: all weights are trained, in float32."""
-    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", free=True)
     """Dtype of the trained model's file where all weights are trained; auto is that of the checkpoint in `model`."""
 
     def __post_init__(self) -> None:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from grpo_core.config.fields import ConfigError
+from grpo_core.errors import run_program
 
 RECIPE = Path(__file__).parents[2] / "recipes/examples/text_grpo.py"
 REWARDS = """
@@ -153,6 +155,27 @@ def test_an_unfinished_run_refuses_another_experiment_and_goes_on_with_its_own(r
     metrics = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in metrics] == [1, 2, 3]
     assert {path.name for path in tmp_path.iterdir()} == {"run", "moved"}
+
+
+def test_a_disk_that_fills_up_is_one_line_and_the_same_command_goes_on(recipe, monkeypatch, inputs, tmp_path, capsys):
+    options = {"run.output_dir": str(tmp_path), "run.max_steps": "2", "run.save_steps": "1"}
+    start(recipe, monkeypatch, flags(inputs, **options | {"run.name": "whole"}))
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["text_grpo.py", *flags(inputs, **options)])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = (tmp_path / "whole/model/model.safetensors").stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, limits[1]))  # every larger file fails, as on a full disk
+    try:
+        assert run_program(recipe.main) in (1, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1
+    assert "27" in said[0]  # EFBIG; on a full disk ENOSPC
+    assert not (tmp_path / "run/finished.json").exists()
+    start(recipe, monkeypatch, flags(inputs, **options))
+    files = ("model/model.safetensors", "completions.jsonl")
+    assert all((tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in files)
 
 
 def test_adapters_alone_are_trained_and_saved_with_lora(recipe, monkeypatch, inputs, tmp_path):

@@ -34,10 +34,10 @@ def settings_section(run: Run) -> Settings:
         if not name.endswith("_f1") and isinstance(value, (str, int, float, bool))
     }
     recorded = run.sessions[-1].get("versions") if run.sessions else None
+    versions: dict[str, str] = {}
     environment = run.summary.get("environment")
     if isinstance(environment, dict):
         facts |= environment
-        versions = {}
     else:
         versions = recorded if isinstance(recorded, dict) else software_versions()
     return Settings(facts, versions, isinstance(recorded, dict), run.config.strip())

@@ -11,6 +11,7 @@ from grpo_core.distributed.collectives import (
     gather_rows,
     init,
     require_same,
+    run_on_main,
     send_to_main,
     shard,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "gather_rows",
     "init",
     "require_same",
+    "run_on_main",
     "send_to_main",
     "shard",
 ]

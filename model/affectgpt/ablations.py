@@ -76,7 +76,7 @@ def row_arguments(row: Row, output_dir: Path, steps: int, cold_start: Path | Non
 
     Args:
         cold_start: a model to start from; None trains one.
-        more: options of every row; they override the row's.
+        more: options of every row; they override the row's (a list adds to it).
     """
     options = {
         "run.output_dir": output_dir,
@@ -104,11 +104,23 @@ def train(row: Row, output_dir: Path, arguments: Sequence[str]) -> dict[str, Any
     # a process per row: memory and random numbers start fresh, as if the row had been trained alone
     if subprocess.run([sys.executable, "-m", "affectgpt", "train", *arguments], check=False).returncode:
         raise RuntimeError(f"row {row.name!r} failed: its error is above")
-    evaluations = output_dir / row.name / "evaluations"
+    from grpo_core.storage.run_folder import newest_folder
+
+    # where the row has gone: beside the folder of its name, if a finished run was there
+    folder = newest_folder(output_dir, row.name)
+    evaluations = folder / "evaluations"
     before, after = (json.loads((evaluations / f"{name}.json").read_text()) for name in ("cold_start", "grpo"))
     scores = {"cold_start": 100 * before["f1"], **{key: 100 * after[key] for key in ("f1", "precision", "recall")}}
     counts = [len(sample["labels"]) for sample in after["samples"]]
-    return asdict(row) | scores | {"labels_per_answer": sum(counts) / len(counts), "clips": len(counts)}
+    return (
+        asdict(row)
+        | scores
+        | {
+            "labels_per_answer": sum(counts) / len(counts),
+            "clips": len(counts),
+            "folder": str(folder),
+        }
+    )
 
 
 def table(results: Sequence[Mapping[str, Any]], steps: int) -> str:
@@ -151,7 +163,7 @@ def main(arguments: Sequence[str]) -> None:
         results.append(
             train(row, options.output_dir, row_arguments(row, options.output_dir, options.steps, start, more))
         )
-        cold_starts.setdefault(row.mode, options.output_dir / row.name / "cold_start" / "model")
+        cold_starts.setdefault(row.mode, Path(results[-1]["folder"]) / "cold_start" / "model")
     text = table(results, options.steps)
     (options.output_dir / "table.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     (options.output_dir / "table.md").write_text(text, encoding="utf-8")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from affectgpt import synthetic
 from affectgpt.config import DataConfig, ModelConfig, TaskConfig
@@ -28,8 +26,6 @@ from affectgpt.prompts import (
     required_features,
     stop_strings,
 )
-from grpo_core.config.loader import save_config, to_dict
-from grpo_core.config.moved import translate_saved_config
 from grpo_core.config.options import AlgorithmConfig, GRPOConfig, OptimConfig, RolloutConfig, SFTConfig
 from grpo_core.distributed import Distributed, barrier, gather_objects, shard
 from grpo_core.policy import Policy
@@ -347,39 +343,3 @@ def prepare_synthetic(config: TaskConfig, dist: Distributed) -> TaskConfig:
         tiny = synthetic.make_tiny_models(home / "models", seed=config.run.seed)  # made above: only finds their paths
         model = replace(model, llm=tiny.llm, visual_encoder=tiny.visual, audio_encoder=tiny.audio)
     return replace(config, data=replace(config.data, root=root), model=model)
-
-
-_MAY_CHANGE = ("max_steps", "eval_steps", "save_steps", "keep_checkpoints", "resume")
-"""Options of `run` that may differ between the sessions of one run."""
-
-
-def open_run(config: TaskConfig, dist: Distributed) -> None:
-    """Make the run's folder and write its config; a finished run, or one of another config, is moved aside first.
-
-    It is moved to `<name>.previous` (replacing an older one), so that a run never continues the progress of another. A
-    run that is longer than the unfinished one it finds, or saves at other steps, counts as the same run.
-    """
-    folder = config.run.folder
-    written = folder / "config.yaml"
-    if dist.main_process:
-        # summary.json is written last, so its presence means that the run is finished
-        continues = config.run.resume and written.is_file() and not (folder / "summary.json").is_file()
-        if continues:
-            saved = yaml.safe_load(written.read_text(encoding="utf-8"))
-            saved = translate_saved_config(saved, type(config))  # an earlier version may have written it
-            # in YAML's types on both sides, where tuples are lists and paths are text
-            continues = _identity(saved) == _identity(to_dict(config))
-        if folder.exists() and any(folder.iterdir()) and not continues:
-            previous = folder.with_name(folder.name + ".previous")
-            shutil.rmtree(previous, ignore_errors=True)
-            folder.rename(previous)  # moved, not deleted: a changed option must not cost a finished run
-            print(f"{folder} held a finished or a different run: it is now {previous}")
-        folder.mkdir(parents=True, exist_ok=True)
-        save_config(config, written)
-    barrier(dist)  # before any rank looks for checkpoints in the folder
-
-
-def _identity(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a config without the options that may differ between the sessions of one run."""
-    run = {key: value for key, value in config.get("run", {}).items() if key not in _MAY_CHANGE}
-    return config | {"run": run}

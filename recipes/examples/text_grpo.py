@@ -5,7 +5,8 @@
 
 Each line of the data is a JSON object with a `prompt`, which is text or a list of chat messages. Its other columns are
 for the rewards: a function `brevity(completion, wanted)` gets the column `wanted`. docs/guides/own_reward.md has the
-forms that a reward may have. The trained model, its metrics and its completions are written to `runs/run/`.
+forms that a reward may have. The trained model, its metrics, its completions and a report are written to `runs/run/`.
+The same command again continues a run that was killed; beside a finished one it starts the next, `runs/run-2/`.
 """
 
 from __future__ import annotations
@@ -23,17 +24,20 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from grpo_core import GroupSampler, GRPOConfig, GRPOTrainer, Policy, Prompt, Reward, load_config, load_reward
 from grpo_core.chat import encode_chat, encode_text, turn_end
+from grpo_core.config import option
 from grpo_core.distributed import finalize, init
 from grpo_core.errors import InputError, run_program
 from grpo_core.pretrained import is_adapter, load_causal_lm, load_tokenizer, read_adapter, save_model, stored_dtype
+from grpo_core.report import try_report
 from grpo_core.reward_adapters import check_columns
+from grpo_core.storage.run_folder import open_run
 
 
 # A run's options are the fields of a dataclass: GRPOConfig brings the sections algorithm, rollout, optim and run. Each
 # field is a command-line option and a YAML key, and the text below it is its help.
 @dataclass(kw_only=True)
 class TextConfig(GRPOConfig):
-    model: str
+    model: str = option(free=True)  # a folder may move between the starts of a run
     """Folder of a causal LM in safetensors, or of a LoRA adapter, whose training is then continued."""
     data: Path
     """Jsonl file of prompts."""
@@ -123,6 +127,9 @@ def main() -> None:
 
     # Under torchrun, one process per GPU; otherwise this process is all there is.
     dist = init()
+    # Find the run's folder. One that holds another run is refused now, and not after the model is loaded.
+    run = open_run(config, dist)
+    config = run.config
     # Every rank makes the same fresh adapters. Sampling needs no seed here: its random numbers are counters.
     set_seed(config.run.seed)
 
@@ -140,13 +147,15 @@ def main() -> None:
     sampler = GroupSampler(policy, tokenizer, seed=config.run.seed, end_tokens=() if end is None else (end,))
     save = partial(save_model, model, dtype=dtype)
     trainer = GRPOTrainer(policy, sampler, prompts, rewards, config, dist=dist, save_model=save)
-    trainer.train()  # continues from the newest checkpoint in run.folder, if there is one
+    # Everything is loaded, so the folder may become this run's: config, command and versions are written to it.
+    run.begin()
+    trainer.train()  # continues from the newest checkpoint in run.path, if there is one
 
     if dist.main_process:
-        folder = config.run.folder / "model"
-        save(folder)  # with LoRA, the adapters alone
-        tokenizer.save_pretrained(folder)
-        print(folder)
+        save(run.path / "model")  # with LoRA, the adapters alone
+        tokenizer.save_pretrained(run.path / "model")
+        try_report(run.path)
+    run.finish()  # last: until this is written, the next start continues the run
     finalize(dist)
 
 

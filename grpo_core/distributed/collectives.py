@@ -63,7 +63,7 @@ def init(device: str | None = None, timeout_seconds: float = 600.0) -> Distribut
         # Triton launches on the current device, whatever device its tensors are on
         torch.cuda.set_device(rank_device)
     elif torch.cuda.device_count() == 0:
-        raise RuntimeError(
+        raise InputError(
             "device is 'cuda', but torch sees no CUDA device on this machine: leave it out, or give 'cpu'"
         )
     else:

@@ -283,7 +283,10 @@ class RunConfig(ConfigSection, key="run"):
     early_stopping_patience: int = 0
     """Stop after N evaluations without a new best; 0 disables."""
     save_steps: int = 0
-    """Write a checkpoint every N steps; 0 disables."""
+    """Write a checkpoint every N steps, and at the end; 0 goes by save_minutes."""
+    save_minutes: float = 10.0
+    """Without save_steps, write a checkpoint after the first step that ends this long after the last one, and at the
+    end. 0 disables; a signal to stop and an evaluation of metric_for_best_model save all the same."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints to keep."""
     resume: bool = True
@@ -291,6 +294,11 @@ class RunConfig(ConfigSection, key="run"):
     check_first_step: bool = True
     """Stop the run if its first step shows that sampler and trainer disagree, that the policy is not its reference,
     that a gradient is not finite, or that a modality has no effect."""
+    rank_timeout: float = 600.0
+    """Seconds that a rank waits for the others in a collective before the run ends. A checkpoint that takes longer to
+    write needs more."""
+    watchdog_seconds: float = 60.0
+    """After this many seconds in one collective, say which rank is waited for and what it was doing. 0 disables."""
     trackers: tuple[str, ...] = ()
     """Where metrics go beside metrics.jsonl: tensorboard, or a tracker that a plug-in registers."""
     plugins: tuple[Path, ...] = plugin_files()
@@ -304,6 +312,15 @@ class RunConfig(ConfigSection, key="run"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for key, seconds in (
+            ("save_steps", self.save_steps),
+            ("save_minutes", self.save_minutes),
+            ("watchdog_seconds", self.watchdog_seconds),
+        ):
+            if seconds < 0:
+                raise ValueError(f"run.{key} is {seconds}: set it to 0 (off) or above")
+        if self.rank_timeout <= 0:
+            raise ValueError(f"run.rank_timeout is {self.rank_timeout}: set it above 0, in seconds")
         if self.prompts_per_step < 1:
             raise ValueError(f"run.prompts_per_step is {self.prompts_per_step}: set it to 1 or more")
         if self.early_stopping_patience and not (self.metric_for_best_model and self.eval_steps):

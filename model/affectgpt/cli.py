@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from affectgpt.config import R1Config, TaskConfig
     from affectgpt.evaluation import Evaluation
     from affectgpt.pipeline import Stages
+    from grpo_core.config.options import RunConfig
     from grpo_core.distributed import Distributed
 
     Config = TypeVar("Config", bound=TaskConfig)
@@ -70,7 +71,7 @@ def train(arguments: Sequence[str]) -> None:
         rewards = config.rewards(config.metric.wheel())
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    dist = _start()
+    dist = _start(config.run)
     open_run(config, dist)  # before anything is written: it moves another run's folder aside
     stages = Stages(config, dist)
     stages.check_rewards(rewards)  # here too, and not only in `grpo`: the cold start may take hours
@@ -135,7 +136,7 @@ def sft(arguments: Sequence[str]) -> None:
     from grpo_core import distributed
     from grpo_core.config.options import SFTConfig
 
-    dist = _start()
+    dist = _start(config.run)
     open_run(config, dist)
     stages = Stages(config, dist)
     stages.supervised(SFTConfig(config.optim, config.run))
@@ -156,7 +157,7 @@ def evaluate(arguments: Sequence[str]) -> None:
     from affectgpt.pipeline import Stages, load_samples
     from grpo_core import distributed
 
-    dist = _start()
+    dist = _start(config.run)
     stages = Stages(config, dist, splits=False)
     # stages.config, not config: it has the root of synthetic clips filled in
     prompts = stages.prompts(load_samples(stages.config.data))
@@ -179,7 +180,7 @@ def predict(arguments: Sequence[str]) -> None:
     from affectgpt.prompts import answer_text
     from grpo_core import distributed
 
-    dist = _start()
+    dist = _start(config.run)
     stages = Stages(config, dist, splits=False)
     prompts = stages.prompts(load_samples(stages.config.data, labelled=False))
     _, sampler = stages.policy()
@@ -274,7 +275,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return COMMANDS[name].run(arguments[1:]) or 0
     # mistakes of the user, whose message is enough; any other error is a bug and keeps its traceback
-    except (ValueError, FileNotFoundError, NotImplementedError) as error:
+    except (ValueError, OSError, NotImplementedError) as error:
         from grpo_core.config.fields import ConfigError
 
         print(f"error: {error}", file=sys.stderr)
@@ -328,10 +329,12 @@ def _read(
     )
 
 
-def _start() -> Distributed:
-    """Join the other ranks, and let only the main process log notes."""
+def _start(run: RunConfig) -> Distributed:
+    """Join the other ranks, let only the main process log notes, and clean up on the way out at a signal."""
     from grpo_core import distributed
+    from grpo_core.distributed.stopping import exit_on_signals
 
-    dist = distributed.init()
+    exit_on_signals()
+    dist = distributed.init(timeout_seconds=run.rank_timeout, watchdog_seconds=run.watchdog_seconds)
     logging.basicConfig(level=logging.INFO if dist.main_process else logging.ERROR, format="%(message)s")
     return dist

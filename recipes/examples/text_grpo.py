@@ -92,7 +92,7 @@ def main() -> None:
             check_columns(reward, prompt)
 
     # Under torchrun, one process per GPU; otherwise this process is all there is.
-    dist = init()
+    dist = init(timeout_seconds=config.run.rank_timeout, watchdog_seconds=config.run.watchdog_seconds)
     # Every rank makes the same fresh adapters. Sampling needs no seed here: its random numbers are counters.
     set_seed(config.run.seed)
 

@@ -54,7 +54,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         named = 0.0  # the collective that has been reported, by when it began
-        while not self._stopped.wait(self.period):
+        while True:
             now = asdict(activity)
             try:
                 self._store.set(f"watchdog/{self.rank}", json.dumps(now | {"written": time.time()}))
@@ -64,6 +64,8 @@ class Watchdog:
                     if report := self._report(waited):
                         print(f"\n{report}", file=sys.stderr, flush=True)
             except RuntimeError:  # the store's process has ended, and this run with it
+                return
+            if self._stopped.wait(self.period):
                 return
 
     def _report(self, waited: float) -> str:

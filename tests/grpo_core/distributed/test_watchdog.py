@@ -17,7 +17,7 @@ from tests.grpo_core.distributed.test_collectives import free_port
 
 ROOT = Path(__file__).parents[3]
 RANK = """
-import os, signal, sys
+import os, signal, sys, time
 import torch
 from grpo_core import distributed
 from grpo_core.distributed.watchdog import activity
@@ -25,6 +25,7 @@ dist = distributed.init("cpu", timeout_seconds=3, watchdog_seconds=0.8)
 activity.phase = "sample" if dist.rank else "optimizer"
 distributed.barrier(dist)
 if dist.rank:
+    time.sleep(0.5)  # two periods: it has written its phase
     os.kill(os.getpid(), signal.SIGSTOP)
 try:
     distributed.all_reduce_sum(torch.ones(1), dist)

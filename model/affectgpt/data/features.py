@@ -6,7 +6,8 @@ cache_dir/{fingerprint}/*.safetensors   features under keys made of content, mod
 ```
 
 A shard appears atomically and under a unique name: a run that is killed anywhere continues after its last shard, and
-several processes may fill one cache. A shard that a killed run was writing is removed by the next. A shard that does not match its checksum is removed and computed again.
+several processes may fill one cache. A shard that does not match its checksum is removed and computed again, and what a
+killed run left half written is removed.
 """
 
 from __future__ import annotations

@@ -495,9 +495,8 @@ def run_kills(
     draw = random.Random(seed)
     inputs = make_inputs(folder / "inputs")
     if launch == "fork":  # once for all forks
-        import affectgpt.pipeline
-        import affectgpt.report
         import peft  # noqa: F401
+
     cases: dict[tuple[str, int], Case] = {}
     done = []
     for recipe in recipes:

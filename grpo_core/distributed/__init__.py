@@ -12,6 +12,7 @@ from grpo_core.distributed.collectives import (
     init,
     max_over_ranks,
     require_same,
+    run_on_main,
     send_to_main,
     shard,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "init",
     "max_over_ranks",
     "require_same",
+    "run_on_main",
     "send_to_main",
     "shard",
 ]

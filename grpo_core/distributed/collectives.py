@@ -11,7 +11,7 @@ import atexit
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -21,6 +21,7 @@ import torch
 import torch.distributed as c10d
 from torch import Tensor
 
+from grpo_core.config.fields import ConfigError
 from grpo_core.distributed.watchdog import Watchdog, activity
 
 Item = TypeVar("Item")
@@ -251,6 +252,33 @@ def send_to_main(name: str, value: Any, dist: Distributed) -> list[Any] | None:
             values.append(json.loads(store.get(f"{name}/{rank}")))  # waits until the key is set, or the timeout
             store.delete_key(f"{name}/{rank}")  # the store lives as long as the run: it would keep every step
     return values
+
+
+def run_on_main(function: Callable[[], Item], dist: Distributed) -> Item:
+    """Call a function on the main process, and give its value (in JSON's types) to every rank.
+
+    Raises:
+        Exception: what the function raised, on the main process; on the others the same message, so that none is left
+            waiting for a rank that has stopped.
+    """
+    if dist.world_size == 1:
+        return function()
+    answer: dict[str, Any] = {}
+    raised: Exception | None = None
+    if dist.main_process:
+        try:
+            answer = {"value": function()}
+        except Exception as error:
+            raised, answer = error, {"error": str(error), "kinds": [cls.__name__ for cls in type(error).__mro__]}
+    answer = gather_objects(answer, dist)[0]
+    if raised is not None:
+        raise raised
+    if "error" in answer:
+        # those that a program reports in one line; the traceback of any other is the main process's
+        reported = next((cls for cls in (ConfigError, ValueError, OSError) if cls.__name__ in answer["kinds"]), None)
+        raise (reported or RuntimeError)(answer["error"])
+    value: Item = answer["value"]
+    return value
 
 
 def require_same(what: str, value: Any, dist: Distributed) -> None:

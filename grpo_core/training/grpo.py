@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ from grpo_core.training.batch import (
     make_minibatches,
     step_items,
 )
-from grpo_core.training.loop import TrainingLoop
+from grpo_core.training.loop import TrainingLoop, describe_items
 from grpo_core.training.objective import compute_loss
 from grpo_core.training.optim import optimizer_step
 from grpo_core.training.sanity import check_first_step
@@ -391,6 +392,10 @@ class GRPOTrainer(TrainingLoop):
     def open_writer(self, resume_step: int | None) -> MetricsWriter:
         self.completions_file = JsonLines(self.config.run.folder / "completions.jsonl", resume_step)
         return super().open_writer(resume_step)
+
+    @cached_property
+    def data(self) -> dict[str, Any]:
+        return describe_items((prompt.id, prompt.token_ids) for prompt in self.prompts)
 
     def extra_state(self) -> dict[str, Any]:
         return self.coefficients.state_dict()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import signal
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -20,9 +23,9 @@ from grpo_core.distributed import (
     Distributed,
     broadcast_parameters,
     finalize,
-    gather_objects,
     max_over_ranks,
     require_same,
+    run_on_main,
 )
 from grpo_core.distributed.stopping import StepDropped, Stopped, listen, requested, say
 from grpo_core.distributed.watchdog import activity
@@ -34,6 +37,7 @@ from grpo_core.storage.checkpoint import (
     read_manifest,
     require_finite,
 )
+from grpo_core.storage.files import require_space
 from grpo_core.storage.metrics_writer import MetricsWriter
 from grpo_core.training.accumulator import MetricAccumulator, PhaseClock, postfix
 from grpo_core.training.optim import make_optimizer
@@ -68,6 +72,17 @@ class TrainingLoop:
         save_model: Callable[[Path], Any] | None = None,
         evaluate: Callable[[], dict[str, float]] | None = None,
     ):
+        if evaluate is None and run.metric_for_best_model:
+            raise ValueError(
+                f"run.metric_for_best_model is {run.metric_for_best_model}, but nothing is evaluated in this run: "
+                "leave it out, or give the run validation samples"
+            )
+        if evaluate is None and run.eval_steps:
+            warnings.warn(
+                f"run.eval_steps is {run.eval_steps}, but nothing is evaluated in this run: leave it out, or give the "
+                "run validation samples",
+                stacklevel=3,
+            )
         self.policy, self.optim, self.run = policy, optim, run
         self.dist = dist or Distributed()
         self.save_model, self.evaluate = save_model, evaluate
@@ -105,6 +120,9 @@ class TrainingLoop:
         """
         run, main = self.run, self.dist.main_process
         signum, saved_at = 0, time.monotonic()
+        # a checkpoint holds the parameters, their two moments, and the parameters again as a model that can be loaded
+        size = 4 * sum(p.numel() * p.element_size() for p in self.parameters.values())
+        run_on_main(lambda: require_space(run.folder, size, "a checkpoint of this run"), self.dist)
         with listen(self.dist):
             if run.resume:
                 self.resume()
@@ -204,6 +222,11 @@ class TrainingLoop:
             resume_step -= 1
         return MetricsWriter(self.run.folder, resume_step, self.run.trackers)
 
+    @cached_property
+    def data(self) -> Mapping[str, Any]:
+        """What tells the training data from others, in JSON's types; see `describe_items`."""
+        return {}
+
     def extra_state(self) -> dict[str, Any]:
         """What else a resumed run needs, in JSON's types."""
         return {}
@@ -260,31 +283,29 @@ class TrainingLoop:
             if self.save_model:
                 self.save_model(folder)
 
-        failure, activity.phase = None, "save"
-        if self.dist.main_process:
+        activity.phase = "save"
+
+        def write() -> None:
             unevaluated = None
             if self.unevaluated is not None:  # as text: JSON has no NaN, and a metric may be one
                 unevaluated = {name: repr(float(value)) for name, value in self.unevaluated.items()}
-            try:
-                self.checkpoints.save(
-                    self.step_index,
-                    save_model=write_model,
-                    optimizer=self.optimizer,
-                    named_parameters=self.parameters.items(),
-                    state={
-                        "best": self.best,
-                        "evaluations_since_best": self.evaluations_since_best,
-                        "unevaluated": unevaluated,
-                        "loop": self.extra_state(),
-                    },
-                    metric=metric,
-                )
-            except CheckpointError as error:
-                failure = str(error)
+            self.checkpoints.save(
+                self.step_index,
+                save_model=write_model,
+                optimizer=self.optimizer,
+                named_parameters=self.parameters.items(),
+                state={
+                    "best": self.best,
+                    "evaluations_since_best": self.evaluations_since_best,
+                    "unevaluated": unevaluated,
+                    "data": dict(self.data),
+                    "loop": self.extra_state(),
+                },
+                metric=metric,
+            )
+
         # Also a barrier: no rank may look for a checkpoint that is still being written.
-        failure = gather_objects(failure, self.dist)[0]
-        if failure is not None:
-            raise CheckpointError(failure)
+        run_on_main(write, self.dist)
         self.saved_step = self.step_index
 
     def resume(self) -> None:
@@ -293,7 +314,8 @@ class TrainingLoop:
         Random numbers need no restoring: sampling, data order and dropout are keyed by seed and step.
 
         Raises:
-            CheckpointError: it is of another model, or there are checkpoints and none is whole.
+            CheckpointError: it is of another model, or of other training data; or there are checkpoints and none is
+                whole.
             RuntimeError: ranks see different checkpoints (a folder that is not shared).
         """
         folder, problem = None, None
@@ -307,10 +329,17 @@ class TrainingLoop:
             raise problem
         if folder is None:
             return
+        manifest = read_manifest(folder)
+        self.require_same_data(folder, manifest["state"].get("data"))
         # Parameters before the optimiser: its moments are moved to where the parameters are.
         self.load_trained(folder)
+        # This run's options, not the checkpoint's: they are the same, or the user has accepted the change.
+        options = [
+            {name: group[name] for name in ("betas", "eps", "weight_decay")} for group in self.optimizer.param_groups
+        ]
         self.checkpoints.load_optimizer(folder, self.optimizer, self.parameters.items())
-        manifest = read_manifest(folder)
+        for group, own in zip(self.optimizer.param_groups, options, strict=True):
+            group.update(own)
         self.step_index = manifest["step"]
         self.best = manifest["state"]["best"]
         self.evaluations_since_best = manifest["state"]["evaluations_since_best"]
@@ -320,7 +349,27 @@ class TrainingLoop:
             self.saved_step = self.step_index
         self.load_extra_state(manifest["state"]["loop"])
         for name, tensors in self.extra_tensors().items():
-            _load_into(tensors, folder / "model" / name)
+            # absent where the run has accepted the option that needs it: it then begins as in a new run
+            if (folder / "model" / name).exists():
+                _load_into(tensors, folder / "model" / name)
+
+    def require_same_data(self, folder: Path, saved: Mapping[str, Any] | None) -> None:
+        """Refuse a checkpoint of other training data: its steps would be another order's, and samples be left out.
+
+        Args:
+            saved: what `data` gave; None or empty in a checkpoint of an earlier version.
+
+        Raises:
+            CheckpointError: they differ, and `run.accept_changes` does not name `data`.
+        """
+        now = dict(self.data)
+        if not saved or saved == now or "data" in self.run.accept_changes:
+            return
+        raise CheckpointError(
+            f"{folder} was trained on other data: {saved['items']} items then and {now['items']} now, or others by id "
+            "or tokens (a clip that cannot be read is left out): give the old data, take these from here on with "
+            "--run.accept_changes data, or choose another --run.name"
+        )
 
     def load_trained(self, folder: Path) -> None:
         """Give the trained parameters the values of a checkpoint.
@@ -329,6 +378,17 @@ class TrainingLoop:
             CheckpointError: names or shapes differ.
         """
         _load_into(self.parameters, folder / "model" / TRAINED_FILE)
+
+
+def describe_items(items: Iterable[tuple[str, Sequence[int]]]) -> dict[str, Any]:
+    """Describe training data by the number of its items, and a digest of their ids and tokens in order."""
+    digest, count = hashlib.blake2b(digest_size=16), 0
+    for name, token_ids in items:
+        # lengths too, or "a" and "bc" would be "ab" and "c"
+        digest.update(f"{len(name.encode())},{len(token_ids)};{name}".encode())
+        digest.update(np.asarray(token_ids, np.int64).tobytes())
+        count += 1
+    return {"items": count, "digest": digest.hexdigest()}
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from grpo_core.layout import GroupLayout
 from grpo_core.policy import Policy
 from grpo_core.rng import row_key
 from grpo_core.training.batch import check_enough_items, split_by_tokens, step_items
-from grpo_core.training.loop import TrainingLoop
+from grpo_core.training.loop import TrainingLoop, describe_items
 from grpo_core.training.optim import optimizer_step
 from grpo_core.types import Prompt
 
@@ -55,6 +56,10 @@ class SFTTrainer(TrainingLoop):
         check_enough_items(len(examples), config.run.prompts_per_step)
         super().__init__(policy, config.optim, config.run, dist=dist, save_model=save_model, evaluate=evaluate)
         self.examples = examples
+
+    @cached_property
+    def data(self) -> dict[str, Any]:
+        return describe_items((e.prompt.id, (*e.prompt.token_ids, *e.target_ids)) for e in self.examples)
 
     def step(self) -> dict[str, float]:
         """Make one optimiser step over `run.prompts_per_step` examples."""

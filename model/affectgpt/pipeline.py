@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from affectgpt import synthetic
 from affectgpt.config import DataConfig, ModelConfig, TaskConfig
@@ -20,8 +18,6 @@ from affectgpt.evaluation import Evaluation, score_answers
 from affectgpt.modeling.affectgpt import AffectGPT
 from affectgpt.modeling.encoders import Encoders
 from affectgpt.prompts import PLACEHOLDERS, answer_text, build_prompt, build_target, required_features, stop_strings
-from grpo_core.config.loader import save_config, to_dict
-from grpo_core.config.moved import translate_saved_config
 from grpo_core.config.options import AlgorithmConfig, GRPOConfig, OptimConfig, RolloutConfig, SFTConfig
 from grpo_core.distributed import Distributed, barrier, gather_objects, shard
 from grpo_core.distributed.stopping import stoppable
@@ -304,6 +300,11 @@ class Stages:
         return lambda: {"eval/f1": self.score(sampler, self.validation, "validation", "validation").f1}
 
 
+def synthetic_home(config: TaskConfig) -> Path:
+    """Return the folder, one per seed beside the runs, in which synthetic clips and tiny models are made."""
+    return config.run.output_dir / "synthetic" / f"seed-{config.run.seed}"
+
+
 def prepare_synthetic(config: TaskConfig, dist: Distributed) -> TaskConfig:
     """Make the clips and models of `data.format: synthetic`, and return a config that names them.
 
@@ -314,7 +315,7 @@ def prepare_synthetic(config: TaskConfig, dist: Distributed) -> TaskConfig:
     layout = config.data.layout
     if not isinstance(layout, SyntheticLayout):
         return config
-    home = config.run.output_dir / "synthetic" / f"seed-{config.run.seed}"
+    home = synthetic_home(config)
     root = config.data.root or home / "clips"
     wants_models = config.model.path is None and config.model.llm is None
     if dist.main_process:  # the others wait at the barrier, then read the same folder
@@ -328,48 +329,3 @@ def prepare_synthetic(config: TaskConfig, dist: Distributed) -> TaskConfig:
         tiny = synthetic.make_tiny_models(home / "models", seed=config.run.seed)  # made above: only finds their paths
         model = replace(model, llm=tiny.llm, visual_encoder=tiny.visual, audio_encoder=tiny.audio)
     return replace(config, data=replace(config.data, root=root), model=model)
-
-
-_MAY_CHANGE = (
-    "max_steps",
-    "eval_steps",
-    "save_steps",
-    "save_minutes",
-    "keep_checkpoints",
-    "resume",
-    "rank_timeout",
-    "watchdog_seconds",
-)
-"""Options of `run` that may differ between the sessions of one run."""
-
-
-def open_run(config: TaskConfig, dist: Distributed) -> None:
-    """Make the run's folder and write its config; a finished run, or one of another config, is moved aside first.
-
-    It is moved to `<name>.previous` (replacing an older one), so that a run never continues the progress of another. A
-    run that is longer than the unfinished one it finds, or saves at other steps, counts as the same run.
-    """
-    folder = config.run.folder
-    written = folder / "config.yaml"
-    if dist.main_process:
-        # summary.json is written last, so its presence means that the run is finished
-        continues = config.run.resume and written.is_file() and not (folder / "summary.json").is_file()
-        if continues:
-            saved = yaml.safe_load(written.read_text(encoding="utf-8"))
-            saved = translate_saved_config(saved, type(config))  # an earlier version may have written it
-            # in YAML's types on both sides, where tuples are lists and paths are text
-            continues = _identity(saved) == _identity(to_dict(config))
-        if folder.exists() and any(folder.iterdir()) and not continues:
-            previous = folder.with_name(folder.name + ".previous")
-            shutil.rmtree(previous, ignore_errors=True)
-            folder.rename(previous)  # moved, not deleted: a changed option must not cost a finished run
-            print(f"{folder} held a finished or a different run: it is now {previous}")
-        folder.mkdir(parents=True, exist_ok=True)
-        save_config(config, written)
-    barrier(dist)  # before any rank looks for checkpoints in the folder
-
-
-def _identity(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a config without the options that may differ between the sessions of one run."""
-    run = {key: value for key, value in config.get("run", {}).items() if key not in _MAY_CHANGE}
-    return config | {"run": run}

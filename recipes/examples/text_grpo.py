@@ -5,7 +5,8 @@
 
 Each line of the data is a JSON object with a `prompt`, which is text or a list of chat messages. Its other columns are
 for the rewards: a function `brevity(completion, wanted)` gets the column `wanted`. docs/guides/own_reward.md has the
-forms that a reward may have. The trained model, its metrics and its completions are written to `runs/run/`.
+forms that a reward may have. The trained model, its metrics, its completions and a report are written to `runs/run/`.
+The same command again continues a run that was killed; beside a finished one it starts the next, `runs/run-2/`.
 """
 
 from __future__ import annotations
@@ -20,15 +21,19 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 from grpo_core import GroupSampler, GRPOConfig, GRPOTrainer, Policy, Prompt, Reward, load_config, load_reward
+from grpo_core.config import option
 from grpo_core.distributed import finalize, init
+from grpo_core.errors import InputError, run_program
+from grpo_core.report import try_report
 from grpo_core.reward_adapters import check_columns
+from grpo_core.storage.run_folder import open_run
 
 
 # A run's options are the fields of a dataclass: GRPOConfig brings the sections algorithm, rollout, optim and run. Each
 # field is a command-line option and a YAML key, and the text below it is its help.
 @dataclass(kw_only=True)
 class TextConfig(GRPOConfig):
-    model: str
+    model: str = option(free=True)  # a folder may move between the starts of a run
     """Folder of a causal LM in safetensors."""
     data: Path
     """Jsonl file of prompts."""
@@ -40,14 +45,14 @@ class TextConfig(GRPOConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.reward:
-            raise ValueError("reward is empty: name at least one, file.py:name or package.module:name")
+            raise InputError("reward is empty: name at least one, file.py:name or package.module:name")
 
 
 def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
     """Make one prompt of each line of a jsonl.
 
     Raises:
-        ValueError: a line that is not a JSON object with a `prompt`.
+        InputError: a line that is not a JSON object with a `prompt`.
     """
     prompts = []
     with path.open(encoding="utf-8") as lines:
@@ -55,10 +60,10 @@ def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number} is not JSON ({error}): write one object per line") from error
+                raise InputError(f"{path}, line {number} is not JSON ({error}): write one object per line") from error
             if not isinstance(row, dict) or "prompt" not in row:
                 columns = ", ".join(row) if isinstance(row, dict) else repr(row)
-                raise ValueError(f"{path}, line {number} has no column 'prompt', but {columns}: add it")
+                raise InputError(f"{path}, line {number} has no column 'prompt', but {columns}: add it")
             prompts.append(make_prompt(number, row, tokenizer))
     return prompts
 
@@ -93,6 +98,9 @@ def main() -> None:
 
     # Under torchrun, one process per GPU; otherwise this process is all there is.
     dist = init(timeout_seconds=config.run.rank_timeout, watchdog_seconds=config.run.watchdog_seconds)
+    # Find the run's folder. One that holds another run is refused now, and not after the model is loaded.
+    run = open_run(config, dist)
+    config = run.config
     # Every rank makes the same fresh adapters. Sampling needs no seed here: its random numbers are counters.
     set_seed(config.run.seed)
 
@@ -113,19 +121,18 @@ def main() -> None:
     # The sampler draws from the same weights: there is no second engine to keep in step.
     sampler = GroupSampler(policy, tokenizer, seed=config.run.seed)
     trainer = GRPOTrainer(policy, sampler, prompts, rewards, config, dist=dist, save_model=model.save_pretrained)
-    trainer.train()  # continues from the newest checkpoint in run.folder, if there is one
+    # Everything is loaded, so the folder may become this run's: config, command and versions are written to it.
+    run.begin()
+    trainer.train()  # continues from the newest checkpoint in run.path, if there is one
 
     if dist.main_process:
-        folder = config.run.folder / "model"
-        model.save_pretrained(folder)  # with LoRA, the adapters alone
-        tokenizer.save_pretrained(folder)
-        print(folder)
+        model.save_pretrained(run.path / "model")  # with LoRA, the adapters alone
+        tokenizer.save_pretrained(run.path / "model")
+        try_report(run.path)
+    run.finish()  # last: until this is written, the next start continues the run
     finalize(dist)
 
 
 if __name__ == "__main__":
     # Mistakes in paths, columns and options are one line, not a traceback.
-    try:
-        main()
-    except (ValueError, OSError, ImportError, NotImplementedError) as error:
-        sys.exit(f"error: {error}")
+    sys.exit(run_program(main))

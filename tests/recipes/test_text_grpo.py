@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from grpo_core.config.fields import ConfigError
+
 RECIPE = Path(__file__).parents[2] / "recipes/examples/text_grpo.py"
 REWARDS = """
 def share(prompt, completion, wanted, **others):
@@ -88,6 +90,69 @@ def start(recipe, monkeypatch, arguments: list[str]) -> None:
     recipe.main()
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "run.lock")
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def test_another_experiment_under_the_name_of_a_finished_one_goes_beside_it(
+    recipe, monkeypatch, inputs, tmp_path, capsys
+):
+    short = {"run.output_dir": str(tmp_path), "run.max_steps": "1"}
+    start(recipe, monkeypatch, flags(inputs, **short))
+    kept = contents(tmp_path / "run")
+    assert {"config.yaml", "sessions.jsonl", "finished.json", "report.html", "model/model.safetensors"} <= kept.keys()
+    with pytest.raises((ValueError, OSError), match="none"):
+        start(recipe, monkeypatch, flags(inputs, **short | {"model": str(inputs / "none")}))
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    capsys.readouterr()
+    start(recipe, monkeypatch, flags(inputs, **short | {"optim.learning_rate": "1e-3", "run.seed": "5"}))
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"run folder: {tmp_path / 'run-2'} ({tmp_path / 'run'} holds a finished run)"
+    assert said[-1] == f"run folder: {tmp_path / 'run-2'}"
+    assert contents(tmp_path / "run") == kept
+    (row,) = [json.loads(line) for line in (tmp_path / "run-2/metrics.jsonl").read_text().splitlines()]
+    assert row["learning_rate"] == pytest.approx(1e-3)
+    page = kept["report.html"].decode()
+    assert "reward: " in page
+    assert "Completions of step 1" in page
+    assert "emotion" not in page
+
+
+def test_an_unfinished_run_refuses_another_experiment_and_goes_on_with_its_own(recipe, monkeypatch, inputs, tmp_path):
+    (inputs / "length.py").write_text("def short(completions):\n    return [-float(len(c)) for c in completions]\n")
+    options = {"run.output_dir": str(tmp_path), "run.max_steps": "3", "run.save_steps": "1"}
+
+    class Killed(Exception):
+        pass
+
+    step = recipe.GRPOTrainer.step
+
+    def die_in_the_third_step(trainer):
+        if trainer.step_index == 2:
+            raise Killed
+        return step(trainer)
+
+    monkeypatch.setattr(recipe.GRPOTrainer, "step", die_in_the_third_step)
+    with pytest.raises(Killed):
+        start(recipe, monkeypatch, flags(inputs, **options))
+    monkeypatch.setattr(recipe.GRPOTrainer, "step", step)
+    kept = contents(tmp_path / "run")
+    with pytest.raises(
+        ConfigError, match=r"unfinished run .at step 2. of other options .reward was .*rewards.py:share"
+    ):
+        start(recipe, monkeypatch, flags(inputs, **options | {"reward": f"{inputs / 'length.py'}:short"}))
+    assert contents(tmp_path / "run") == kept
+    # less memory, and the model's folder under another name: the same run
+    moved = tmp_path / "moved"
+    moved.symlink_to(inputs / "model")
+    same = {"optim.max_tokens_per_micro_batch": "64", "model": str(moved)}
+    start(recipe, monkeypatch, flags(inputs, **options | same))
+    metrics = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in metrics] == [1, 2, 3]
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "moved"}
+
+
 def test_adapters_alone_are_trained_and_saved_with_lora(recipe, monkeypatch, inputs, tmp_path):
     changed = {"run.output_dir": str(tmp_path), "run.max_steps": "2", "run.save_steps": "0", "lora_r": "4"}
     start(recipe, monkeypatch, flags(inputs, **changed))
@@ -154,10 +219,10 @@ def test_what_is_missing_is_named_before_anything_is_trained(recipe, monkeypatch
     assert not (tmp_path / "run").exists()
 
 
-def test_a_mistake_is_one_line_and_exit_status_1(inputs):
+def test_a_mistake_is_one_line_and_exit_status_2(inputs):
     command = [sys.executable, str(RECIPE), *flags(inputs, reward=f"{inputs / 'rewards.py'}:shares")]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert run.returncode == 1
+    assert run.returncode == 2
     assert run.stderr.strip().splitlines()[-1].startswith("error: reward ")
     assert "Traceback" not in run.stderr
 

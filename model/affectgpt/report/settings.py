@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import platform
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Any
 
 from affectgpt.report.run import Run
-
-_PACKAGES = ("grpo-core", "torch", "triton", "transformers", "peft", "numpy")
+from grpo_core.storage.environment import software_versions
 
 
 @dataclass(frozen=True)
@@ -41,14 +38,3 @@ def settings_section(run: Run) -> Settings:
     else:
         versions = software_versions()
     return Settings(facts, versions, run.config.strip())
-
-
-def software_versions() -> dict[str, str]:
-    """Versions of Python, the system and the packages that a run's numbers depend on, as far as installed."""
-    versions = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions

@@ -618,3 +618,13 @@ def test_the_command_writes_the_report_again(
     with pytest.raises(SystemExit):
         main([str(tmp_path / "nowhere")])
     assert "metrics.jsonl is missing" in capsys.readouterr().err
+
+
+def test_the_report_of_a_text_run_does_not_speak_of_emotions(tmp_path: Path, wheel: EmotionWheel) -> None:
+    folder = bare_run(tmp_path / "text")
+    row = {"step": 1, "prompt_id": "1", "member": 0, "text": "once", "rewards": {"brevity": 1.0}, "reward": 1.0}
+    write_lines(folder / "completions.jsonl", [row, row | {"member": 1, "reward": 0.5}])
+    page = write_report(folder, samples={}, wheel=wheel).read_text()
+    assert "brevity" in page
+    for word in ("emotion", "affectgpt", "ground truth", "labels"):
+        assert word not in re.sub(r"<style>.*?</style>", "", page, flags=re.S).lower()

@@ -37,7 +37,7 @@ from affectgpt.configs import CONFIGS
 from affectgpt.data.datasets import Sample, load_mer2025
 from affectgpt.data.media import MediaError, read_frames, read_waveform
 from affectgpt.emotion_wheel import EmotionWheel
-from affectgpt.pipeline import Stages, open_run
+from affectgpt.pipeline import Stages
 from affectgpt.rewards import Comparison, RewardConfig, judge, make_rewards, perception
 from affectgpt.rewards.judge import ModelJudge
 from affectgpt.synthetic import make_dataset
@@ -596,7 +596,6 @@ def test_a_run_with_all_five_rewards_and_a_judge_goes_on_as_if_uninterrupted(
         changed = options | {"run.output_dir": tmp_path / name, "run.max_steps": steps}
         flags = [text for key, value in changed.items() for text in (f"--{key}", str(value))]
         config, dist = load_config(R1Config, [*files, *flags]), Distributed()
-        open_run(config, dist)
         stages = Stages(config, dist)
         stages.grpo(config.rewards(stages.wheel), config.algorithm, config.optim)
         return stages.folder

@@ -14,6 +14,7 @@ import torch
 
 from grpo_core.config.options import SFTConfig
 from grpo_core.distributed import Distributed, all_reduce_sum, shard
+from grpo_core.distributed.stopping import until_stopped
 from grpo_core.layout import GroupLayout
 from grpo_core.policy import Policy
 from grpo_core.rng import row_key
@@ -86,7 +87,8 @@ class SFTTrainer(TrainingLoop):
         self.policy.module.train()
         self.metrics.register("sum", "loss")  # a rank may have no example
         sizes = [len(example.prompt.token_ids) + len(example.target_ids) for example in examples]
-        for micro_batch in split_by_tokens(examples, sizes, self.optim.max_tokens_per_micro_batch):
+        micro_batches = split_by_tokens(examples, sizes, self.optim.max_tokens_per_micro_batch)
+        for micro_batch in until_stopped(micro_batches, self.dist):  # nothing moves before the optimiser step
             prompts = [example.prompt for example in micro_batch]
             layout = GroupLayout.pack(
                 [prompt.token_ids for prompt in prompts],

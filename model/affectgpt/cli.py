@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from affectgpt.config import R1Config, TaskConfig
     from affectgpt.evaluation import Evaluation
     from affectgpt.pipeline import Stages
+    from grpo_core.config.options import RunConfig
     from grpo_core.distributed import Distributed
 
     Config = TypeVar("Config", bound=TaskConfig)
@@ -74,7 +75,7 @@ def train(arguments: Sequence[str]) -> None:
         rewards = config.rewards(config.metric.wheel())
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    dist = _start()
+    dist = _start(config.run)
     run = open_run(config, dist, writes=RUN_FILES)  # before models are loaded: the folder may hold another run
     config = run.config
     stages = Stages(config, dist)
@@ -161,7 +162,7 @@ def sft(arguments: Sequence[str]) -> None:
     from grpo_core.report import try_report
     from grpo_core.storage.run_folder import open_run
 
-    dist = _start()
+    dist = _start(config.run)
     run = open_run(config, dist, writes=RUN_FILES)
     config = run.config
     stages = Stages(config, dist)
@@ -186,7 +187,7 @@ def evaluate(arguments: Sequence[str]) -> None:
     from affectgpt.pipeline import Stages, load_samples
     from grpo_core import distributed
 
-    dist = _start()
+    dist = _start(config.run)
     stages = Stages(config, dist, splits=False)
     # stages.config, not config: it has the root of synthetic clips filled in
     prompts = stages.prompts(load_samples(stages.config.data))
@@ -214,7 +215,7 @@ def predict(arguments: Sequence[str]) -> None:
     from affectgpt.prompts import answer_text
     from grpo_core import distributed
 
-    dist = _start()
+    dist = _start(config.run)
     stages = Stages(config, dist, splits=False)
     prompts = stages.prompts(load_samples(stages.config.data, labelled=False))
     _, sampler = stages.policy()
@@ -356,10 +357,12 @@ def _read(
     )
 
 
-def _start() -> Distributed:
-    """Join the other ranks, and let only the main process log notes."""
+def _start(run: RunConfig) -> Distributed:
+    """Join the other ranks, let only the main process log notes, and clean up on the way out at a signal."""
     from grpo_core import distributed
+    from grpo_core.distributed.stopping import exit_on_signals
 
-    dist = distributed.init()
+    exit_on_signals()
+    dist = distributed.init(timeout_seconds=run.rank_timeout, watchdog_seconds=run.watchdog_seconds)
     logging.basicConfig(level=logging.INFO if dist.main_process else logging.ERROR, format="%(message)s")
     return dist

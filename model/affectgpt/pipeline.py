@@ -28,6 +28,7 @@ from affectgpt.prompts import (
 )
 from grpo_core.config.options import AlgorithmConfig, GRPOConfig, OptimConfig, RolloutConfig, SFTConfig
 from grpo_core.distributed import Distributed, barrier, gather_objects, shard
+from grpo_core.distributed.stopping import stoppable
 from grpo_core.policy import Policy
 from grpo_core.reward_adapters import check_columns
 from grpo_core.rewards import Reward
@@ -109,7 +110,8 @@ def answer_greedily(
     # one member: greedy members are all the same; the cut-offs are set to off, since the argmax ignores them
     greedy = replace(rollout, group_size=1, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0)
     share = shard(prompts, dist.rank, dist.world_size)
-    groups = sampler.sample(share, greedy, progress=progress and dist.main_process)
+    with stoppable(dist):  # inside a training loop a signal drops the evaluation, on all ranks at once
+        groups = sampler.sample(share, greedy, progress=progress and dist.main_process)
     # shards are contiguous, so concatenating the ranks' texts gives the order of the prompts
     by_rank = gather_objects([group.completions[0].text for group in groups], dist)
     return [text for texts in by_rank for text in texts]

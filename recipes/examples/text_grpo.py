@@ -126,7 +126,7 @@ def main() -> None:
             check_columns(reward, prompt)
 
     # Under torchrun, one process per GPU; otherwise this process is all there is.
-    dist = init()
+    dist = init(timeout_seconds=config.run.rank_timeout, watchdog_seconds=config.run.watchdog_seconds)
     # Find the run's folder. One that holds another run is refused now, and not after the model is loaded.
     run = open_run(config, dist)
     config = run.config

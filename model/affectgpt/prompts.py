@@ -189,7 +189,12 @@ def build_prompt(
     return Prompt(sample.name, token_ids, {name: features[name] for name in sorted(modalities.features)}, sample)
 
 
-def target_text(sample: Sample, mode: Mode = "no_think", answer_form: AnswerForm = "list") -> str:
+def target_text(
+    sample: Sample,
+    mode: Mode = "no_think",
+    answer_form: AnswerForm = "list",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> str:
     """Write the answer that supervised training teaches, without its end token.
 
     no_think: `happy, sad`, or upstream's sentence. think: `<think> {reason} </think> <answer> happy, sad </answer>`. An
@@ -198,6 +203,10 @@ def target_text(sample: Sample, mode: Mode = "no_think", answer_form: AnswerForm
     A bare list is the default: every sampled token then belongs to an answer that any parser reads, including the
     metric's strict one, and no reward is spent on a fixed sentence.
 
+    Args:
+        tokenizer: its special tokens in the labels and the reason, which are foreign text, are made harmless as those
+            of a subtitle are.
+
     Raises:
         ValueError: the sample lacks labels or, in think mode, a reason.
     """
@@ -205,6 +214,8 @@ def target_text(sample: Sample, mode: Mode = "no_think", answer_form: AnswerForm
         raise ValueError(f"sample {sample.name!r} has no labels: it cannot be a training target")
     # dict.fromkeys drops repeats and keeps the table's order, where a set would not
     labels = ", ".join(dict.fromkeys(label.lower() for label in parse_labels(sample.labels, "strict"))) or "neutral"
+    if tokenizer is not None:
+        labels = neutralise(labels, tokenizer)
     if mode == "no_think":
         return _lookup({"list": "{labels}", "sentence": _SENTENCE}, answer_form, "answer form").format(labels=labels)
     check_mode(mode)
@@ -213,6 +224,8 @@ def target_text(sample: Sample, mode: Mode = "no_think", answer_form: AnswerForm
         raise ValueError(f"sample {sample.name!r} has no reason, which think mode learns: use mode no_think")
     # a description is foreign text too: tags in it would end the block, and ### would end the turn
     reason = re.sub(r"#{3,}", "#", re.sub(r"</?(think|answer)>", "", description)).strip()
+    if tokenizer is not None:
+        reason = neutralise(reason, tokenizer)
     return f"<think> {reason} </think> <answer> {labels} </answer>"
 
 
@@ -231,7 +244,7 @@ def build_target(
     """
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no eos_token: set it in the LLM's tokenizer_config.json")
-    text = target_text(sample, mode, answer_form) + "".join(stop_strings(template))
+    text = target_text(sample, mode, answer_form, tokenizer) + "".join(stop_strings(template))
     return (*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id)
 
 

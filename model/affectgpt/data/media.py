@@ -349,7 +349,8 @@ def _as_displayed(pixels: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
 
     The matrix takes a pixel (x, y) to (a·x + c·y, b·x + d·y), as FFmpeg's `libavutil/display.h` defines it.
     """
-    side: Any = frame.side_data.get(SideDataType.DISPLAYMATRIX)
+    side_data: Any = frame.side_data
+    side = side_data.get(SideDataType.DISPLAYMATRIX)
     if side is None:
         return pixels
     a, b, _, c, d = np.frombuffer(bytes(side), np.int32)[:5].astype(np.int64)

@@ -165,8 +165,9 @@ def length_limit(config: Any) -> LengthLimit | None:
     """Find the longest sequence, prompt and answer, that a model is made for; None if its config names none.
 
     Args:
-        config: a transformers `PretrainedConfig`.
+        config: a transformers `PretrainedConfig`, of a language model or of one with other parts.
     """
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
     limits = []
     for key in ("max_position_embeddings", "n_positions"):
         if (tokens := getattr(config, key, None)) is not None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from grpo_core.config.options import SFTConfig
+from grpo_core.data import refuse_too_long
 from grpo_core.distributed import Distributed, all_reduce_sum, shard
 from grpo_core.layout import GroupLayout
 from grpo_core.policy import Policy
@@ -35,7 +36,7 @@ class SFTTrainer(TrainingLoop):
     Dropout, if the policy has any, is on, and seeded by step and rank: a resumed run draws what it would have drawn.
 
     Raises:
-        ValueError: fewer examples than a step needs.
+        ValueError: fewer examples than a step needs, or one that is longer than the model's positions.
     """
 
     phases = ("forward", "backward", "optimizer")
@@ -52,6 +53,8 @@ class SFTTrainer(TrainingLoop):
         evaluate: Callable[[], dict[str, float]] | None = None,
     ):
         check_enough_items(len(examples), config.run.prompts_per_step)
+        sizes = ((example.prompt.id, len(example.prompt.token_ids), len(example.target_ids)) for example in examples)
+        refuse_too_long(sizes, policy.causal_lm.config, "its answer")
         super().__init__(policy, config.optim, config.run, dist=dist, save_model=save_model, evaluate=evaluate)
         self.examples = examples
 

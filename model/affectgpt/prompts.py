@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
+from affectgpt.data.datasets import check_emotion_labels
 from affectgpt.emotion_wheel import parse_labels
 
 if TYPE_CHECKING:
@@ -208,10 +209,11 @@ def target_text(
             of a subtitle are.
 
     Raises:
-        ValueError: the sample lacks labels or, in think mode, a reason.
+        ValueError: the sample lacks labels or, in think mode, a reason; or a label is a number.
     """
     if sample.labels is None:
         raise ValueError(f"sample {sample.name!r} has no labels: it cannot be a training target")
+    check_emotion_labels([sample], "training target")
     # dict.fromkeys drops repeats and keeps the table's order, where a set would not
     labels = ", ".join(dict.fromkeys(label.lower() for label in parse_labels(sample.labels, "strict"))) or "neutral"
     if tokenizer is not None:

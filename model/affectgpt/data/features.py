@@ -223,6 +223,11 @@ def _found_key(unit: _Unit, found: Mapping[str, Path]) -> str | None:
     return next((key for key in (unit.key, unit.truncated_key) if key in found), None)
 
 
+def lacking(sample: Sample, modalities: Iterable[str]) -> list[str]:
+    """List the modalities that a sample has no file for."""
+    return [modality for modality in modalities if _source(sample, modality) is None]
+
+
 def _source(sample: Sample, modality: str) -> str | None:
     """Return the file from which a modality is read."""
     sources = {"frame": sample.video, "face": sample.face, "audio": sample.audio or sample.video, "image": sample.image}

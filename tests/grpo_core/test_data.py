@@ -7,7 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from grpo_core.config.options import OptimConfig, RunConfig, SFTConfig
 from grpo_core.data import check_coverage, length_limit, read_jsonl, refuse_too_long, report_skipped
+from grpo_core.training.sft import Example, SFTTrainer
+from tests.grpo_core.toy import PROMPTS, make_trainer
 
 
 def write(path, content: bytes):
@@ -107,6 +110,18 @@ def test_prompts_that_are_too_long_are_named_and_counted():
     assert "config.max_position_embeddings 20; shorten it, or leave it out (1 more are too long as well)" in str(
         caught.value
     )
+
+
+def test_training_refuses_what_is_longer_than_the_models_positions_and_names_it(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"prompt 'p2': its prompt has 5 tokens, which with 252 .* config\.max_position_embeddings 256"
+    ):
+        make_trainer(tmp_path, max_new_tokens=252)
+    policy = make_trainer(tmp_path, max_new_tokens=251).policy
+    run = RunConfig(output_dir=tmp_path, prompts_per_step=1)
+    examples = [Example(prompt, (7,) * 252) for prompt in PROMPTS[:3]]
+    with pytest.raises(ValueError, match=r"prompt 'p2': its prompt has 5 tokens, which with 252 of its answer"):
+        SFTTrainer(policy, examples, SFTConfig(OptimConfig(), run))
 
 
 def test_what_is_left_out_is_reported_and_too_much_of_it_refused(caplog):

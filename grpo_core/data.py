@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from grpo_core.errors import InputError
+
 logger = logging.getLogger(__name__)
 
 # first bytes of what is no text, and what it is
@@ -48,7 +50,7 @@ def check_data_file(path: Path, wanted: str) -> None:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is a folder, a pipe, a device, or a file of another format.
+        InputError: it is a folder, a pipe, a device, or a file of another format.
     """
     try:
         mode = path.stat().st_mode
@@ -56,12 +58,12 @@ def check_data_file(path: Path, wanted: str) -> None:
         raise FileNotFoundError(f"{path}: no such file. Check its name and folder.") from None
     if not stat.S_ISREG(mode):  # opening a pipe would wait for ever, and a second read would find it empty
         kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
-        raise ValueError(f"{path}: {kind}, not a file. Give {wanted}.")
+        raise InputError(f"{path}: {kind}, not a file. Give {wanted}.")
     with path.open("rb") as file:
         head = file.read(8)
     for first_bytes, kind in _OTHER_FORMATS.items():
         if head.startswith(first_bytes):
-            raise ValueError(f"{path}: {kind}. Convert it to {wanted}.")
+            raise InputError(f"{path}: {kind}. Convert it to {wanted}.")
 
 
 def read_jsonl(path: str | Path, broken: list[int] | None = None) -> Iterator[Record]:
@@ -77,7 +79,7 @@ def read_jsonl(path: str | Path, broken: list[int] | None = None) -> Iterator[Re
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no text, or a line is not JSON, not UTF-8, names a key twice, or holds half of a
+        InputError: the file is no text, or a line is not JSON, not UTF-8, names a key twice, or holds half of a
             character; without `broken`.
     """
     path = Path(path)
@@ -101,18 +103,18 @@ def _parse(text: bytes, where: str, strict: bool) -> Any:
     try:
         value = json.loads(text.decode(), object_pairs_hook=_without_repeats if strict else None)
     except UnicodeDecodeError as error:
-        raise ValueError(
+        raise InputError(
             f"{where}: not UTF-8 ({error.reason} at byte {error.start}). Save the file as UTF-8."
         ) from error
     except json.JSONDecodeError as error:
         fix = "Write one object per line"
         if text.startswith(b"[") and not text.rstrip().endswith(b"]"):
             fix = "It may be one list over several lines; write one object per line, without brackets and commas"
-        raise ValueError(f"{where}: not JSON ({error}). {fix}.") from error
+        raise InputError(f"{where}: not JSON ({error}). {fix}.") from error
     except _RepeatedKeyError as error:
-        raise ValueError(f"{where}: the key {error.args[0]!r} appears twice. Keep one of the two.") from error
+        raise InputError(f"{where}: the key {error.args[0]!r} appears twice. Keep one of the two.") from error
     except RecursionError as error:
-        raise ValueError(f"{where}: nested too deeply. Write a flat object.") from error
+        raise InputError(f"{where}: nested too deeply. Write a flat object.") from error
     # JSON can spell half of a character as \ud83d, which is in no text: tokenizers refuse it, and so does UTF-8
     if b"\\ud" in text.lower():
         try:
@@ -120,7 +122,7 @@ def _parse(text: bytes, where: str, strict: bool) -> Any:
         except UnicodeEncodeError as error:
             if strict:
                 half = error.object[error.start]
-                raise ValueError(f"{where}: it holds half of a character ({half!a}). Remove it.") from error
+                raise InputError(f"{where}: it holds half of a character ({half!a}). Remove it.") from error
             value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
     return value
 
@@ -190,7 +192,7 @@ def refuse_too_long(sizes: Iterable[tuple[str, int, int]], config: Any, answer: 
         answer: what the answer's tokens are.
 
     Raises:
-        ValueError: one or more are too long.
+        InputError: one or more are too long.
     """
     limit = length_limit(config)
     if limit is None:
@@ -199,7 +201,7 @@ def refuse_too_long(sizes: Iterable[tuple[str, int, int]], config: Any, answer: 
     if faults:
         name, fault = faults[0]
         more = f" ({len(faults) - 1} more are too long as well)" if len(faults) > 1 else ""
-        raise ValueError(f"prompt {name!r}: {fault}, or leave it out{more}")
+        raise InputError(f"prompt {name!r}: {fault}, or leave it out{more}")
 
 
 def report_skipped(skipped: Mapping[str, str], total: int, what: str) -> None:
@@ -226,7 +228,7 @@ def check_coverage(skipped: Mapping[str, str], total: int, least: float, *, what
         key: option that holds `least`.
 
     Raises:
-        ValueError: nothing can be used, or less than `least`.
+        InputError: nothing can be used, or less than `least`.
     """
     if not skipped:
         return
@@ -234,9 +236,9 @@ def check_coverage(skipped: Mapping[str, str], total: int, least: float, *, what
     first = f"{name}: {reason.rstrip('.')}"
     usable = total - len(skipped)
     if not usable:
-        raise ValueError(f"none of the {total:,} {what} can be used. The first, {first}.")
+        raise InputError(f"none of the {total:,} {what} can be used. The first, {first}.")
     if usable < least * total:
-        raise ValueError(
+        raise InputError(
             f"only {usable:,} of {total:,} {what} can be used, and {key} is {least:g}: mend them, or lower {key}. "
             f"The first, {first}."
         )

@@ -54,6 +54,7 @@ def init(device: str | None = None, timeout_seconds: float = 600.0, watchdog_sec
         watchdog_seconds: after how long in one collective the rank that is waited for is named; 0 for never.
 
     Raises:
+        InputError: CUDA is asked for, and there is no CUDA device.
         RuntimeError: more processes on this machine than CUDA devices.
     """
     device_type = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -65,6 +66,8 @@ def init(device: str | None = None, timeout_seconds: float = 600.0, watchdog_sec
         rank_device = torch.device("cuda", local_rank)
         # Triton launches on the current device, whatever device its tensors are on
         torch.cuda.set_device(rank_device)
+    elif torch.cuda.device_count() == 0:
+        raise InputError("device is 'cuda', but torch sees no CUDA device on this machine: leave it out, or give 'cpu'")
     else:
         raise RuntimeError(
             f"process {local_rank} of this machine has no CUDA device to itself ({torch.cuda.device_count()} found): "

@@ -13,6 +13,7 @@ import torch
 
 from grpo_core import distributed
 from grpo_core.distributed import Distributed
+from grpo_core.errors import InputError
 
 
 def free_port() -> int:
@@ -114,3 +115,9 @@ def test_shards_are_even_and_join_to_the_whole(n, world_size):
     shards = [distributed.shard(range(n), rank, world_size) for rank in range(world_size)]
     assert [i for part in shards for i in part] == list(range(n))
     assert max(map(len, shards)) - min(map(len, shards)) <= 1
+
+
+def test_a_gpu_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(InputError, match="device is 'cuda', but torch sees no CUDA device"):
+        distributed.init("cuda")

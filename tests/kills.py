@@ -229,7 +229,7 @@ def start(recipe: str, arguments: Sequence[str], ranks: int, launch: str, log: P
     if launch == "command":
         runner = [str(ROOT / RECIPES[recipe])]
         if trace is not None:
-            runner = [__file__, "--run", recipe, "--trace", str(trace), "--"]
+            runner = [__file__, "traced", recipe, str(trace)]  # no options: torchrun would take some for its own
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
         with log.open("ab") as output:
             process = subprocess.Popen(
@@ -528,14 +528,12 @@ def main() -> None:
     parser.add_argument("--recipe", choices=tuple(RECIPES), action="append", help="this one alone; may be repeated")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="where the results go")
-    parser.add_argument("--run", choices=tuple(RECIPES), help=argparse.SUPPRESS)  # how a traced run is started
-    parser.add_argument("--trace", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("arguments", nargs="*", help=argparse.SUPPRESS)
-    args = parser.parse_args()
     sys.path[:1] = map(str, import_paths())  # in place of this folder, in which grpo_core is another package
-    if args.run:
-        run_recipe(args.run, args.arguments, args.trace)
+    if sys.argv[1:2] == ["traced"]:
+        _, _, recipe, trace, *arguments = sys.argv
+        run_recipe(recipe, arguments, Path(trace))
         return
+    args = parser.parse_args()
 
     def show(kill: Kill) -> None:
         print(table([kill]).splitlines()[1], flush=True)

@@ -23,6 +23,7 @@ from grpo_core.policy import Policy
 from grpo_core.storage.checkpoint import CheckpointError, CheckpointManager, read_manifest
 from grpo_core.storage.metrics_writer import MetricsWriter
 from grpo_core.training.accumulator import MetricAccumulator, PhaseClock, postfix
+from grpo_core.training.guards import Guards
 from grpo_core.training.optim import make_optimizer
 
 TRAINED_FILE = "trained.safetensors"
@@ -60,6 +61,7 @@ class TrainingLoop:
         self.optimizer = make_optimizer(self.parameters, optim)
         self.metrics = MetricAccumulator(self.dist)
         self.clock = PhaseClock(self.phases, policy.device)
+        self.guards = Guards(run, speak=self.dist.main_process)
         self.step_index = 0
         self.best: float | None = None
         self.evaluations_since_best = 0
@@ -95,6 +97,8 @@ class TrainingLoop:
                 writer.write(self.step_index, values)
                 bar.set_postfix(postfix(values, (*self.shown, run.metric_for_best_model)))
                 bar.update()
+            # After its metrics are written, so that a run that is stopped shows why; before anything is saved.
+            self.guards.check(self.step_index, values)
             # Every evaluated model is saved, since it may turn out to be the best one; older ones are pruned.
             finished = self.step_index >= run.max_steps or self.out_of_patience
             if metric is not None or (run.save_steps and (self.step_index % run.save_steps == 0 or finished)):
@@ -102,6 +106,7 @@ class TrainingLoop:
         bar.close()
         if writer is not None:
             writer.close()
+        self.guards.say_summary()
         # The file, not a copy in memory: what is returned is what a later run can load.
         if run.metric_for_best_model and (best := self.checkpoints.best()):
             self.load_trained(best)
@@ -163,6 +168,7 @@ class TrainingLoop:
                 state={
                     "best": self.best,
                     "evaluations_since_best": self.evaluations_since_best,
+                    "guards": self.guards.state_dict(),
                     "loop": self.extra_state(),
                 },
                 metric=metric,
@@ -190,6 +196,7 @@ class TrainingLoop:
         self.step_index = manifest["step"]
         self.best = manifest["state"]["best"]
         self.evaluations_since_best = manifest["state"]["evaluations_since_best"]
+        self.guards.load_state_dict(manifest["state"].get("guards", {}))  # an older checkpoint has none
         self.load_extra_state(manifest["state"]["loop"])
         for name, tensors in self.extra_tensors().items():
             _load_into(tensors, folder / "model" / name)

@@ -44,8 +44,11 @@ class RolloutConfig(ConfigSection, key="rollout"):
             raise ValueError(f"rollout.group_size is {self.group_size}: set it to 1 or more")
         if self.max_new_tokens < 1:
             raise ValueError(f"rollout.max_new_tokens is {self.max_new_tokens}: set it to 1 or more")
-        if self.temperature < 0:
-            raise ValueError(f"rollout.temperature is {self.temperature}: set it to 0 (greedy) or above")
+        # beyond these every distribution is uniform or certain in float32, and no log-prob has a gradient
+        if self.temperature and not 1e-3 <= self.temperature <= 1e3:
+            raise ValueError(
+                f"rollout.temperature is {self.temperature}: set it near 1 (from 0.001 to 1000), or to 0 (greedy)"
+            )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"rollout.top_p is {self.top_p}: set it above 0 and at most 1 (1 is off)")
         if not 0 <= self.min_p < 1:

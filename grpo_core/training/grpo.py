@@ -102,6 +102,7 @@ class GRPOTrainer(TrainingLoop):
         self.config, self.sampler, self.prompts, self.rewards = config, sampler, prompts, rewards
         self.coefficients = Coefficients(config.algorithm, config.run.max_steps)
         self.describe = describe
+        self.guards.masks_truncated = config.algorithm.mask_truncated_completions
         algorithm, count = config.algorithm, config.run.prompts_per_step
         self.positions = step_positions(count, algorithm.reserve_prompts, algorithm.steps_per_generation, self.dist)
         disable_dropout(policy.module)

@@ -53,6 +53,8 @@ class Guards:
 
     def __init__(self, run: RunConfig, speak: bool = True):
         self.run, self.speak = run, speak
+        self.masks_truncated = False
+        """Whether completions that were cut off are left out of the loss (`algorithm.mask_truncated_completions`)."""
         self.counts = Counts()
         self.failures: Sequence[Mapping[str, Sequence[Failure]]] = ()
         """Some of the newest step's, by rank and reward, on the main process; elsewhere only their share is known."""
@@ -136,7 +138,7 @@ class Guards:
             )
 
     def _check_idle(self, step: int, values: Mapping[str, float]) -> None:
-        reason = _why_idle(values)
+        reason = self._why_idle(values)
         counts = self.counts
         counts.idle += reason is not None
         counts.idle_in_a_row = counts.idle_in_a_row + 1 if reason else 0
@@ -144,6 +146,27 @@ class Guards:
             self._idle_reasons[reason] = self._idle_reasons.get(reason, 0) + 1
             if counts.idle_in_a_row == self.run.warn_after_idle_steps > 0:
                 self._warn(f"the last {counts.idle_in_a_row} steps, up to step {step}, taught nothing: {reason}")
+
+    def _why_idle(self, values: Mapping[str, float]) -> str | None:
+        """Say why a step taught nothing; None if it did, or if its gradient is not finite."""
+        norm = values["grad_norm"]
+        if not math.isfinite(norm) or (norm != 0 and values.get("effective_groups", 1) > 0):
+            return None
+        if math.isnan(values.get("reward", 0.0)):
+            return "no reward judged a completion"
+        if values.get("entropy", 1.0) < 1e-6:
+            return (
+                "the policy's entropy is 0, so a prompt's completions are all the same: it has collapsed or diverged "
+                "(look at the learning rate, the cold start and rollout.temperature)"
+            )
+        if values.get("effective_groups") == 0:
+            return "in every group all rewards were equal, so no completion is better than another"
+        if self.masks_truncated and values.get("completions/clipped_ratio") == 1:
+            return (
+                "every completion was cut off at rollout.max_new_tokens, and algorithm.mask_truncated_completions "
+                "leaves such out"
+            )
+        return "the gradient was 0"
 
     def _warn(self, text: str) -> None:
         if self.speak:
@@ -167,7 +190,7 @@ class Guards:
             reasons = "; ".join(f"{reason} ({count})" for reason, count in self._idle_reasons.items())
             self._warn(f"{counts.idle} of {counts.steps} steps taught nothing: {reasons}")
             if counts.idle == counts.steps:
-                self._warn("no step taught anything: the model is as good as the one that training began with")
+                self._warn("no step taught anything: the model is no better than the one that training began with")
         if counts.nonfinite:
             self._warn(f"{counts.nonfinite} of {counts.steps} steps had a gradient that was not finite: dropped")
         if counts.failed_rewards:
@@ -190,31 +213,12 @@ def _rewards(values: Mapping[str, float]) -> list[str]:
     return [key[len(prefix) : -len(suffix)] for key in values if key.startswith(prefix) and key.endswith(suffix)]
 
 
-def _why_idle(values: Mapping[str, float]) -> str | None:
-    """Say why a step taught nothing; None if it did, or if its gradient is not finite."""
-    norm = values["grad_norm"]
-    if math.isnan(norm) or (norm != 0 and values.get("effective_groups", 1) > 0):
-        return None
-    if math.isnan(values.get("reward", 0.0)):
-        return "no reward judged a completion"
-    if values.get("effective_groups") == 0:
-        return "in every group all rewards were equal, so no completion is better than another"
-    if values.get("completions/clipped_ratio") == 1:
-        return (
-            "every completion was cut off at rollout.max_new_tokens, and algorithm.mask_truncated_completions leaves "
-            "such out"
-        )
-    return "the gradient was 0"
-
-
 def dump_batch(folder: Path, step: int, rank: int, experience: Experience, updates: Sequence[Update]) -> None:
-    """Write the batch whose gradient is not finite as JSON, `nonfinite-step-000012-rank0.json`, once a run and rank.
+    """Write a GRPO step whose gradient is not finite, see `dump_once`.
 
-    It holds token ids, log-probs, rewards and advantages, and for each micro-batch the loss and how many of its
-    log-probs are not finite. A disk that cannot take it is no reason to stop.
+    Token ids, log-probs, rewards and advantages, and for each micro-batch its loss and how many log-probs are not
+    finite.
     """
-    if any(folder.glob(f"nonfinite-step-*-rank{rank}.json")):
-        return
     scores = experience.scores
     groups = [
         {
@@ -249,14 +253,22 @@ def dump_batch(folder: Path, step: int, rank: int, experience: Experience, updat
         }
         for update in updates
     ]
-    content = {"step": step, "rank": rank, "optimizer_steps": optimizer_steps, "groups": groups}
-    write_dump(folder / f"nonfinite-step-{step:06d}-rank{rank}.json", content)
+    dump_once(folder, step, rank, {"optimizer_steps": optimizer_steps, "groups": groups})
 
 
-def write_dump(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON for a person to look at; NaN and infinities are written as Python does, and said if it fails."""
+def dump_once(folder: Path, step: int, rank: int, content: Mapping[str, Any]) -> None:
+    """Write the first batch of a run whose gradient is not finite, `nonfinite-step-000012-rank0.json`.
+
+    The first one shows the cause, and a run that diverges would fill the disk. A disk that cannot take it is no reason
+    to stop.
+    """
+    if any(folder.glob(f"nonfinite-step-*-rank{rank}.json")):
+        return
+    path = folder / f"nonfinite-step-{step:06d}-rank{rank}.json"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        folder.mkdir(parents=True, exist_ok=True)
+        # NaN and infinities as Python writes them: they are what one looks for
+        text = json.dumps({"step": step, "rank": rank, **content}, indent=1, ensure_ascii=False)
+        path.write_text(text + "\n", encoding="utf-8")
     except OSError as error:
-        logger.warning(f"the batch of step {content['step']} could not be written to {path}: {error}")
+        logger.warning(f"the batch of step {step} could not be written to {path}: {error}")

@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+from grpo_core.training.guards import TrainingStopped
+
 if TYPE_CHECKING:
     from affectgpt.config import R1Config, TaskConfig
     from affectgpt.evaluation import Evaluation
@@ -91,7 +93,7 @@ def train(arguments: Sequence[str]) -> None:
         stages.supervised(config.supervised(SFT_CONTINUED, config.run.max_steps, patience=0))
         evaluations[SFT_CONTINUED] = stages.evaluate_test(SFT_CONTINUED)
         stages.load(start)
-    stages.grpo(rewards, config.algorithm, config.optim)
+    trouble = stages.grpo(rewards, config.algorithm, config.optim)
     del rewards  # frees a judge's weights on the GPU before the model is scored
     evaluations[GRPO] = stages.evaluate_test(GRPO)
     if config.controls and stages.test:
@@ -99,16 +101,23 @@ def train(arguments: Sequence[str]) -> None:
         evaluations[SHUFFLED_MEDIA] = stages.evaluate_test(SHUFFLED_MEDIA, swapped)
 
     if dist.main_process:
-        _finish_training(config, stages, {name: scored for name, scored in evaluations.items() if scored})
+        _finish_training(config, stages, {name: scored for name, scored in evaluations.items() if scored}, trouble)
     distributed.finalize(dist)
 
 
-def _finish_training(config: R1Config, stages: Stages, evaluations: dict[str, Evaluation]) -> None:
-    """Write `summary.json` and `report.html`, and print the scores."""
+def _finish_training(
+    config: R1Config, stages: Stages, evaluations: dict[str, Evaluation], trouble: dict[str, int]
+) -> None:
+    """Write `summary.json` and `report.html`, and print the scores.
+
+    Args:
+        trouble: steps of GRPO in which something went wrong, by what it was.
+    """
     from affectgpt.report import write_report
     from affectgpt.stages import stage_label
 
     summary = {f"{name}_f1": 100 * scored.f1 for name, scored in evaluations.items()} | {"seed": config.run.seed}
+    summary |= trouble
     # last of the run's data: its presence tells `open_run` that the run is finished
     (config.run.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     report = write_report(
@@ -122,6 +131,8 @@ def _finish_training(config: R1Config, stages: Stages, evaluations: dict[str, Ev
         for name, scored in evaluations.items():
             f1, precision, recall = (100 * value for value in (scored.f1, scored.precision, scored.recall))
             print(f"  {stage_label(name).title:34}{f1:6.2f}   P {precision:6.2f}   R {recall:6.2f}")
+    for what, steps in trouble.items():
+        print(f"\n{what.replace('_', ' ')}: {steps} of {config.run.max_steps}")
     print(f"\n{report}")
 
 
@@ -273,8 +284,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         return COMMANDS[name].run(arguments[1:]) or 0
-    # mistakes of the user, whose message is enough; any other error is a bug and keeps its traceback
-    except (ValueError, FileNotFoundError, NotImplementedError) as error:
+    # mistakes of the user and runs that stop themselves: the message is enough; other errors are bugs, with a traceback
+    except (ValueError, FileNotFoundError, NotImplementedError, FloatingPointError, TrainingStopped) as error:
         from grpo_core.config.fields import ConfigError
 
         print(f"error: {error}", file=sys.stderr)

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from grpo_core import GroupSampler, GRPOConfig, GRPOTrainer, Policy, Prompt, Reward, load_config, load_reward
 from grpo_core.distributed import finalize, init
 from grpo_core.reward_adapters import check_columns
+from grpo_core.training.guards import TrainingStopped
 
 
 # A run's options are the fields of a dataclass: GRPOConfig brings the sections algorithm, rollout, optim and run. Each
@@ -124,8 +125,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # Mistakes in paths, columns and options are one line, not a traceback.
+    # Mistakes in paths, columns and options, and a run that stops itself, are one line and not a traceback.
     try:
         main()
-    except (ValueError, OSError, ImportError, NotImplementedError) as error:
+    except (ValueError, OSError, ImportError, NotImplementedError, FloatingPointError, TrainingStopped) as error:
         sys.exit(f"error: {error}")

@@ -105,8 +105,14 @@ def test_several_rewards_are_weighed_by_name(recipe, monkeypatch, inputs, tmp_pa
     start(recipe, monkeypatch, flags(inputs, reward=specs, **changed))
     completions = [json.loads(line) for line in (tmp_path / "run" / "completions.jsonl").read_text().splitlines()]
     assert {tuple(row["rewards"]) for row in completions} == {("share", "short")}
+    shares = {}
     for row in completions:
-        share = row["text"].count("g") / len(row["text"]) if row["text"] else 0.0  # None: the other reward alone counts
+        if row["text"]:
+            shares.setdefault(row["prompt_id"], []).append(row["text"].count("g") / len(row["text"]))
+    for row in completions:
+        # None for an empty text, which then counts as the mean of what the group's others got
+        others = shares.get(row["prompt_id"], [0.0])
+        share = row["text"].count("g") / len(row["text"]) if row["text"] else sum(others) / len(others)
         # TRL's signature gets a chat's completion as a list of one message
         length = 1 if row["prompt_id"] in "5678" else len(row["text"])
         assert row["rewards"]["short"] == -length

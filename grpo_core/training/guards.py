@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo_core.config.options import RunConfig
+from grpo_core.errors import TrainingStopped
 
 if TYPE_CHECKING:
     from grpo_core.training.batch import Experience, Update
@@ -25,8 +26,8 @@ Failure = tuple[str, int, str]
 """Prompt, member, and what happened."""
 
 
-class TrainingStopped(RuntimeError):
-    """Going on would waste time or spoil the result; the message says why, and how to go on."""
+class DivergedError(TrainingStopped):
+    """Training has diverged: numbers that it needs are not finite any more."""
 
 
 @dataclass
@@ -48,11 +49,12 @@ class Guards:
 
     Args:
         run: has the limits.
+        way_out: says what can be done about a diverged run, for an error's end.
         speak: log warnings; True on the main process alone.
     """
 
-    def __init__(self, run: RunConfig, speak: bool = True):
-        self.run, self.speak = run, speak
+    def __init__(self, run: RunConfig, way_out: Callable[[], str], speak: bool = True):
+        self.run, self.way_out, self.speak = run, way_out, speak
         self.masks_truncated = False
         """Whether completions that were cut off are left out of the loss (`algorithm.mask_truncated_completions`)."""
         self.counts = Counts()
@@ -119,22 +121,21 @@ class Guards:
                 )
 
     def _check_gradient(self, step: int, values: Mapping[str, float]) -> None:
-        bad = not math.isfinite(values["grad_norm"])
+        bad = not math.isfinite(values.get("grad_norm", 0.0))
         counts, limit = self.counts, self.run.max_nonfinite_steps
         counts.nonfinite += bad
         counts.nonfinite_in_a_row = counts.nonfinite_in_a_row + 1 if bad else 0
         if not bad:
             return
         if limit and counts.nonfinite_in_a_row >= limit:
-            raise TrainingStopped(
-                f"the gradient was not finite in {limit} steps in a row, up to step {step}: lower "
-                "optim.learning_rate (or algorithm.beta), and start again from a checkpoint before step "
-                f"{step - limit + 1} (run.max_nonfinite_steps)"
+            raise DivergedError(
+                f"no gradient was finite in {limit} steps in a row (run.max_nonfinite_steps), up to step {step}. "
+                f"{self.way_out()}"
             )
         if counts.nonfinite_in_a_row == 1:
             self._warn(
-                f"the gradient of step {step} is not finite, so it changed no weight; its batch is in "
-                f"{self.run.folder}/nonfinite-step-*.json"
+                f"step {step}: the gradient is not finite, so the step changed nothing; until one is, no checkpoint is "
+                f"written. The first such batch of the run is in {self.run.folder}/nonfinite-step-*.json"
             )
 
     def _check_idle(self, step: int, values: Mapping[str, float]) -> None:
@@ -149,7 +150,7 @@ class Guards:
 
     def _why_idle(self, values: Mapping[str, float]) -> str | None:
         """Say why a step taught nothing; None if it did, or if its gradient is not finite."""
-        norm = values["grad_norm"]
+        norm = values.get("grad_norm", 1.0)
         if not math.isfinite(norm) or (norm != 0 and values.get("effective_groups", 1) > 0):
             return None
         if math.isnan(values.get("reward", 0.0)):

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from affectgpt import synthetic
 from affectgpt.config import DataConfig, ModelConfig, TaskConfig
@@ -19,11 +17,18 @@ from affectgpt.emotion_wheel import EmotionWheel, parse_labels
 from affectgpt.evaluation import Evaluation, score_answers
 from affectgpt.modeling.affectgpt import AffectGPT
 from affectgpt.modeling.encoders import Encoders
-from affectgpt.prompts import PLACEHOLDERS, answer_text, build_prompt, build_target, required_features, stop_strings
-from grpo_core.config.loader import save_config, to_dict
-from grpo_core.config.moved import translate_saved_config
+from affectgpt.prompts import (
+    PLACEHOLDERS,
+    answer_text,
+    build_prompt,
+    build_target,
+    end_token,
+    required_features,
+    stop_strings,
+)
 from grpo_core.config.options import AlgorithmConfig, GRPOConfig, OptimConfig, RolloutConfig, SFTConfig
 from grpo_core.distributed import Distributed, barrier, gather_objects, shard
+from grpo_core.distributed.stopping import stoppable
 from grpo_core.policy import Policy
 from grpo_core.reward_adapters import check_columns
 from grpo_core.rewards import Reward
@@ -105,7 +110,8 @@ def answer_greedily(
     # one member: greedy members are all the same; the cut-offs are set to off, since the argmax ignores them
     greedy = replace(rollout, group_size=1, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0)
     share = shard(prompts, dist.rank, dist.world_size)
-    groups = sampler.sample(share, greedy, progress=progress and dist.main_process)
+    with stoppable(dist):  # inside a training loop a signal drops the evaluation, on all ranks at once
+        groups = sampler.sample(share, greedy, progress=progress and dist.main_process)
     # shards are contiguous, so concatenating the ranks' texts gives the order of the prompts
     by_rank = gather_objects([group.completions[0].text for group in groups], dist)
     return [text for texts in by_rank for text in texts]
@@ -205,7 +211,14 @@ class Stages:
         tokenizer = self.model.tokenizer
         # forbidden, since `embed` would replace a sampled placeholder by features in the update's forward pass
         placeholders: Any = tokenizer.convert_tokens_to_ids(list(PLACEHOLDERS))
-        return policy, GroupSampler(policy, tokenizer, seed=self.config.run.seed, forbidden_tokens=placeholders)
+        end = end_token(tokenizer, self.config.prompt.template)
+        return policy, GroupSampler(
+            policy,
+            tokenizer,
+            seed=self.config.run.seed,
+            forbidden_tokens=placeholders,
+            end_tokens=() if end is None else (end,),
+        )
 
     def supervised(self, config: SFTConfig) -> None:
         """Train on the labels and save the model in the stage's folder."""
@@ -221,6 +234,7 @@ class Stages:
                     template=prompt.template,
                     mode=prompt.mode,
                     answer_form=prompt.answer_form,
+                    opened=training.opened,
                 ),
             )
             for training in self.training
@@ -308,18 +322,33 @@ class Stages:
         return lambda: {"eval/f1": self.score(sampler, self.validation, "validation", "validation").f1}
 
 
+def synthetic_home(config: TaskConfig) -> Path:
+    """Return the folder, one per seed beside the runs, in which synthetic clips and tiny models are made."""
+    return config.run.output_dir / "synthetic" / f"seed-{config.run.seed}"
+
+
+def synthetic_root(config: TaskConfig) -> Path:
+    """Return the folder of a config's synthetic clips: `data.root`, or one for each seed and number of clips."""
+    if config.data.root is not None or not isinstance(config.data.layout, SyntheticLayout):
+        return config.data.root or Path()
+    train, test = config.data.layout.clips
+    # of other sizes beside it: the clips of a run that is unfinished must not be exchanged under it
+    usual = (train, test) == SyntheticLayout().clips
+    return synthetic_home(config) / ("clips" if usual else f"clips-{train}-{test}")
+
+
 def prepare_synthetic(config: TaskConfig, dist: Distributed) -> TaskConfig:
     """Make the clips and models of `data.format: synthetic`, and return a config that names them.
 
     Clips are made under `data.root` and, if the config names no model, a tiny LLM and two tiny encoders. If it is
-    unset, the root is a folder beside the runs, one per seed. Files of an earlier run are kept and used. With other
+    unset, the root is that of `synthetic_root`. Files of an earlier run are kept and used. With other
     formats the config is returned unchanged.
     """
     layout = config.data.layout
     if not isinstance(layout, SyntheticLayout):
         return config
-    home = config.run.output_dir / "synthetic" / f"seed-{config.run.seed}"
-    root = config.data.root or home / "clips"
+    home = synthetic_home(config)
+    root = synthetic_root(config)
     wants_models = config.model.path is None and config.model.llm is None
     if dist.main_process:  # the others wait at the barrier, then read the same folder
         train, test = layout.clips
@@ -332,39 +361,3 @@ def prepare_synthetic(config: TaskConfig, dist: Distributed) -> TaskConfig:
         tiny = synthetic.make_tiny_models(home / "models", seed=config.run.seed)  # made above: only finds their paths
         model = replace(model, llm=tiny.llm, visual_encoder=tiny.visual, audio_encoder=tiny.audio)
     return replace(config, data=replace(config.data, root=root), model=model)
-
-
-_MAY_CHANGE = ("max_steps", "eval_steps", "save_steps", "keep_checkpoints", "resume")
-"""Options of `run` that may differ between the sessions of one run."""
-
-
-def open_run(config: TaskConfig, dist: Distributed) -> None:
-    """Make the run's folder and write its config; a finished run, or one of another config, is moved aside first.
-
-    It is moved to `<name>.previous` (replacing an older one), so that a run never continues the progress of another. A
-    run that is longer than the unfinished one it finds, or saves at other steps, counts as the same run.
-    """
-    folder = config.run.folder
-    written = folder / "config.yaml"
-    if dist.main_process:
-        # summary.json is written last, so its presence means that the run is finished
-        continues = config.run.resume and written.is_file() and not (folder / "summary.json").is_file()
-        if continues:
-            saved = yaml.safe_load(written.read_text(encoding="utf-8"))
-            saved = translate_saved_config(saved, type(config))  # an earlier version may have written it
-            # in YAML's types on both sides, where tuples are lists and paths are text
-            continues = _identity(saved) == _identity(to_dict(config))
-        if folder.exists() and any(folder.iterdir()) and not continues:
-            previous = folder.with_name(folder.name + ".previous")
-            shutil.rmtree(previous, ignore_errors=True)
-            folder.rename(previous)  # moved, not deleted: a changed option must not cost a finished run
-            print(f"{folder} held a finished or a different run: it is now {previous}")
-        folder.mkdir(parents=True, exist_ok=True)
-        save_config(config, written)
-    barrier(dist)  # before any rank looks for checkpoints in the folder
-
-
-def _identity(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a config without the options that may differ between the sessions of one run."""
-    run = {key: value for key, value in config.get("run", {}).items() if key not in _MAY_CHANGE}
-    return config | {"run": run}

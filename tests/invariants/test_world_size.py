@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from grpo_core.training.guards import TrainingStopped
+from grpo_core.errors import TrainingStopped
 from tests.grpo_core.toy import make_trainer, weights
 
 # What a rank finds among its own groups, and what it must be agreed upon: parts of a step, and groups that teach.
@@ -121,5 +121,5 @@ def test_a_rank_whose_reward_is_well_says_that_another_ones_is_not(two):
     assert "such as prompt 'p3', completion 0: KeyError: 'no answer to p3'" in messages[0]
     assert "the main process says which, and how" in messages[1]
     assert not (two / "fails_a_little-0.txt").read_text()
-    assert "not finite in 2 steps in a row" in (two / "diverges-1.txt").read_text()
+    assert "no gradient was finite in 2 steps in a row" in (two / "diverges-1.txt").read_text()
     assert {path.name[-10:] for path in (two / "diverges" / "toy").glob("nonfinite-*")} == {"rank0.json", "rank1.json"}

@@ -6,7 +6,8 @@ cache_dir/{fingerprint}/*.safetensors   features under keys made of content, mod
 ```
 
 A shard appears atomically and under a unique name: a run that is killed anywhere continues after its last shard, and
-several processes may fill one cache. A shard that does not match its checksum is removed and computed again.
+several processes may fill one cache. A shard that does not match its checksum is removed and computed again, and what a
+killed run left half written is removed.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import hashlib
 import json
 import logging
 import os
+import socket
 import time
 import uuid
 import zlib
@@ -137,6 +139,7 @@ def extract_features(
     cache_dir.mkdir(parents=True, exist_ok=True)
     folder = cache_dir / encoders.fingerprint if encoders else _only_folder(cache_dir)
     dist = dist or Distributed()
+    _clean(folder)
     mine = slice(dist.rank, None, dist.world_size)
 
     # file of each modality by sample; then every file once, in an order that is the same on all ranks
@@ -331,10 +334,42 @@ def _encode(
 def _write(folder: Path, shard: dict[str, Tensor]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     name = uuid.uuid4().hex
-    unfinished = folder / f"{name}.unfinished"
+    # its writer's name is in it, for `_clean`
+    unfinished = folder / f"{name}.{socket.gethostname()}.{os.getpid()}.unfinished"
     save_file(shard, unfinished, metadata={"crc32": _checksum(shard)})
     # no fsync: what a power cut spoils fails its checksum, and is computed again
     os.replace(unfinished, folder / f"{name}.safetensors")
+
+
+def _clean(folder: Path) -> None:
+    """Remove the unfinished shards of builds that were killed.
+
+    One of a process that still runs on this machine is left alone, and so is one younger than a day whose process is
+    elsewhere or unknown: a shard is written within seconds, but clocks of machines that share a folder may differ.
+    """
+    for path in folder.glob("*.unfinished"):
+        host, _, pid = path.stem.partition(".")[2].rpartition(".")  # a host's name may have dots
+        try:
+            if host == socket.gethostname() and pid.isdigit():
+                killed = not _runs(int(pid))
+            else:
+                killed = time.time() - path.stat().st_mtime > 24 * 3600
+            if killed:
+                path.unlink()
+                logger.info("%s: removed, a build that was killed had left it", path)
+        except OSError:  # another process has removed it, or may alone
+            continue
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process of this machine runs."""
+    try:
+        os.kill(pid, 0)  # sends nothing
+    except ProcessLookupError:
+        return False
+    except OSError:  # of another user
+        return True
+    return True
 
 
 def _checksum(shard: Mapping[str, Tensor]) -> str:

@@ -106,9 +106,15 @@ class CompletionGroup:
 
 @dataclass(frozen=True)
 class Completions:
-    """Values of the section on completions; `one_prompt`: the groups are visits to the same prompt."""
+    """Values of the section on completions.
+
+    Attributes:
+        one_prompt: the groups are visits to the same prompt.
+        labelled: completions were read as emotion labels; those of a text run are not.
+    """
 
     one_prompt: bool
+    labelled: bool
     groups: list[CompletionGroup]
 
 
@@ -201,6 +207,7 @@ def completions_section(run: Run, wheel: EmotionWheel) -> Completions | None:
     prompts = {str(rows[0]["prompt_id"]) for rows in groups}
     return Completions(
         one_prompt=len(prompts) == 1 and len(groups) > 1,
+        labelled=any("labels" in row for rows in groups for row in rows),
         groups=[build_group(rows, lookup) for rows in groups],
     )
 

@@ -52,6 +52,7 @@ class Run:
         supervised: step curves of the supervised stages by name, `<stage>/metrics.jsonl`, of those that ran.
         completions: rows of `completions.jsonl`, one per sampled completion.
         evaluations: `evaluations/<name>.json` by name, scores converted from fractions to percent.
+        sessions: rows of `sessions.jsonl`, one per start of the run.
         notes: one sentence for the reader of the report about each file that could not be read.
     """
 
@@ -62,6 +63,7 @@ class Run:
     supervised: dict[str, Curves] = field(default_factory=dict)
     completions: list[Row] = field(default_factory=list)
     evaluations: dict[str, Row] = field(default_factory=dict)
+    sessions: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -89,6 +91,7 @@ def read_run(folder: Path) -> Run:
         if _is_number(row.get("step")) and "prompt_id" in row
     ]
     run.summary = _read_object(folder / "summary.json", run.notes)
+    run.sessions = _read_lines(folder / "sessions.jsonl", run.notes)
     if (folder / "config.yaml").is_file():
         run.config = (folder / "config.yaml").read_text("utf-8", errors="replace")
     for path in sorted((folder / "evaluations").glob("*.json")):

@@ -264,6 +264,27 @@ def test_an_interrupt_keeps_what_was_done(tmp_path, samples, encoders, reads, mo
     assert len(store) == 5
 
 
+def test_what_a_killed_build_left_is_removed_but_not_what_a_living_process_writes(tmp_path, samples, encoders):
+    folder = tmp_path / "cache" / encoders.fingerprint
+    folder.mkdir(parents=True)
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        pass
+    here = socket.gethostname()
+    files = {
+        f"a.{here}.{ended.pid}": False,
+        f"b.{here}.{os.getpid()}": True,  # of a living process
+        f"c.elsewhere.org.{ended.pid}": True,  # of another machine, and young
+        f"d.elsewhere.org.{os.getpid()}": False,  # of another machine, and old
+        "e": False,  # as earlier versions named them, and old
+    }
+    for name in files:
+        (folder / f"{name}.unfinished").write_bytes(b"half a shard")
+        if name[0] in "de":
+            os.utime(folder / f"{name}.unfinished", (time.time() - 2 * 24 * 3600,) * 2)
+    extract_features(samples[:1], encoders, tmp_path / "cache", progress=False)
+    assert {path.stem for path in folder.glob("*.unfinished")} == {name for name, stays in files.items() if stays}
+
+
 def test_missing_features_without_encoders_say_what_to_do(tmp_path, samples, encoders):
     extract_features(samples[:3], encoders, tmp_path / "cache", ("frame",), progress=False)
     with pytest.raises(ValueError, match=r"3\.mp4: its features are not in .*; pass encoders to compute them"):

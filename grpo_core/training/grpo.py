@@ -31,6 +31,7 @@ from grpo_core.algorithm.controllers import Coefficients
 from grpo_core.algorithm.entropy import entropy_histogram, entropy_threshold
 from grpo_core.algorithm.kl import completion_kl
 from grpo_core.config.options import GRPOConfig
+from grpo_core.data import refuse_too_long
 from grpo_core.distributed import Distributed, all_reduce_sum, gather_rows, send_to_main
 from grpo_core.distributed.stopping import stoppable, until_stopped
 from grpo_core.policy import Policy, disable_dropout
@@ -77,8 +78,8 @@ class GRPOTrainer(TrainingLoop):
         describe: adds columns to a completion's row in `completions.jsonl`.
 
     Raises:
-        ValueError: a weight names no reward, β > 0 without a reference, too few prompts for a step, or a token id
-            that the model does not have.
+        ValueError: a weight names no reward, β > 0 without a reference, too few prompts for a step, one that with its
+            completion is longer than the model's positions, or a token id that the model does not have.
     """
 
     phases = ("sample", "reward", "old", "reference", "forward", "backward", "optimizer")
@@ -99,6 +100,8 @@ class GRPOTrainer(TrainingLoop):
     ):
         check_reward_weights(rewards, config.algorithm.reward_weights)
         check_enough_items(len(prompts), config.run.prompts_per_step + config.algorithm.reserve_prompts)
+        sizes = ((prompt.id, len(prompt.token_ids), config.rollout.max_new_tokens) for prompt in prompts)
+        refuse_too_long(sizes, policy.causal_lm.config, "rollout.max_new_tokens")
         if config.algorithm.beta > 0 and policy.reference is None:
             raise ValueError("algorithm.beta is above 0, but the policy keeps no reference: make it with one")
         policy.check_token_ids(prompts)

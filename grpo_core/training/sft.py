@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from grpo_core.config.options import SFTConfig
+from grpo_core.data import refuse_too_long
 from grpo_core.distributed import Distributed, all_reduce_sum, shard
 from grpo_core.distributed.stopping import until_stopped
 from grpo_core.layout import GroupLayout
@@ -46,7 +47,8 @@ class SFTTrainer(TrainingLoop):
     Dropout, if the policy has any, is on, and seeded by step and rank: a resumed run draws what it would have drawn.
 
     Raises:
-        ValueError: fewer examples than a step needs, or a token id that the model does not have.
+        ValueError: fewer examples than a step needs, one that is longer than the model's positions, or a token id that
+            the model does not have.
         FirstStepError: in the first step, where a kind of feature has no effect.
     """
 
@@ -64,6 +66,8 @@ class SFTTrainer(TrainingLoop):
         evaluate: Callable[[], dict[str, float]] | None = None,
     ):
         check_enough_items(len(examples), config.run.prompts_per_step)
+        sizes = ((example.prompt.id, len(example.prompt.token_ids), len(example.target_ids)) for example in examples)
+        refuse_too_long(sizes, policy.causal_lm.config, "its answer")
         policy.check_token_ids((e.prompt for e in examples), (e.target_ids for e in examples))
         super().__init__(policy, config.optim, config.run, dist=dist, save_model=save_model, evaluate=evaluate)
         self.examples = examples

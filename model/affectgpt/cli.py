@@ -127,8 +127,8 @@ def _finish_training(
     write_text(config.run.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     report = _write_report(config, stages)
     if evaluations:
-        clips = f"{len(stages.test)} held-out clips (level {config.metric.level}, seed {config.run.seed})"
-        print(f"\nemotion-wheel F on {clips}")
+        clips = f"{_share(len(stages.test), stages.test_total)} held-out clips"
+        print(f"\nemotion-wheel F on {clips} (level {config.metric.level}, seed {config.run.seed})")
         for name, scored in evaluations.items():
             f1, precision, recall = (100 * value for value in (scored.f1, scored.precision, scored.recall))
             print(f"  {stage_label(name).title:34}{f1:6.2f}   P {precision:6.2f}   R {recall:6.2f}")
@@ -193,18 +193,18 @@ def evaluate(arguments: Sequence[str]) -> None:
 
     config = _read(TaskConfig, "evaluate", arguments, EVALUATE)
 
-    from affectgpt.pipeline import Stages, load_samples
+    from affectgpt.pipeline import Stages, load_samples, prepare_synthetic
     from grpo_core import distributed
 
     dist = _start(config.run)
+    config = prepare_synthetic(config, dist)
+    samples = load_samples(config.data)  # before the model: a mistake in a table answers at once
     stages = Stages(config, dist, splits=False)
-    # stages.config, not config: it has the root of synthetic clips filled in
-    prompts = stages.prompts(load_samples(stages.config.data))
     # an earlier evaluation stays, which may be of another model
     folder = stages.folder / "evaluations"
     names = ("evaluation", *(f"evaluation-{number}" for number in range(2, 10_000)))
     name = next(name for name in names if not (folder / f"{name}.json").exists())
-    evaluation = stages.evaluate_test(name, prompts)
+    evaluation = stages.evaluate_test(name, stages.prompts(samples), len(samples))
     if dist.main_process and evaluation:
         print(evaluation.table())
         print(f"\n{folder / name}.json")
@@ -219,14 +219,16 @@ def predict(arguments: Sequence[str]) -> None:
 
     import csv
 
-    from affectgpt.emotion_wheel import parse_labels
-    from affectgpt.pipeline import Stages, answer_greedily, load_samples
+    from affectgpt.emotion_wheel import distinct_labels
+    from affectgpt.pipeline import Stages, answer_greedily, load_samples, prepare_synthetic
     from affectgpt.prompts import answer_text
     from grpo_core import distributed
 
     dist = _start(config.run)
+    config = prepare_synthetic(config, dist)
+    samples = load_samples(config.data, labelled=False)
     stages = Stages(config, dist, splits=False)
-    prompts = stages.prompts(load_samples(stages.config.data, labelled=False))
+    prompts = stages.prompts(samples, least=0.0)  # answers for what can be read; there is no score to mislead
     _, sampler = stages.policy()
     texts = answer_greedily(sampler, prompts, stages.rollout, dist, progress=True)
     if dist.main_process:
@@ -236,12 +238,12 @@ def predict(arguments: Sequence[str]) -> None:
             writer = csv.writer(table)
             writer.writerow(("name", "openset"))
             for prompt, text in zip(prompts, texts, strict=True):
-                labels = parse_labels(answer_text(text, config.prompt.mode), "tolerant")
+                labels = distinct_labels(answer_text(text, config.prompt.mode))
                 writer.writerow((prompt.id, f"[{', '.join(labels)}]"))
         with config.output.with_suffix(".jsonl").open("w", encoding="utf-8") as lines:
             for prompt, text in zip(prompts, texts, strict=True):
                 lines.write(json.dumps({"name": prompt.id, "answer": text}, ensure_ascii=False) + "\n")
-        print(f"{len(prompts)} clips: {config.output}")
+        print(f"{_share(len(prompts), len(samples))} clips: {config.output}")
     distributed.finalize(dist)
 
 
@@ -364,6 +366,11 @@ def _read(
         config_folder=CONFIGS,
         program=f"affectgpt {command}",
     )
+
+
+def _share(used: int, total: int) -> str:
+    """Write how many of some samples were used."""
+    return f"{used:,}" if used == total else f"{used:,} of {total:,}"
 
 
 def _start(run: RunConfig) -> Distributed:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from affectgpt.stages import STAGE_LABELS
+from grpo_core.data import read_jsonl
 
 Row = dict[str, Any]
 
@@ -137,20 +138,11 @@ def _read_lines(path: Path, notes: list[str]) -> list[Row]:
     """Read one JSON object per line. A killed run leaves a half-written last line: dropped without a note."""
     if not path.is_file():
         return []
-    rows, broken = [], 0
-    lines = path.read_text("utf-8", errors="replace").splitlines()
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = _parse(line)
-        except json.JSONDecodeError:
-            broken += number < len(lines)  # the last line does not count
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
+    broken: list[int] = []
+    rows = [value for _, _, value in read_jsonl(path, broken) if isinstance(value, dict)]
     if broken:
-        notes.append(f"{path.parent.name}/{path.name}: {broken} unreadable line{'s' if broken > 1 else ''} skipped.")
+        lines = f"unreadable line{'s' if len(broken) > 1 else ''}"
+        notes.append(f"{path.parent.name}/{path.name}: {len(broken)} {lines} skipped.")
     return rows
 
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from affectgpt.synthetic import face, voice
 from affectgpt.synthetic.emotions import EMOTIONS, IRONIC, PLAIN_FACE, PLAIN_LINES, PLAIN_VOICE, THINGS, TIMES
+from grpo_core.data import read_jsonl
 
 VERSION = 3  # raise it when the same seed gives other clips
 FPS = 10
@@ -242,7 +243,7 @@ def write_scripts(seed: int, train: int, test: int) -> list[Script]:
 
 def read_truth(root: str | Path) -> list[Script]:
     """Read the scripts of a generated data set, training clips first."""
-    rows = (json.loads(line) for line in (Path(root) / "truth.jsonl").read_text().splitlines())
+    rows = (record.value for record in read_jsonl(Path(root) / "truth.jsonl"))
     return [Script(**row | {"labels": tuple(row["labels"]), "seed": tuple(row["seed"])}) for row in rows]
 
 

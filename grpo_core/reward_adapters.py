@@ -97,7 +97,10 @@ def adapt_reward(function: Any, name: str, spec: str | None = None) -> Reward:
                 f"reward {spec} is a class whose constructor needs {', '.join(needed)}: make an object of it in the "
                 "file, and name that"
             )
-        function = function()
+        try:
+            function = function()
+        except (Exception, SystemExit) as error:
+            raise ValueError(f"reward {spec} is a class that cannot be made: {explain(error, function)}") from error
     label = getattr(function, "name", None)
     label = label if isinstance(label, str) else name  # an object's `name` may be anything
     parameters = _parameters(function, spec)
@@ -318,6 +321,8 @@ def _import_module(spec: str, name: str) -> ModuleType:
             f"reward {spec}: {name} cannot be imported ({error}): install it or put its folder on PYTHONPATH, or write "
             "file.py:name"
         ) from error
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"reward {spec}: {name} cannot be imported: {explain(error, None)}") from error
 
 
 _event_loop: asyncio.AbstractEventLoop | None = None

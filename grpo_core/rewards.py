@@ -334,6 +334,8 @@ def defined_at(reward: Any) -> str:
 def _definition(reward: Any) -> tuple[str, int]:
     """File and line of the function behind a reward, ("", 0) for one without Python code."""
     function = getattr(reward, "function", reward)  # of an adapter
+    if isinstance(function, type):  # which is being made
+        function = vars(function).get("__init__", function)
     # of a function, or of the class of an object that is called
     code = getattr(inspect.unwrap(function), "__code__", None)
     code = code or getattr(vars(type(function)).get("__call__"), "__code__", None)

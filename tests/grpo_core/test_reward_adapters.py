@@ -230,15 +230,25 @@ def test_rewards_of_trl_itself_run_unchanged():
         ("{folder}/mine.py:Needs", "constructor needs scale, which: make an object of it in the file"),
         ("{folder}/mine.py:two", r"takes \(x, y\), which is not one of the known signatures: name `groups`"),
         ("builtins:max", "its signature cannot be read"),
-        ("{folder}/broken.py:f", r"broken\.py raises ZeroDivisionError: division by zero"),
+        ("{folder}/broken.py:f", r"broken\.py, line 2, raises ZeroDivisionError: division by zero"),
+        ("{folder}/leaves.py:f", r"leaves\.py, line 1, raises SystemExit: 0"),
+        (
+            "{folder}/mine.py:Fails",
+            r"is a class that cannot be made: KeyError: 'no key' \(.*mine\.py:8, `raise KeyError",
+        ),
+        ("rewards_that_break:f", r"rewards_that_break cannot be imported: ZeroDivisionError: .*break\.py:1, `1 / 0`"),
     ],
 )
-def test_a_reward_that_cannot_be_had_is_refused_with_the_fix(tmp_path, spec, message):
+def test_a_reward_that_cannot_be_had_is_refused_with_the_fix(tmp_path, monkeypatch, spec, message):
     (tmp_path / "mine.py").write_text(
         "NUMBER = 3\ndef brevity(completion): return 0\ndef two(x, y): return 0\n"
         "class Needs:\n    def __init__(self, scale, which): pass\n    def __call__(self, groups): return 0\n"
+        "class Fails:\n    def __init__(self): raise KeyError('no key')\n"
     )
-    (tmp_path / "broken.py").write_text("1 / 0\n")
+    (tmp_path / "broken.py").write_text("x = 1\nx / 0\n")
+    (tmp_path / "leaves.py").write_text("raise SystemExit(0)\n")
+    (tmp_path / "rewards_that_break.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError, match=message):
         load_reward(spec.format(folder=tmp_path))
 

@@ -354,6 +354,19 @@ def test_a_mistake_is_one_line_and_exit_status_2(inputs):
     assert "Traceback" not in run.stderr
 
 
+def test_a_bug_in_a_reward_is_one_line_with_the_users_line_and_exit_status_1(
+    recipe, monkeypatch, inputs, tmp_path, capsys
+):
+    (inputs / "buggy.py").write_text("def share(completion, wanted):\n    return open('/no/such/key').read()\n")
+    arguments = flags(inputs, reward=f"{inputs / 'buggy.py'}:share", **{"run.output_dir": str(tmp_path)})
+    monkeypatch.setattr(sys, "argv", ["text_grpo.py", *arguments])
+    assert run_program(recipe.main) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: reward 'share' failed on 100 % of the completions of step 1, such as prompt '")
+    assert f"{inputs / 'buggy.py'}:2, `return open('/no/such/key').read()`" in line
+    assert not (tmp_path / "run" / "model").exists()
+
+
 def test_options_are_refused_with_exit_status_2(recipe, monkeypatch, inputs, capsys):
     with pytest.raises(SystemExit) as leaving:
         start(recipe, monkeypatch, flags(inputs, reward="[]"))

@@ -225,9 +225,9 @@ def test_the_share_of_failures_that_is_allowed_is_an_option(tmp_path):
         trainer.train()
 
 
-def test_an_infinite_reward_is_named(tmp_path):
+def test_an_infinite_reward_stops_the_run_and_names_the_prompt(tmp_path):
     trainer = rewarded(make_trainer(tmp_path), lambda groups: np.full((len(groups), 4), np.inf))
-    with pytest.raises(TrainingStopped, match=r"it returned inf: return a finite number, or NaN"):
+    with pytest.raises(TrainingStopped, match=r"such as prompt 'p\d+', completion 0: it returned inf: return a finite"):
         trainer.train()
 
 

@@ -40,11 +40,8 @@ from grpo_core.storage.checkpoint import (
 from grpo_core.storage.files import require_space
 from grpo_core.storage.metrics_writer import MetricsWriter
 from grpo_core.training.accumulator import MetricAccumulator, PhaseClock, postfix
+from grpo_core.training.guards import DivergedError, Guards
 from grpo_core.training.optim import make_optimizer
-
-
-class DivergedError(ValueError):
-    """Training has diverged: numbers that it needs are not finite any more."""
 
 
 class TrainingLoop:
@@ -90,10 +87,10 @@ class TrainingLoop:
         self.optimizer = make_optimizer(self.parameters, optim)
         self.metrics = MetricAccumulator(self.dist)
         self.clock = PhaseClock(self.phases, policy.device)
+        self.guards = Guards(run, self.way_out, speak=self.dist.main_process)
         self.step_index = 0
         self.saved_step = 0  # of the newest checkpoint
         self.save_due = False  # a checkpoint waits for a step with a finite gradient
-        self.steps_without_gradient = 0  # in a row
         self.unevaluated: dict[str, float] | None = None
         """Metrics of the step that has been made and not yet evaluated."""
         self.best: float | None = None
@@ -145,13 +142,14 @@ class TrainingLoop:
                 except FloatingPointError as error:  # from the sampler, which reads the policy's logits
                     raise DivergedError(f"after step {self.step_index} {error}. {self.way_out()}") from error
                 else:
-                    self.count_gradient(values)
-                    if not self.steps_without_gradient:
-                        metric = self.follow_best(values)
                     if writer is not None:
                         writer.write(self.step_index, values)
                         bar.set_postfix(postfix(values, (*self.shown, run.metric_for_best_model)))
                         bar.update()
+                    # After its metrics are written, so that a run that is stopped shows why; before anything is saved.
+                    self.guards.check(self.step_index, values)
+                    if not self.steps_without_gradient:
+                        metric = self.follow_best(values)
                     # One clock for all ranks, rank 0's; and a signal of any rank.
                     late = run.save_minutes > 0 and time.monotonic() - saved_at >= 60 * run.save_minutes
                     signum, by_time = max_over_ranks(
@@ -166,6 +164,7 @@ class TrainingLoop:
             bar.close()
             if writer is not None:
                 writer.close()
+            self.guards.say_summary()
             if signum:
                 self.stop(signum)
         # The file, not a copy in memory: what is returned is what a later run can load.
@@ -183,18 +182,10 @@ class TrainingLoop:
         """All steps are made, or early stopping has ended the run."""
         return self.step_index >= self.run.max_steps or self.out_of_patience
 
-    def count_gradient(self, values: Mapping[str, float]) -> None:
-        """Count the steps in a row whose gradient was not finite, and so changed nothing; say so at the first."""
-        if math.isfinite(values.get("grad_norm", 0.0)):
-            self.steps_without_gradient = 0
-            return
-        self.steps_without_gradient += 1
-        if self.steps_without_gradient == 1 and self.dist.main_process:
-            warnings.warn(
-                f"step {self.step_index}: the gradient is not finite, so the step changed nothing; until one is, no "
-                "checkpoint is written",
-                stacklevel=2,
-            )
+    @property
+    def steps_without_gradient(self) -> int:
+        """Steps in a row, up to the newest, whose gradient was not finite, and so changed nothing."""
+        return self.guards.counts.nonfinite_in_a_row
 
     def way_out(self) -> str:
         """Say what can be done about a diverged run, for an error's end."""
@@ -297,6 +288,7 @@ class TrainingLoop:
                 state={
                     "best": self.best,
                     "evaluations_since_best": self.evaluations_since_best,
+                    "guards": self.guards.state_dict(),
                     "unevaluated": unevaluated,
                     "data": dict(self.data),
                     "loop": self.extra_state(),
@@ -343,6 +335,7 @@ class TrainingLoop:
         self.step_index = manifest["step"]
         self.best = manifest["state"]["best"]
         self.evaluations_since_best = manifest["state"]["evaluations_since_best"]
+        self.guards.load_state_dict(manifest["state"].get("guards", {}))  # an older checkpoint has none
         if unevaluated := manifest["state"].get("unevaluated"):
             self.unevaluated = {name: float(text) for name, text in unevaluated.items()}
         else:

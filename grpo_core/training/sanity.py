@@ -13,6 +13,7 @@ from torch import Tensor
 
 from grpo_core.config.options import AlgorithmConfig
 from grpo_core.distributed import Distributed, gather_objects
+from grpo_core.errors import TrainingStopped
 from grpo_core.layout import GroupLayout
 from grpo_core.policy import Policy
 from grpo_core.rollout.sampler import GroupSampler
@@ -25,7 +26,7 @@ _MISMATCH = {torch.float64: 1e-4, torch.float32: 1e-3}
 _MISMATCH_HALF = 0.2
 
 
-class FirstStepError(RuntimeError):
+class FirstStepError(TrainingStopped):
     """The first step shows that a run cannot learn what it is meant to; the message says what is wrong."""
 
 
@@ -59,6 +60,11 @@ def check_first_step(
         )
     limit = _MISMATCH.get(policy.dtype, _MISMATCH_HALF)
     difference = values["sampling/sampling_logp_difference/mean"]
+    if math.isnan(difference):  # of which every comparison below is false
+        raise FirstStepError(
+            "log-probs are not finite in the first step: the policy has diverged (a cold start with too high a "
+            f"learning rate?), or rollout.temperature {temperature:g} takes logits out of range"
+        )
     if difference > limit:
         raise FirstStepError(
             f"the sampler's log-probs differ from the trainer's by {difference:.3g} nats a token in the first step, "
@@ -104,25 +110,42 @@ def check_features_on_all_ranks(policy: Policy, group: Group | None, temperature
 def check_features(policy: Policy, group: Group, temperature: float) -> None:
     """Check that every kind of feature that a prompt carries has an effect: log-probs must change when it is zeroed.
 
-    Costs a forward over one group for each kind.
+    Costs a forward over one group for each kind, and where log-probs do not change two more, to tell a feature that
+    does not arrive from a policy that says the same whatever it is given.
 
     Raises:
-        FirstStepError: naming the feature.
+        FirstStepError: naming the feature, or what is wrong with the policy.
     """
     prompt = group.prompt
     if not prompt.features:
         return
     layout = GroupLayout.from_groups([group], policy.device)
 
-    def logprob(features: dict[str, Tensor]) -> Tensor:
+    def logprob(features: dict[str, Tensor], temperature: float = temperature) -> Tensor:
         return policy.logprobs(layout, [replace(prompt, features=features)], temperature=temperature).logprob
 
     with_all = logprob(prompt.features)
+    if not with_all.isfinite().all():
+        raise FirstStepError(
+            f"log-probs of prompt {prompt.id!r} are not finite: the policy has diverged (a cold start with too high a "
+            f"learning rate?), or rollout.temperature {temperature:g} takes logits out of range"
+        )
     for name, feature in prompt.features.items():
         if not feature.any():
             continue  # zeros already
-        without = logprob(prompt.features | {name: torch.zeros_like(feature)})
-        if torch.equal(with_all, without):
+        others = prompt.features | {name: torch.zeros_like(feature)}
+        if torch.equal(with_all, logprob(others)):
+            if not torch.equal(logprob(prompt.features, 1.0), logprob(others, 1.0)):
+                raise FirstStepError(
+                    f"rollout.temperature {temperature:g} leaves no difference between logits: log-probs of prompt "
+                    f"{prompt.id!r} do not depend on its features, and at temperature 1 they do. Set it near 1"
+                )
+            if with_all.abs().max() < 1e-6:
+                raise FirstStepError(
+                    f"the policy gives every token of its answers to prompt {prompt.id!r} probability 1, whatever it "
+                    "is given: it has diverged or collapsed. Look at the loss and learning rate of the cold start, or "
+                    "at the model that the run starts from"
+                )
             raise FirstStepError(
                 f"the policy's answers to prompt {prompt.id!r} do not depend on its {name!r} features: they do not "
                 "reach the language model (look at the prompt's placeholders and the fusion)"

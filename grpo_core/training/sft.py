@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from grpo_core.layout import GroupLayout
 from grpo_core.policy import Policy
 from grpo_core.rng import row_key
 from grpo_core.training.batch import check_enough_items, split_by_tokens, step_items
+from grpo_core.training.guards import dump_once
 from grpo_core.training.loop import TrainingLoop, describe_items
 from grpo_core.training.optim import optimizer_step
 from grpo_core.training.sanity import check_features_on_all_ranks
@@ -115,4 +117,15 @@ class SFTTrainer(TrainingLoop):
         self.metrics.max("step_time", time.perf_counter() - started)
         for name, seconds in self.clock.read().items():
             self.metrics.max(f"time/{name}", seconds)
-        return self.metrics.reduce()
+        values = self.metrics.reduce()
+        if not math.isfinite(values["grad_norm"]):
+            batch = [
+                {
+                    "prompt_id": e.prompt.id,
+                    "prompt_token_ids": list(e.prompt.token_ids),
+                    "target_ids": list(e.target_ids),
+                }
+                for e in examples
+            ]
+            dump_once(self.run.folder, self.step_index, self.dist.rank, {**values, "examples": batch})
+        return values

@@ -98,7 +98,7 @@ def train(arguments: Sequence[str]) -> None:
         stages.supervised(config.supervised(SFT_CONTINUED, config.run.max_steps, patience=0))
         evaluations[SFT_CONTINUED] = stages.evaluate_test(SFT_CONTINUED)
         stages.load(start)
-    stages.grpo(rewards, config.algorithm, config.optim)
+    trouble = stages.grpo(rewards, config.algorithm, config.optim)
     del rewards  # frees a judge's weights on the GPU before the model is scored
     evaluations[GRPO] = stages.evaluate_test(GRPO)
     if config.controls and stages.test:
@@ -106,17 +106,24 @@ def train(arguments: Sequence[str]) -> None:
         evaluations[SHUFFLED_MEDIA] = stages.evaluate_test(SHUFFLED_MEDIA, swapped)
 
     if dist.main_process:
-        _finish_training(config, stages, {name: scored for name, scored in evaluations.items() if scored})
+        _finish_training(config, stages, {name: scored for name, scored in evaluations.items() if scored}, trouble)
     run.finish()
     distributed.finalize(dist)
 
 
-def _finish_training(config: R1Config, stages: Stages, evaluations: dict[str, Evaluation]) -> None:
-    """Write `summary.json` and `report.html`, and print the scores."""
+def _finish_training(
+    config: R1Config, stages: Stages, evaluations: dict[str, Evaluation], trouble: dict[str, int]
+) -> None:
+    """Write `summary.json` and `report.html`, and print the scores.
+
+    Args:
+        trouble: steps of GRPO in which something went wrong, by what it was.
+    """
     from affectgpt.stages import stage_label
     from grpo_core.storage.files import write_text
 
     summary = {f"{name}_f1": 100 * scored.f1 for name, scored in evaluations.items()} | {"seed": config.run.seed}
+    summary |= trouble
     write_text(config.run.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     report = _write_report(config, stages)
     if evaluations:
@@ -125,6 +132,8 @@ def _finish_training(config: R1Config, stages: Stages, evaluations: dict[str, Ev
         for name, scored in evaluations.items():
             f1, precision, recall = (100 * value for value in (scored.f1, scored.precision, scored.recall))
             print(f"  {stage_label(name).title:34}{f1:6.2f}   P {precision:6.2f}   R {recall:6.2f}")
+    for what, steps in trouble.items():
+        print(f"\n{what.replace('_', ' ')}: {steps} of {config.run.max_steps}")
     if report is not None:
         print(f"\n{report}")
 

@@ -337,12 +337,16 @@ class Stages:
             for prompt in self.training:
                 check_columns(reward, prompt)
 
-    def grpo(self, rewards: Sequence[Reward], algorithm: AlgorithmConfig, optim: OptimConfig) -> None:
-        """Train on the rewards and save the model in the run's folder."""
+    def grpo(self, rewards: Sequence[Reward], algorithm: AlgorithmConfig, optim: OptimConfig) -> dict[str, int]:
+        """Train on the rewards and save the model in the run's folder.
+
+        Returns:
+            Steps in which something went wrong, by what it was; empty after a healthy run.
+        """
         self.check_rewards(rewards)
         # without a KL no reference is kept: a frozen copy of the trained weights would be memory for nothing
         policy, sampler = self.policy(algorithm.reference if algorithm.beta > 0 else None, algorithm.reference_offload)
-        GRPOTrainer(
+        trainer = GRPOTrainer(
             policy,
             sampler,
             self.training,
@@ -352,8 +356,10 @@ class Stages:
             save_model=self.model.save_pretrained,
             evaluate=self.evaluate_validation(sampler),
             describe=self.describe,
-        ).train()
+        )
+        trainer.train()
         self.save(self.folder / "model")
+        return trainer.guards.summary()
 
     def describe(self, group: Group, member: int) -> dict[str, Any]:
         """Return a completion's labels and the ground truth, for `completions.jsonl`."""

@@ -259,8 +259,14 @@ def test_several_rewards_are_weighed_by_name(recipe, monkeypatch, inputs, tmp_pa
     start(recipe, monkeypatch, flags(inputs, reward=specs, **changed))
     completions = [json.loads(line) for line in (tmp_path / "run" / "completions.jsonl").read_text().splitlines()]
     assert {tuple(row["rewards"]) for row in completions} == {("share", "short")}
+    shares = {}
     for row in completions:
-        share = row["text"].count("g") / len(row["text"]) if row["text"] else 0.0  # None: the other reward alone counts
+        if row["text"]:
+            shares.setdefault(row["prompt_id"], []).append(row["text"].count("g") / len(row["text"]))
+    for row in completions:
+        # None for an empty text, which then counts as the mean of what the group's others got
+        others = shares.get(row["prompt_id"], [0.0])
+        share = row["text"].count("g") / len(row["text"]) if row["text"] else sum(others) / len(others)
         # TRL's signature gets a chat's completion as a list of one message
         length = 1 if row["prompt_id"] in "5678" else len(row["text"])
         assert row["rewards"]["short"] == -length
@@ -348,6 +354,19 @@ def test_a_mistake_is_one_line_and_exit_status_2(inputs):
     assert run.returncode == 2
     assert run.stderr.strip().splitlines()[-1].startswith("error: reward ")
     assert "Traceback" not in run.stderr
+
+
+def test_a_bug_in_a_reward_is_one_line_with_the_users_line_and_exit_status_1(
+    recipe, monkeypatch, inputs, tmp_path, capsys
+):
+    (inputs / "buggy.py").write_text("def share(completion, wanted):\n    return open('/no/such/key').read()\n")
+    arguments = flags(inputs, reward=f"{inputs / 'buggy.py'}:share", **{"run.output_dir": str(tmp_path)})
+    monkeypatch.setattr(sys, "argv", ["text_grpo.py", *arguments])
+    assert run_program(recipe.main) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: reward 'share' failed on 100 % of the completions of step 1, such as prompt '")
+    assert f"{inputs / 'buggy.py'}:2, `return open('/no/such/key').read()`" in line
+    assert not (tmp_path / "run" / "model").exists()
 
 
 def test_options_are_refused_with_exit_status_2(recipe, monkeypatch, inputs, capsys):

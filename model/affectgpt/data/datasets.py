@@ -213,8 +213,8 @@ class Layout(Protocol):
 
         Args:
             root: `data.root`.
-            labels: `data.labels` or `data.test_labels`. None, where `data.labels` is not set, is the layout's usual
-                table; a layout that has none refuses what it cannot honour.
+            labels: `data.labels` or `data.test_labels`. Where `data.labels` is not set, it is the class's
+                `usual_labels`, and None if it has no such attribute.
             reasons: `data.reasons`, descriptions that think mode learns from.
             labelled: False for prediction, where the table may have names only.
         """
@@ -330,6 +330,7 @@ class SyntheticLayout(ConfigSection, key="data.layout"):
 
     clips: tuple[int, int] = (400, 450)
     """Numbers of training and held-out clips."""
+    usual_labels: ClassVar[str] = MER_LABELS
 
     def load(self, root: Path, *, labels: str | None, reasons: str | None, labelled: bool) -> list[Sample]:
         """Load as `load_mer2025`, in whose layout `affectgpt.pipeline.prepare_synthetic` makes the clips."""

@@ -23,9 +23,9 @@ from grpo_core import distributed
 from grpo_core.distributed.watchdog import activity
 dist = distributed.init("cpu", timeout_seconds=3, watchdog_seconds=0.8)
 activity.phase = "sample" if dist.rank else "optimizer"
+time.sleep(0.5)  # two periods: it has written its phase
 distributed.barrier(dist)
 if dist.rank:
-    time.sleep(0.5)  # two periods: it has written its phase
     os.kill(os.getpid(), signal.SIGSTOP)
 try:
     distributed.all_reduce_sum(torch.ones(1), dist)

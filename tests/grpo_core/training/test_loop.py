@@ -35,13 +35,12 @@ OPTIONS = {
 
 def grpo(folder, **changed):
     """A GRPO run that evaluates every second step, by sampling with the policy as it is."""
-    trainer = make_trainer(folder, **(OPTIONS | changed))
 
     def evaluate():
         groups = trainer.sample(PROMPTS[:2])
         return {"eval/f1": sum(map(len, (c.token_ids for g in groups for c in g.completions))) + trainer.step_index}
 
-    trainer.evaluate = evaluate
+    trainer = make_trainer(folder, evaluate=evaluate, **(OPTIONS | changed))
     return trainer
 
 

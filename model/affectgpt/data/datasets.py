@@ -310,8 +310,11 @@ class FolderLayout(ConfigSection, key="data.layout"):
         _refuse_reasons(reasons, "folder")
         if labelled and labels is None:
             raise ValueError(f"data.labels is not set: give the label table of {root}, a csv name,openset")
-        # for prediction no table is needed, and one that is there names clips to be labelled
-        return load_folder(root, labels if labelled else None, self.subtitle_encoding)
+        if not labelled:  # no table is needed
+            return load_folder(root, None, self.subtitle_encoding)
+        # the table says which clips are meant: training and test clips may lie in one folder
+        samples = load_folder(root, labels, self.subtitle_encoding)
+        return [sample for sample in samples if sample.labels is not None]
 
 
 @register_layout("jsonl")

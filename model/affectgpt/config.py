@@ -60,6 +60,8 @@ class DataConfig(ConfigSection, key="data"):
         super().__post_init__()
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(f"data.validation_fraction is {self.validation_fraction}: set it in [0, 1)")
+        if self.labels is None:
+            self.labels = getattr(self.layout, "usual_labels", None)
         if not 0 <= self.min_coverage <= 1:
             raise ValueError(f"data.min_coverage is {self.min_coverage}: set it in [0, 1]")
 

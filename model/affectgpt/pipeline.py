@@ -67,12 +67,15 @@ def load_samples(
             "out (--data.labels none), or give the folder as data.root"
         )
     table = labels or data.labels
+    where = str(data.root / table if table else data.root)
     try:
         samples = data.layout.load(data.root, labels=table, reasons=data.reasons, labelled=labelled)
         if labelled and not numbers:
-            check_emotion_labels(samples, str(data.root / table if table else data.root))
+            check_emotion_labels(samples, where)
     except (ValueError, OSError) as error:
         raise InputError(str(error)) from error
+    if not samples:
+        raise InputError(f"{where}: it lists no sample. Give a table with rows.")
     return samples
 
 
@@ -186,8 +189,8 @@ class Stages:
         if splits:
             encoders = self.encoders()  # loaded once for the three splits, and freed when this returns
             self.training = self.prompts(training, encoders, "training samples")
-            self.validation = self.prompts(validation, encoders, "validation samples")
-            self.test = self.prompts(test, encoders, "test samples")
+            self.validation = self.prompts(to_score(validation), encoders, "validation samples")
+            self.test = self.prompts(to_score(test), encoders, "test samples")
 
     @property
     def folder(self) -> Path:
@@ -407,6 +410,14 @@ class Stages:
         if not self.validation:
             return None
         return lambda: {"eval/f1": self.score(sampler, self.validation, "validation", "validation").f1}
+
+
+def to_score(samples: Sequence[Sample]) -> list[Sample]:
+    """Return samples for an evaluation: those without labels with a fault, since there is nothing to compare with."""
+    return [
+        replace(sample, fault=sample.fault or "it has no labels to score against") if sample.labels is None else sample
+        for sample in samples
+    ]
 
 
 def _with_fault(sample: Sample, modalities: Sequence[str], face_or_frame: str) -> Sample:

@@ -147,7 +147,8 @@ def test_layouts_load_what_their_functions_load_and_know_whether_labels_are_want
     (tmp_path / "labels.csv").write_text("name,openset\na,happy\n")
     options = ["--data.format", "folder", "--data.root", str(tmp_path), "--data.labels", "labels.csv"]
     data = load_config(TaskConfig, options).data
-    assert load_samples(data) == load_folder(tmp_path, "labels.csv")
+    # the table says which clips are meant: a test set may lie in the folder of the training set
+    assert load_samples(data) == load_folder(tmp_path, "labels.csv")[:1]
     assert [sample.labels for sample in load_samples(data, labelled=False)] == [None, None]
 
 

@@ -20,6 +20,7 @@ import torch.distributed as c10d
 from torch import Tensor
 
 from grpo_core.config.fields import ConfigError
+from grpo_core.errors import InputError
 
 Item = TypeVar("Item")
 
@@ -63,9 +64,7 @@ def init(device: str | None = None, timeout_seconds: float = 600.0) -> Distribut
         # Triton launches on the current device, whatever device its tensors are on
         torch.cuda.set_device(rank_device)
     elif torch.cuda.device_count() == 0:
-        raise InputError(
-            "device is 'cuda', but torch sees no CUDA device on this machine: leave it out, or give 'cpu'"
-        )
+        raise InputError("device is 'cuda', but torch sees no CUDA device on this machine: leave it out, or give 'cpu'")
     else:
         raise RuntimeError(
             f"process {local_rank} of this machine has no CUDA device to itself ({torch.cuda.device_count()} found): "

@@ -27,7 +27,8 @@ from grpo_core.chat import encode_chat, encode_text, turn_end
 from grpo_core.config import option
 from grpo_core.distributed import finalize, init
 from grpo_core.errors import InputError, run_program
-from grpo_core.pretrained import is_adapter, load_causal_lm, load_tokenizer, read_adapter, save_model, stored_dtype
+from grpo_core.model_folder import is_adapter
+from grpo_core.pretrained import load_causal_lm, load_tokenizer, read_adapter, save_model, stored_dtype
 from grpo_core.report import try_report
 from grpo_core.reward_adapters import check_columns
 from grpo_core.storage.run_folder import open_run

@@ -319,7 +319,10 @@ class RunConfig(ConfigSection, key="run"):
     early_stopping_patience: int = 0
     """Stop after N evaluations without a new best; 0 disables."""
     save_steps: int = option(0, free=True)
-    """Write a checkpoint every N steps; 0 disables."""
+    """Write a checkpoint every N steps, and at the end; 0 goes by save_minutes."""
+    save_minutes: float = option(10.0, free=True)
+    """Without save_steps, write a checkpoint after the first step that ends this long after the last one, and at the
+    end. 0 disables; a signal to stop and an evaluation of metric_for_best_model save all the same."""
     keep_checkpoints: int = option(2, free=True)
     """How many of the newest checkpoints to keep."""
     resume: bool = option(True, free=True)
@@ -332,6 +335,11 @@ class RunConfig(ConfigSection, key="run"):
     check_first_step: bool = option(True, free=True)
     """Stop the run if its first step shows that sampler and trainer disagree, that the policy is not its reference,
     that a gradient is not finite, or that a modality has no effect."""
+    rank_timeout: float = option(600.0, free=True)
+    """Seconds that a rank waits for the others in a collective before the run ends. A checkpoint that takes longer to
+    write needs more."""
+    watchdog_seconds: float = option(60.0, free=True)
+    """After this many seconds in one collective, say which rank is waited for and what it was doing. 0 disables."""
     trackers: tuple[str, ...] = option((), free=True)
     """Where metrics go beside metrics.jsonl: tensorboard, or a tracker that a plug-in registers."""
     plugins: tuple[Path, ...] = plugin_files()
@@ -360,12 +368,16 @@ class RunConfig(ConfigSection, key="run"):
             ("keep_checkpoints", 1),
             ("eval_steps", 0),
             ("save_steps", 0),
+            ("save_minutes", 0),
+            ("watchdog_seconds", 0),
             ("early_stopping_patience", 0),
             ("lock_timeout", 0),
         ):
             if getattr(self, name) < least:
                 off = " (off)" if least == 0 else ""
                 raise ValueError(f"run.{name} is {getattr(self, name)}: set it to {least}{off} or more")
+        if self.rank_timeout <= 0:
+            raise ValueError(f"run.rank_timeout is {self.rank_timeout}: set it above 0, in seconds")
         if self.metric_for_best_model and not self.eval_steps:
             raise ValueError(
                 f"run.metric_for_best_model is {self.metric_for_best_model}, and run.eval_steps is 0, so that nothing "

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from grpo_core import rng
 from grpo_core.chat import turn_end
 from grpo_core.config.options import RolloutConfig
+from grpo_core.distributed.stopping import poll
 from grpo_core.policy import Policy
 from grpo_core.rollout.backends import Decoder, make_decoder
 from grpo_core.rollout.cache import fill_holes
@@ -282,6 +283,7 @@ class Scheduler:
         waiting = np.argsort([-len(embed) for embed in self.embeds], kind="stable")
         waiting = waiting[~self._ended_by_group[waiting].all(axis=1)]
         while len(waiting) or len(running):
+            poll()  # a signal may end a rollout between two blocks of decode steps
             # a slot is free once none of its group's sequences is in the decoder; refill before decoding on, since a
             # step over a full batch takes hardly longer than one over a half-empty batch
             free = slots - len(np.unique(running // self.group_size)) if len(waiting) else 0

@@ -29,7 +29,9 @@ from grpo_core.algorithm.controllers import Coefficients
 from grpo_core.algorithm.entropy import entropy_histogram, entropy_threshold
 from grpo_core.algorithm.kl import completion_kl
 from grpo_core.config.options import GRPOConfig
+from grpo_core.data import refuse_too_long
 from grpo_core.distributed import Distributed, all_reduce_sum, gather_rows, send_to_main, shard
+from grpo_core.distributed.stopping import stoppable, until_stopped
 from grpo_core.policy import Policy, disable_dropout
 from grpo_core.rewards import Reward, Scores, check_reward_weights, score
 from grpo_core.rollout.sampler import GroupSampler
@@ -72,8 +74,8 @@ class GRPOTrainer(TrainingLoop):
         describe: adds columns to a completion's row in `completions.jsonl`.
 
     Raises:
-        ValueError: a weight names no reward, β > 0 without a reference, too few prompts for a step, or a token id
-            that the model does not have.
+        ValueError: a weight names no reward, β > 0 without a reference, too few prompts for a step, one that with its
+            completion is longer than the model's positions, or a token id that the model does not have.
     """
 
     phases = ("sample", "reward", "old", "reference", "forward", "backward", "optimizer")
@@ -94,6 +96,8 @@ class GRPOTrainer(TrainingLoop):
     ):
         check_reward_weights(rewards, config.algorithm.reward_weights)
         check_enough_items(len(prompts), config.run.prompts_per_step + config.algorithm.reserve_prompts)
+        sizes = ((prompt.id, len(prompt.token_ids), config.rollout.max_new_tokens) for prompt in prompts)
+        refuse_too_long(sizes, policy.causal_lm.config, "rollout.max_new_tokens")
         if config.algorithm.beta > 0 and policy.reference is None:
             raise ValueError("algorithm.beta is above 0, but the policy keeps no reference: make it with one")
         policy.check_token_ids(prompts)
@@ -178,7 +182,7 @@ class GRPOTrainer(TrainingLoop):
             ValueError: the sampler gave another number of completions.
         """
         size = self.config.rollout.group_size
-        with self.clock.phase("sample"):
+        with stoppable(self.dist), self.clock.phase("sample"):
             groups = self.sampler.sample(prompts, self.config.rollout, step=self.step_index)
         # A sampler of another make may give what it likes; rewards [N, G] below rely on the size.
         for group in groups:
@@ -224,7 +228,7 @@ class GRPOTrainer(TrainingLoop):
                 self.policy.logprobs(
                     batch.layout, batch.prompts, temperature=self.config.rollout.temperature, entropy=True
                 )
-                for batch in batches
+                for batch in until_stopped(batches, self.dist)
             ]
             if quantile == 1:
                 return {batch: OldPass(result.logprob) for batch, result in zip(batches, results, strict=True)}
@@ -241,19 +245,18 @@ class GRPOTrainer(TrainingLoop):
 
     def reference_values(self, minibatches: Sequence[Minibatch]) -> Mapping[MicroBatch, Tensor]:
         """Compute what the KL needs of the reference: log-probs `[R]`, or for the full KL hidden states `[R, H]`."""
+        batches = [batch for minibatch in minibatches for batch in minibatch]
         with self.clock.phase("reference"):
             if self.config.algorithm.kl_estimator == "full":
                 return {
                     batch: self.policy.reference_hidden_states(batch.layout, batch.prompts)
-                    for minibatch in minibatches
-                    for batch in minibatch
+                    for batch in until_stopped(batches, self.dist)
                 }
             return {
                 batch: self.policy.reference_logprobs(
                     batch.layout, batch.prompts, temperature=self.config.rollout.temperature
                 )
-                for minibatch in minibatches
-                for batch in minibatch
+                for batch in until_stopped(batches, self.dist)
             }
 
     def advantages(
@@ -319,7 +322,9 @@ class GRPOTrainer(TrainingLoop):
         beta, entropy_coef = self.coefficients.beta(self.step_index), self.coefficients.entropy
         self.policy.module.train()  # gradient checkpointing works in training mode alone; dropout is off
         passes = []
-        for batch in minibatch:
+        # until the step's first update nothing has moved, so a signal may drop the step; after it the step is finished
+        moved = schedule_step % (algorithm.num_iterations * algorithm.steps_per_generation) > 0
+        for batch in minibatch if moved else until_stopped(minibatch, self.dist):
             reference = None if experience.reference is None else experience.reference[batch]
             with self.clock.phase("forward"):
                 current = self.policy.logprobs(

@@ -39,10 +39,11 @@ class DataConfig(ConfigSection, key="data"):
     """Options of the layout."""
     root: Path | None = option(None, free=True)
     """Folder of the dataset (for jsonl, the file). For synthetic, the folder that it is made in, or was made in."""
-    labels: str = "track2_train_ovmerd.csv"
-    """Label table, relative to root; not used by jsonl."""
+    labels: str | None = None
+    """Label table, relative to root. Unset: the layout's own (track2_train_ovmerd.csv in mer2025); for jsonl, root."""
     test_labels: str | None = option(None, free=True)
-    """Label table of held-out samples, which are scored before and after training; unset, nothing is scored."""
+    """Label table of held-out samples, which are scored before and after training; unset, nothing is scored. For jsonl,
+    another jsonl in the same folder."""
     reasons: str | None = None
     """Table of descriptions, relative to root, that think mode learns from."""
     validation_fraction: float = 0.0
@@ -51,11 +52,18 @@ class DataConfig(ConfigSection, key="data"):
     """Cache of encoder outputs, keyed by the files' content and shared by all runs."""
     face_channel_order: Literal["rgb", "bgr"] = "rgb"
     """Channel order of the face files; with the wrong one, skin looks blue."""
+    truncated: Literal["skip", "keep"] = "skip"
+    """Media files whose end is missing: leave the sample out, or use what is there."""
+    min_coverage: float = option(0.8, free=True)
+    """Share of a table's samples that must be usable, for training and for a score; the others are left out and
+    named."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(f"data.validation_fraction is {self.validation_fraction}: set it in [0, 1)")
+        if not 0 <= self.min_coverage <= 1:
+            raise ValueError(f"data.min_coverage is {self.min_coverage}: set it in [0, 1]")
 
 
 @dataclass

@@ -11,7 +11,6 @@ The same command again continues a run that was killed; beside a finished one it
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +24,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from grpo_core import GroupSampler, GRPOConfig, GRPOTrainer, Policy, Prompt, Reward, load_config, load_reward
 from grpo_core.chat import encode_chat, encode_text, turn_end
 from grpo_core.config import option
+from grpo_core.data import check_coverage, length_limit, read_jsonl, report_skipped
 from grpo_core.distributed import finalize, init
 from grpo_core.errors import InputError, run_program
 from grpo_core.model_folder import is_adapter
@@ -46,33 +46,54 @@ class TextConfig(GRPOConfig):
     """Rewards, each file.py:name or package.module:name, separated by commas; algorithm.reward_weights weighs them."""
     lora_r: int = 0
     """Rank of LoRA adapters on all linear layers but the head. 0: all weights are trained, in float32."""
-    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", free=True)
     """Dtype of the trained model's file where all weights are trained; auto is that of the checkpoint in `model`."""
+    min_coverage: float = option(0.8, free=True)
+    """Share of the lines whose prompt must be usable; the others are left out and named."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.reward:
             raise InputError("reward is empty: name at least one, file.py:name or package.module:name")
+        if not 0 <= self.min_coverage <= 1:
+            raise InputError(f"min_coverage is {self.min_coverage}: set it in [0, 1]")
 
 
-def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Prompt], dict[str, str]]:
     """Make one prompt of each line of a jsonl.
+
+    Returns:
+        The prompts, and the reason by file and line for each line whose prompt cannot be used: it is left out.
 
     Raises:
         InputError: a line that is not a JSON object with a `prompt`.
     """
-    prompts = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(f"{path}, line {number} is not JSON ({error}): write one object per line") from error
-            if not isinstance(row, dict) or "prompt" not in row:
-                columns = ", ".join(row) if isinstance(row, dict) else repr(row)
-                raise InputError(f"{path}, line {number} has no column 'prompt', but {columns}: add it")
-            prompts.append(make_prompt(number, row, tokenizer))
-    return prompts
+    prompts: list[Prompt] = []
+    skipped: dict[str, str] = {}
+    for where, line, row in read_jsonl(path):
+        if not isinstance(row, dict) or "prompt" not in row:
+            columns = ", ".join(row) if isinstance(row, dict) else repr(row)
+            raise InputError(f"{where} has no column 'prompt', but {columns}: add it")
+        if not is_prompt(row["prompt"]):
+            skipped[where] = f"prompt is {row['prompt']!r}, not text or a list of messages with role and content"
+            continue
+        try:
+            prompts.append(make_prompt(line, row, tokenizer))
+        except Exception as error:  # a chat template may refuse a conversation by any error
+            skipped[where] = f"its prompt cannot be tokenized ({type(error).__name__}: {error})"
+    return prompts, skipped
+
+
+def is_prompt(value: object) -> bool:
+    """Whether a value is text or chat messages. Templates print what they do not find as nothing, or as `None`."""
+    if not isinstance(value, list):
+        return isinstance(value, str) and bool(value)
+    return bool(value) and all(
+        isinstance(message, dict)
+        and isinstance(message.get("role"), str)
+        and isinstance(message.get("content"), str | list)
+        for message in value
+    )
 
 
 def make_prompt(number: int, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Prompt:
@@ -115,13 +136,14 @@ def main() -> None:
     # What is quick to check comes first: a wrong path or column should not cost the minutes that loading a model takes.
     rewards: list[Reward] = [load_reward(spec) for spec in config.reward]
     tokenizer = load_tokenizer(config.model, "model")
-    prompts = read_prompts(config.data, tokenizer)
+    prompts, skipped = read_prompts(config.data, tokenizer)
+    check_coverage(skipped, len(prompts) + len(skipped), config.min_coverage, what="prompts", key="min_coverage")
     for reward in rewards:
         for prompt in prompts:
             check_columns(reward, prompt)
 
     # Under torchrun, one process per GPU; otherwise this process is all there is.
-    dist = init()
+    dist = init(timeout_seconds=config.run.rank_timeout, watchdog_seconds=config.run.watchdog_seconds)
     # Find the run's folder. One that holds another run is refused now, and not after the model is loaded.
     run = open_run(config, dist)
     config = run.config
@@ -141,6 +163,17 @@ def main() -> None:
     # penalty, as the reference is a copy of all trained weights.
     reference: Any = config.algorithm.reference if config.algorithm.beta > 0 else None
     policy = Policy(model, reference=reference, offload=config.algorithm.reference_offload)
+
+    # A prompt that leaves no room for its completion would end the run in the step that draws it.
+    limit, total = length_limit(policy.causal_lm.config), len(prompts) + len(skipped)
+    for prompt in prompts if limit else ():
+        if fault := limit.fault(len(prompt.token_ids), config.rollout.max_new_tokens, "rollout.max_new_tokens"):
+            skipped[f"{config.data}, line {prompt.id}"] = fault
+    prompts = [prompt for prompt in prompts if f"{config.data}, line {prompt.id}" not in skipped]
+    if dist.main_process:
+        report_skipped(skipped, total, "prompts")
+    check_coverage(skipped, total, config.min_coverage, what="prompts", key="min_coverage")
+
     # Prompts by a chat template are answered until its turn ends, which need not be the end of the sequence.
     chat = any(not isinstance(prompt.sample["prompt"], str) for prompt in prompts)
     end = turn_end(tokenizer) if chat else None

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from grpo_core.config.fields import ConfigError
+from grpo_core.errors import run_program
 
 RECIPE = Path(__file__).parents[2] / "recipes/examples/text_grpo.py"
 REWARDS = """
@@ -155,6 +157,27 @@ def test_an_unfinished_run_refuses_another_experiment_and_goes_on_with_its_own(r
     assert {path.name for path in tmp_path.iterdir()} == {"run", "moved"}
 
 
+def test_a_disk_that_fills_up_is_one_line_and_the_same_command_goes_on(recipe, monkeypatch, inputs, tmp_path, capsys):
+    options = {"run.output_dir": str(tmp_path), "run.max_steps": "2", "run.save_steps": "1"}
+    start(recipe, monkeypatch, flags(inputs, **options | {"run.name": "whole"}))
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["text_grpo.py", *flags(inputs, **options)])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = (tmp_path / "whole/model/model.safetensors").stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, limits[1]))  # every larger file fails, as on a full disk
+    try:
+        assert run_program(recipe.main) in (1, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1
+    assert "27" in said[0]  # EFBIG; on a full disk ENOSPC
+    assert not (tmp_path / "run/finished.json").exists()
+    start(recipe, monkeypatch, flags(inputs, **options))
+    files = ("model/model.safetensors", "completions.jsonl")
+    assert all((tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in files)
+
+
 def test_adapters_alone_are_trained_and_saved_with_lora(recipe, monkeypatch, inputs, tmp_path):
     changed = {"run.output_dir": str(tmp_path), "run.max_steps": "2", "run.save_steps": "0", "lora_r": "4"}
     start(recipe, monkeypatch, flags(inputs, **changed))
@@ -257,6 +280,31 @@ def test_a_loss_type_of_a_plug_in_can_be_named(recipe, monkeypatch, inputs, tmp_
     assert row["clip_ratio/region_mean"] == 0
 
 
+def test_prompts_that_cannot_be_used_are_named_and_the_others_go_on(recipe, monkeypatch, inputs, tmp_path, caplog):
+    good = [{"prompt": "abcde"[i:] + "\u2028", "wanted": "g", "chat": False} for i in range(4)]
+    rows = [
+        *good,
+        {"prompt": 5},
+        {"prompt": None},
+        {"prompt": ""},
+        {"prompt": []},
+        {"prompt": [{"role": "user"}]},
+        {"prompt": "a" * 32_763},  # with six tokens more than the model's 32,768 positions
+    ]
+    data = tmp_path / "prompts.jsonl"
+    lines = [json.dumps({"wanted": "g", "chat": False} | row, ensure_ascii=False) for row in rows]
+    data.write_text("\n".join(lines), encoding="utf-8")
+    changed = {"run.output_dir": str(tmp_path), "run.max_steps": "1", "data": str(data), "min_coverage": "0.4"}
+    with caplog.at_level("WARNING"):
+        start(recipe, monkeypatch, flags(inputs, **changed))
+    completions = [json.loads(line) for line in (tmp_path / "run" / "completions.jsonl").read_text().split("\n")[:-1]]
+    assert {row["prompt_id"] for row in completions} == {"1", "2", "3", "4"}
+    skipped = [record.getMessage() for record in caplog.records if record.getMessage().startswith("skipped")]
+    assert [text.split(": ")[0] for text in skipped[:-1]] == [f"skipped {data}, line {n}" for n in range(5, 11)]
+    assert skipped[-1] == "skipped 6 of 10 prompts"
+    assert "config.max_position_embeddings 32768" in skipped[-2]
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -271,7 +319,10 @@ def test_a_loss_type_of_a_plug_in_can_be_named(recipe, monkeypatch, inputs, tmp_
         ({"data": "{inputs}/without_wanted.jsonl"}, "share reads the column 'wanted', which prompt '2' lacks"),
         ({"data": "{inputs}/without_prompt.jsonl"}, "line 2 has no column 'prompt', but wanted, chat"),
         ({"data": "{inputs}/without_object.jsonl"}, "line 1 has no column 'prompt', but 3"),
-        ({"data": "{inputs}/cut_off.jsonl"}, "line 1 is not JSON"),
+        ({"data": "{inputs}/cut_off.jsonl"}, "cut_off.jsonl, line 1: not JSON"),
+        ({"data": "{inputs}/broken.jsonl"}, "broken.jsonl, line 3: not JSON"),
+        ({"data": "{inputs}/table.jsonl"}, "table.jsonl: a parquet file. Convert it to a text file in UTF-8 with one"),
+        ({"data": "{inputs}/numbers.jsonl"}, "only 1 of 3 prompts can be used, .* line 2: prompt is 5, not text"),
     ],
 )
 def test_what_is_missing_is_named_before_anything_is_trained(recipe, monkeypatch, inputs, tmp_path, changed, message):
@@ -280,6 +331,9 @@ def test_what_is_missing_is_named_before_anything_is_trained(recipe, monkeypatch
     (inputs / "without_prompt.jsonl").write_text(whole + '{"wanted": "ab", "chat": false}\n')
     (inputs / "without_object.jsonl").write_text("3\n")
     (inputs / "cut_off.jsonl").write_text(whole[:9])
+    (inputs / "broken.jsonl").write_text(whole + "\n" + whole[:9] + "\n")
+    (inputs / "table.jsonl").write_bytes(b"PAR1\x15\x04")
+    (inputs / "numbers.jsonl").write_text(whole + whole.replace('"ab"', "5") + whole.replace('"ab"', "null"))
     changed = {key: value.format(inputs=inputs) for key, value in changed.items()}
     with pytest.raises((ValueError, OSError), match=message):
         start(recipe, monkeypatch, flags(inputs, **changed, **{"run.output_dir": str(tmp_path)}))

@@ -354,11 +354,12 @@ def _read(
 
     Raises:
         ConfigError: the config has a mistake.
+        InputError: a folder of the model's cannot hold what it should.
     """
     from affectgpt.configs import CONFIGS
     from grpo_core.config.loader import load_config
 
-    return load_config(
+    config = load_config(
         cls,
         arguments,
         description=description,
@@ -366,6 +367,8 @@ def _read(
         config_folder=CONFIGS,
         program=f"affectgpt {command}",
     )
+    config.model.check_folders()  # before torch is imported: a mistyped folder is answered at once
+    return config
 
 
 def _share(used: int, total: int) -> str:

@@ -28,7 +28,7 @@ from transformers import (
 from affectgpt.data.datasets import Sample
 from affectgpt.data.media import SAMPLE_RATE, MediaError, read_frames, read_image, read_waveform
 from affectgpt.prompts import neutralise
-from affectgpt.rewards.perception import Comparison, check_judge_folder
+from affectgpt.rewards.perception import Comparison
 from grpo_core.errors import InputError
 from grpo_core.pretrained import LOCAL, check_weights, load_model, one_line, read_config
 
@@ -271,7 +271,6 @@ _FOLDER = "give the folder of a multimodal chat model as save_pretrained writes 
 
 def _load_config(folder: Path) -> PreTrainedConfig:
     """Load the config of an image-text-to-text model, checking that its weights are beside it."""
-    check_judge_folder(folder)
     config = read_config(folder, _KEY)
     check_weights(folder, _KEY)  # by their headers, since their loading comes hours later
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:

@@ -22,6 +22,7 @@ __all__ = [
     "FLOAT_DTYPES",
     "GRAPH_BREAK",
     "HAS_TRITON",
+    "SECOND_DERIVATIVE",
     "Backend",
     "TensorDescriptor",
     "accumulator_dtype",
@@ -37,6 +38,9 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 GRAPH_BREAK = "grpo_kernels' heads run outside the graph: call them in a function compiled without fullgraph=True"
 """The reason `torch.compiler.disable` is given; torch prints it where `fullgraph=True` forbids a graph break."""
+
+SECOND_DERIVATIVE = "grpo_kernels' losses and log-probs have no second derivative: call backward without create_graph"
+"""What backward passes raise where gradients are recorded: they would be constants, and what needs them wrong."""
 
 
 def interpreted() -> bool:

@@ -1,4 +1,4 @@
-"""Where float32 ends and inputs are broken, both backends say what float64 says: one table of rows for each operation."""
+"""Where float32 ends and inputs are broken, both backends say what float64 says: one table for each operation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from grpo_kernels import (
     selective_logprob,
 )
 from grpo_kernels.lm_head import grpo_loss as grpo_loss_module
-from grpo_kernels.testing.interpreter import interpret
 
 INF, NAN, LOWEST = math.inf, math.nan, torch.finfo(torch.float32).min
 V = 131
@@ -359,6 +358,22 @@ def test_a_gradient_over_rows_that_share_memory_is_refused(kind, backend):
     for x in (logits.detach().requires_grad_(), leaf):  # without it they are as good as a copy
         selective_logprob(x, targets, backend=backend).logprob.sum().backward()
         torch.testing.assert_close(x.grad.sum(), leaf.grad.sum() if leaf.grad is not None else x.grad.sum())
+
+
+def test_a_second_derivative_is_refused(backend):
+    """Also where nothing upstream has a graph, and a gradient would silently be a constant."""
+    leaf, targets, ones = torch.randn(2, 9), torch.zeros(2, dtype=torch.int64), torch.ones(2)
+    for call in (
+        lambda x: selective_logprob(x, targets, backend=backend).logprob,
+        lambda x: linear_logprob(x, leaf, targets, backend=backend).logprob,
+        lambda x: linear_logprob(leaf, x, targets, backend=backend, entropy=True).entropy,
+        lambda x: grpo_loss(x, targets, ones, loss_weight=ones, backend=backend).loss,
+        lambda x: linear_grpo_loss(x, leaf, targets, ones, loss_weight=ones, backend=backend).loss,
+    ):
+        for finish in (torch.sum, lambda x: x.square().sum()):
+            x = leaf.clone().requires_grad_()
+            with pytest.raises(RuntimeError, match="no second derivative: call backward without create_graph"):
+                torch.autograd.grad(finish(call(x)), x, create_graph=True)
 
 
 @pytest.mark.parametrize("layout", ["transposed batch", "every second row", "a view of a batch"])

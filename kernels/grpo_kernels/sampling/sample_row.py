@@ -7,8 +7,8 @@ With logits x, x̂ = x after the repetition penalty (x/r if positive, x·r if no
 
 A token is kept by top-k if fewer than k scores are strictly larger; by top-p if the strictly larger ones hold less
 than a share p of what top-k kept; by min-p if its probability is at least that share of the largest one. Tokens of
-equal score are kept or dropped together. Logits of −1e29 or less count as −∞. Thresholds are found without sorting, by a search over the ordered bits of the
-scores: each pass over the row cuts what is left of the 2³² candidates into nine.
+equal score are kept or dropped together. Logits of −1e29 or less count as −∞. Thresholds are found without sorting, by
+a search over the ordered bits of the scores: each pass over the row cuts what is left of the 2³² candidates into nine.
 
 The row is read twice, and up to eleven times more for each of top-k and top-p (from L2, where a GPU's rows fit).
 """

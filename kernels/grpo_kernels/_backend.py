@@ -28,6 +28,7 @@ __all__ = [
     "accumulator_dtype",
     "choose_backend",
     "interpreted",
+    "refuse_gradient",
     "tl",
     "triton",
 ]
@@ -70,6 +71,18 @@ def choose_backend(device: torch.device, backend: Backend | None, dtype: torch.d
             "on a CPU call it inside grpo_kernels.testing.interpreter.interpret(), or with TRITON_INTERPRET=1"
         )
     return backend
+
+
+def refuse_gradient(operation: str, *inputs: Tensor | None) -> None:
+    """Refuse inputs that autograd follows: a kernel without a backward would give it a constant, in silence.
+
+    Raises:
+        ValueError: gradients are recorded, and an input needs one.
+    """
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        raise ValueError(
+            f"{operation} has no gradient on Triton: call it under torch.no_grad(), or with backend='torch'"
+        )
 
 
 def accumulator_dtype(*tensors: Tensor) -> torch.dtype:

@@ -10,16 +10,22 @@ import torch
 from torch import Tensor
 
 from grpo_kernels import (
+    GroupRows,
     SampledTokens,
     SampleOptions,
+    group_decode_attention,
     grpo_loss,
     linear_grpo_loss,
     linear_logprob,
+    rms_norm,
+    rope_append,
     sample_head,
     sample_row,
     selective_logprob,
+    silu_mul,
 )
 from grpo_kernels.lm_head import grpo_loss as grpo_loss_module
+from grpo_kernels.testing.interpreter import interpret
 
 INF, NAN, LOWEST = math.inf, math.nan, torch.finfo(torch.float32).min
 V = 131
@@ -374,6 +380,30 @@ def test_a_second_derivative_is_refused(backend):
             x = leaf.clone().requires_grad_()
             with pytest.raises(RuntimeError, match="no second derivative: call backward without create_graph"):
                 torch.autograd.grad(finish(call(x)), x, create_graph=True)
+
+
+def test_a_kernel_without_a_backward_refuses_inputs_that_need_one():
+    """Plain torch gives their gradient; the kernel's output would be a constant."""
+    x = torch.randn(3, 8, requires_grad=True)
+    cache = [torch.zeros(3, 1, 4, 8) for _ in range(4)]
+    ones, rows = torch.ones(3, dtype=torch.int64), GroupRows.sort(torch.full((3,), -1), 3, 1)
+    angles = torch.ones(4, 4)
+    calls = {
+        "rms_norm": lambda x, **options: rms_norm(x, torch.ones(8), 1e-6, **options),
+        "silu_mul": silu_mul,
+        "rope_append": lambda x, **options: rope_append(
+            (x * 1.0)[:, None].expand(3, 3, 8).contiguous(), angles, angles, ones, *cache[:2], ones, **options
+        ),
+        "group_decode_attention": lambda x, **options: group_decode_attention(
+            x[:, None], *cache[:2], ones, *cache[2:], ones, rows, **options
+        ),
+    }
+    for name, call in calls.items():
+        with interpret():
+            with pytest.raises(ValueError, match=f"{name} has no gradient on Triton: call it under torch.no_grad"):
+                call(x)
+            with torch.no_grad():
+                call(x)
 
 
 @pytest.mark.parametrize("layout", ["transposed batch", "every second row", "a view of a batch"])

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from grpo_kernels._backend import (
     GRAPH_BREAK,
-    SECOND_DERIVATIVE,
     HAS_TRITON,
+    SECOND_DERIVATIVE,
     Backend,
     accumulator_dtype,
     choose_backend,

@@ -73,7 +73,8 @@ class StopConditions:
             raise ValueError("rollout.stop_strings holds an empty string, which would end every completion: remove it")
         self.tokenizer, self.strings = tokenizer, tuple(strings)
         # the largest of three sizes that may all differ: heads are padded, tokenizers are extended
-        size = max(model.config.vocab_size, model.get_output_embeddings().weight.shape[0], len(tokenizer))
+        vocabulary = model.config.get_text_config().vocab_size  # of a composite config, the language model's
+        size = max(vocabulary, model.get_output_embeddings().weight.shape[0], len(tokenizer))
         self.end_tokens = np.zeros(size, dtype=bool)
         eos = getattr(model.generation_config, "eos_token_id", None)
         ends = {*(eos if isinstance(eos, list | tuple) else [eos]), tokenizer.eos_token_id}

@@ -110,7 +110,7 @@ class GRPOTrainer(TrainingLoop):
         values = self.report(experience, updates, started)
         if self.step_index == 0 and self.config.run.check_first_step:
             temperature = self.config.rollout.temperature
-            check_first_step(values, self.config.algorithm, self.policy, experience.groups, temperature)
+            check_first_step(values, self.config.algorithm, self.policy, experience.groups, temperature, self.dist)
 
         self.step_index += 1
         completions = self.config.run.prompts_per_step * self.config.rollout.group_size

@@ -1,0 +1,141 @@
+"""Tiny random models of every type that transformers has as a causal LM, and the table of them in docs/models.md.
+
+python -m tests.grpo_core.model_zoo docs/models.md
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import sys
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from grpo_core.policy import Policy
+from grpo_core.verify import TOLERANCE, Comparison, compare
+
+LAYERS, WIDTH, HEADS, VOCABULARY = 4, 32, 4, 97
+# transformers' names of a size, and what it is here: a config takes those that it has
+SMALL: dict[str, Any] = {
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_blocks"), LAYERS),
+    **dict.fromkeys(("encoder_layers", "num_decoder_layers", "num_encoder_layers"), LAYERS),
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim_model", "embedding_size", "emb_dim"), WIDTH),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "decoder_attention_heads"), HEADS),
+    **dict.fromkeys(("encoder_attention_heads", "num_encoder_attention_heads", "num_decoder_attention_heads"), HEADS),
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "n_kv_heads", "multi_query_group_num"), 2),
+    **dict.fromkeys(("head_dim", "d_kv", "dim_head", "kv_channels", "attention_head_dim"), 8),
+    **dict.fromkeys(
+        ("intermediate_size", "ffn_dim", "d_ff", "dim_ff", "decoder_ffn_dim", "encoder_ffn_dim", "dff"), 48
+    ),
+    **dict.fromkeys(("n_inner", "ffn_hidden_size", "moe_intermediate_size", "expert_ffn_hidden_size"), 48),
+    **dict.fromkeys(("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", "expert_dim"), 48),
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "n_tokens"), VOCABULARY),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "context_length"), 512),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(
+        ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "moe_top_k", "num_selected_experts"), 2
+    ),
+    **dict.fromkeys(("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "n_group", "topk_group"), 1),
+    "rotary_dim": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "o_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "qk_head_dim": 16,
+    "v_head_dim": 8,
+    "hidden_size_per_layer_input": 8,
+    "index_topk": 32,
+    "index_n_heads": 2,
+    "index_head_dim": 16,
+    "mamba_d_state": 8,
+    "mamba_n_heads": 4,
+    "mamba_num_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_head_dim": 16,
+    "mamba_n_groups": 1,
+    "mamba_d_ssm": 64,
+    "n_mamba_heads": 4,
+    "state_size": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "lru_width": WIDTH,
+    "first_k_dense_replace": 1,
+    "global_head_dim": 8,
+    "num_global_key_value_heads": 2,
+}
+# where sizes of one type do not go together
+SPECIAL: dict[str, dict[str, Any]] = {}
+PLAIN_TOKENS = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
+
+
+def tiny_config(model_type: str, **overrides: Any) -> Any:
+    """Make a small config of a type: its defaults, but for sizes."""
+    config_class = CONFIG_MAPPING[model_type]
+    default = config_class()
+    values = _small_values(default) | PLAIN_TOKENS | SPECIAL.get(model_type, {}) | overrides
+    return config_class(**values)
+
+
+def _small_values(default: Any) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    names = default.to_dict()
+    for key, small in SMALL.items():
+        if isinstance(names.get(key), int) and not isinstance(names[key], bool):
+            values[default.attribute_map.get(key, key)] = small
+    layers = names.get("num_hidden_layers") or getattr(default, "num_hidden_layers", None)
+    for key, value in names.items():
+        if isinstance(value, list) and layers and len(value) == layers:
+            kinds = list(dict.fromkeys(map(str, value)))
+            # one of each kind at least
+            first = [next(v for v in value if str(v) == kind) for kind in kinds]
+            values[key] = (first * LAYERS)[:LAYERS]
+    for key, sub_class in default.sub_configs.items():
+        sub = getattr(default, key, None)
+        if isinstance(sub, sub_class if inspect.isclass(sub_class) else object) and sub is not None:
+            values[key] = sub.to_dict() | _small_values(sub)
+    return values
+
+
+def tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """Make a small random model; initial weights give nearly uniform distributions, so they are spread."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(tiny_config(model_type, **overrides)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(4)
+    return model
+
+
+def measure(model_type: str) -> tuple[str, Comparison | None]:
+    """Compare a type whatever is known of it: what became of it in a few words, and the differences."""
+    try:
+        model = tiny_model(model_type)
+    except Exception as error:
+        return f"not built: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200], None
+    try:
+        Policy(model)  # refuses by config and class, before anything is compared
+        result = compare(model)
+    except Exception as error:
+        return f"refused: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:400], None
+    worst = max(result.packed[0], result.drawn[0], result.training[0])
+    return ("right" if worst <= TOLERANCE else "refused: differs"), result
+
+
+if __name__ == "__main__":
+    logging.disable(logging.WARNING)
+    for name in sys.argv[1:] or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        what, result = measure(name)
+        numbers = (
+            ""
+            if result is None
+            else " ".join(f"{a:.1e}/{b:.1e}" for a, b in (result.packed, result.drawn, result.training))
+        )
+        print(f"{name:28} {what[:230]} {numbers}", flush=True)

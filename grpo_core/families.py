@@ -193,7 +193,7 @@ PLAIN_HEAD = HeadTransform(1.0, None)
 # One name is multiplied by one type and divided by another, so the table is by type. A type that is missing here and
 # scales all the same is found by the comparison.
 _SCALES: dict[str, Callable[[Any], float]] = {
-    **dict.fromkeys(("cohere", "cohere2", "cohere2_moe"), lambda config: config.logit_scale),
+    **dict.fromkeys(("cohere", "cohere2", "cohere2_moe", "cohere_compass_text"), lambda config: config.logit_scale),
     **dict.fromkeys(
         ("granite", "granitemoe", "granitemoeshared", "granitemoehybrid", "granite_swa", "granitemoe_swa", "minicpm3"),
         lambda config: 1 / config.logits_scaling,
@@ -247,11 +247,9 @@ def _limits(config: Any) -> list[Threshold]:
             found.append(Threshold(f"config.{key}", tokens))
     for rope in _ropes(text):
         if rope.get("rope_type") in ("dynamic", "longrope"):
-            original = rope.get("original_max_position_embeddings") or getattr(
-                text, "original_max_position_embeddings", text.max_position_embeddings
-            )
-            name = f"config.rope_parameters (rope_type {rope['rope_type']}, original_max_position_embeddings)"
-            found.append(Threshold(name, original))
+            key = "original_max_position_embeddings"
+            lengths = (rope.get(key), getattr(text, key, None), text.max_position_embeddings)
+            found.append(Threshold(f"config.{key} ({rope['rope_type']} rotations)", min(filter(None, lengths))))
     return found
 
 
@@ -287,18 +285,22 @@ SPLICED_MEDIA = ("llava",)
 positions under a causal mask, as `Policy(embed=…)` does; each is compared with its own forward in our tests."""
 
 
-def describe(config: Any) -> str:
-    """Name a model in a message: its type, and the folder that it was loaded from."""
-    folder = getattr(config, "_name_or_path", "")
-    return f"model type {config.model_type!r}" + (f" ({folder})" if folder else "")
+class ModelRefused(NotImplementedError):
+    """A model cannot be trained or sampled: one sentence with its type, its folder, the reason, and what can be used.
 
+    Args:
+        config: the model's.
+        reason: why, as the rest of the sentence.
+    """
 
-def refusal(config: Any, reason: str) -> NotImplementedError:
-    """Make the error that refuses a model: what it is, why, and what can be used."""
-    return NotImplementedError(
-        f"{describe(config)} cannot be trained or sampled: {reason}; use one of: {family_names()}; or another that "
-        "docs/models.md lists"
-    )
+    def __init__(self, config: Any, reason: str):
+        self.reason = reason
+        folder = getattr(config, "_name_or_path", "")
+        name = f"model type {config.model_type!r}" + (f" ({folder})" if folder else "")
+        super().__init__(
+            f"{name} cannot be trained or sampled: {reason}; use one of: {family_names()}; or another that "
+            "docs/models.md lists"
+        )
 
 
 def check_model(config: Any, media: bool = False) -> None:
@@ -309,35 +311,35 @@ def check_model(config: Any, media: bool = False) -> None:
         media: prompts have rows that are not token embeddings (`Policy(embed=…)`).
 
     Raises:
-        NotImplementedError: names the type, the folder, the reason, and the families to use.
+        ModelRefused: names the type, the folder, the reason, and the families to use.
     """
     text = text_config(config)
     stateful = STATEFUL_LAYERS.intersection(getattr(text, "layer_types", None) or ())
     if stateful:
-        raise refusal(
+        raise ModelRefused(
             config,
             f"its layers of kind {', '.join(sorted(stateful))} carry a recurrent or convolutional state along the "
             "sequence, which would leak from one packed sequence into the next",
         )
     if getattr(text, "attn_logit_softcapping", None) is not None:
-        raise refusal(
+        raise ModelRefused(
             config,
             f"config.attn_logit_softcapping is {text.attn_logit_softcapping}, and group attention has no soft cap",
         )
     scale, softcap = head_transform(config)
     if softcap is not None and scale != 1:
-        raise refusal(config, f"it both scales its logits (by {scale}) and caps them (at {softcap})")
+        raise ModelRefused(config, f"it both scales its logits (by {scale}) and caps them (at {softcap})")
     if not media:
         return
     for rope in _ropes(text):
         if "mrope_section" in rope:
-            raise refusal(
+            raise ModelRefused(
                 config,
                 "config.rope_parameters has mrope_section, so an image's tokens have positions of three dimensions, "
                 "which prompts with features do not carry",
             )
     if text is not config and config.model_type not in SPLICED_MEDIA:
-        raise refusal(
+        raise ModelRefused(
             config,
             "prompts have features, and of models with an image or audio part only "
             f"{', '.join(SPLICED_MEDIA)} are known to read them as plain embeddings",

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from grpo_core.families import check_model, family_names, head_transform, length_limit, refusal
+from grpo_core.families import ModelRefused, check_model, head_transform, length_limit
 from grpo_core.layout import GroupLayout
 from grpo_core.types import Prompt
 from grpo_kernels import GroupSpans, group_attention, linear_logprob
@@ -22,12 +23,12 @@ from grpo_kernels import GroupSpans, group_attention, linear_logprob
 ATTENTION = "grpo_group"
 """Name under which group attention is registered with transformers."""
 
-_CHANGES_SCORES = frozenset({"s_aux", "position_bias", "indices", "block_indices"})
-"""Arguments of transformers' attention interface that change the scores, beside mask, scale, window and soft cap."""
+_CHANGES_SCORES = ("softcap", "s_aux", "position_bias", "indices", "block_indices")
+"""Arguments of transformers' attention interface that change the scores, beside mask, scale and window."""
 
 
 def _attention(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -40,24 +41,21 @@ def _attention(
     """Transformers' attention interface: group attention where the caller passes spans, plain SDPA elsewhere."""
     # what a layer hands over beside the usual (GPT-OSS: its sinks, s_aux; others: a bias, chosen keys) changes the
     # scores; plain SDPA and group attention would both leave it out without a word, and then agree with each other
-    if kwargs.get("softcap") is not None:
-        raise NotImplementedError("config.attn_logit_softcapping is set: group attention has no soft cap")
-    unknown = [name for name in _CHANGES_SCORES if kwargs.get(name) is not None]
-    if unknown:
-        raise NotImplementedError(
-            f"{type(module).__name__} hands {', '.join(unknown)} to its attention, which group attention does not "
-            f"have: use one of: {family_names()}"
+    kind, changes = type(module).__name__, [name for name in _CHANGES_SCORES if kwargs.get(name) is not None]
+    if changes:
+        raise ModelRefused(
+            module.config, f"{kind} hands {', '.join(changes)} to its attention, which group attention does not have"
         )
     if group_spans is None:
         # the dummy mask of hidden_states without its spans: this layer has lost them, and SDPA would mix the groups. (A
         # single query also has a mask of this shape, in ordinary decoding.)
         if attention_mask is not None and attention_mask.shape == (1, 1, 1, 1) and query.shape[2] > 1:
-            raise NotImplementedError(
-                f"{type(module).__name__} does not hand keyword arguments to its attention, so it cannot run over "
-                f"packed groups: use one of: {family_names()}"
+            raise ModelRefused(
+                module.config,
+                f"{kind} does not hand keyword arguments to its attention, so it cannot run over packed groups",
             )
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    # a window or a soft cap that the layer asks for here would be left out without a word
+    # a window that the layer asks for here would be left out without a word
     window = kwargs.get("sliding_window")
     sequences = zip(group_spans.prompt_lengths, group_spans.completion_lengths, strict=True)
     if window is not None and window < max(prompt + max(lengths, default=0) for prompt, lengths in sequences):
@@ -66,18 +64,14 @@ def _attention(
             "group attention has no window, use shorter prompts and completions"
         )
     if not kwargs.get("is_causal", getattr(module, "is_causal", True)):
-        raise NotImplementedError(
-            f"{type(module).__name__} sees later tokens, and group attention is causal: use one of: {family_names()}"
-        )
-    if value.shape[-1] != query.shape[-1]:
-        raise NotImplementedError(
-            f"{type(module).__name__} has values of {value.shape[-1]} dimensions a head and keys of {query.shape[-1]} "
-            "(latent attention), and group attention has one width"
-        )
+        raise ModelRefused(module.config, f"{kind} sees later tokens, and group attention is causal")
+    # values narrower than keys (latent attention, as DeepSeek's): zeros add columns of zeros, which are cut off again
+    width = value.shape[-1]
+    value = F.pad(value, (0, query.shape[-1] - width))
     packed = group_attention(
         query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), group_spans, scale=scaling
     )
-    return packed[None], None
+    return packed[None, ..., :width], None
 
 
 class LogProbs(NamedTuple):
@@ -106,7 +100,7 @@ class Policy:
 
     Raises:
         ValueError: nothing is trainable, an adapter on the LM head, or `adapter_off` without PEFT adapters.
-        NotImplementedError: the model would be trained wrongly; see `grpo_core.families.check_model`.
+        ModelRefused: the model would be trained wrongly; see `grpo_core.families.check_model`.
     """
 
     def __init__(
@@ -123,7 +117,11 @@ class Policy:
         check_model(config, media=embed is not None)
         # the model's class says so only where no kind of layer does (Granite 4 has models of attention alone)
         if getattr(self.causal_lm, "_is_stateful", False) and not getattr(config, "layer_types", None):
-            raise refusal(config, "it carries a recurrent state along the sequence, which would leak between sequences")
+            raise ModelRefused(
+                config, "its layers carry a state along the sequence, which would leak between sequences"
+            )
+        if self.causal_lm.base_model is self.causal_lm:
+            raise ModelRefused(config, f"{type(self.causal_lm).__name__} does not name its layers without the head")
         self.head_transform, self.length_limit = head_transform(config), length_limit(config)
         # here and not at import, which should have no effect on others; to register again changes nothing
         AttentionInterface.register(ATTENTION, _attention)
@@ -131,7 +129,7 @@ class Policy:
         # once for all: calls without spans (generate, an encoder's) go to SDPA as before
         self.causal_lm.set_attn_implementation(ATTENTION)
         if config._attn_implementation != ATTENTION:
-            raise refusal(
+            raise ModelRefused(
                 config,
                 f"{type(self.causal_lm).__name__} does not use transformers' attention interface, so packed sequences "
                 "would see each other",

@@ -86,7 +86,7 @@ def verify_model(model: PreTrainedModel | PeftModel, *, seed: int = 0) -> Compar
         The differences; None for a model that is known to be right, or has been compared before.
 
     Raises:
-        NotImplementedError: the model cannot run over packed groups or be sampled, or differs from its own forward by
+        ModelRefused: the model cannot run over packed groups or be sampled, or differs from its own forward by
             more than `TOLERANCE` in the median; one sentence with type, folder and figure.
     """
     causal_lm = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
@@ -103,16 +103,18 @@ def verify_model(model: PreTrainedModel | PeftModel, *, seed: int = 0) -> Compar
         )
         if not worst[0] <= TOLERANCE:  # NaN is refused, too
             problem = _WAYS[way].format(median=worst[0], maximum=worst[1])
+    except families.ModelRefused as error:
+        problem = error.reason
     # whatever a model of an unknown type raises in code that was not written for it, from the depths of its layers
     except Exception as error:
         text = (str(error).strip().splitlines() or [""])[0]
-        problem = f"its layers do not run over packed groups ({type(error).__name__}: {text})"
+        problem = f"its forward does not run over packed groups or a cache ({type(error).__name__}: {text})"
     if c10d.is_available() and c10d.is_initialized():
         device = causal_lm.device
         dist = Distributed(c10d.get_rank(), c10d.get_world_size(), device)
         problem = next((text for text in gather_objects(problem, dist) if text), "")
     if problem:
-        raise families.refusal(causal_lm.config, problem)
+        raise families.ModelRefused(causal_lm.config, problem)
     _compared[causal_lm] = comparison
     return comparison
 
@@ -227,13 +229,17 @@ def float_copy(model: PreTrainedModel) -> tuple[PreTrainedModel, int]:
         The copy, on the model's device, and the number of its decoder layers.
 
     Raises:
-        NotImplementedError: the model is sharded or quantised.
+        ModelRefused: the model is sharded or quantised.
     """
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        raise NotImplementedError("it is sharded and cannot be compared: call verify_model before fully_shard")
+        raise families.ModelRefused(
+            model.config, "it is sharded and cannot be compared: call verify_model before fully_shard"
+        )
     if getattr(model, "is_quantized", False):
-        raise NotImplementedError("it is quantised, of a type that is not known, and cannot be compared in float32")
-    count = families.text_config(model.config).num_hidden_layers
+        raise families.ModelRefused(
+            model.config, "it is quantised, of a type that is not known, and cannot be compared"
+        )
+    count: int = getattr(families.text_config(model.config), "num_hidden_layers", 0)
     # the decoder's list, not a vision tower's of the same length
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
     memo: dict[int, Any] = {}

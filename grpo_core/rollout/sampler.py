@@ -45,7 +45,7 @@ class GroupSampler:
             the counts `prompt_tokens`, `completion_tokens`, `steps` and `slots` (groups decoded at a time).
 
     Raises:
-        NotImplementedError: the model would be sampled wrongly; see `grpo_core.verify`.
+        ModelRefused: the model would be sampled wrongly; see `grpo_core.verify`.
     """
 
     def __init__(

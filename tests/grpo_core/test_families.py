@@ -257,7 +257,7 @@ def test_a_layer_that_keeps_the_groups_from_its_attention_is_refused():
     nova.trunk.stack["blocks"][1].__class__ = Deaf
     prompts = make_prompts((4,))
     layout = GroupLayout.pack([prompts[0].token_ids], [[[4, 5], [6]]])
-    with pytest.raises(NotImplementedError, match=r"Attend does not hand .*: use one of: qwen2, qwen3, llama, mistral"):
+    with pytest.raises(NotImplementedError, match=r"Attend does not hand .*; use one of: qwen2, qwen3, llama, mistral"):
         Policy(nova).logprobs(layout, prompts)
 
 

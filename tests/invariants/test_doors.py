@@ -51,7 +51,7 @@ class Tempered:
     def __call__(self, logprob, ratio, advantages):
         return -self.slope * ratio * advantages
 """
-# Llama's computation under other attribute names; its own forward has no cache, so nothing but the fused decoder samples it
+# Llama's computation under other attribute names; its own forward has no cache: only the fused decoder can sample it
 FAMILY = """
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
@@ -306,7 +306,8 @@ def test_a_model_family_of_other_attribute_names_writes_what_the_same_llama_writ
     flags = ["--plugins", "unlisted.py", "--plugins", "loss.py"]
     refused = start(llama, [RECIPE, *flags], **options | {"run.name": "unlisted"})
     assert refused.returncode == 1
-    assert "rollout/backends/transformers.py" in refused.stderr
+    assert "model type 'nova'" in refused.stderr
+    assert "unexpected keyword argument 'inputs_embeds'" in refused.stderr
 
 
 # --- emotion runs ------------------------------------------------------------------------------------------------

@@ -23,7 +23,13 @@ from grpo_kernels import GroupSpans, group_attention, linear_logprob
 ATTENTION = "grpo_group"
 """Name under which group attention is registered with transformers."""
 
-_CHANGES_SCORES = ("softcap", "s_aux", "position_bias", "indices", "block_indices")
+_CHANGES_SCORES = {
+    "softcap": "a soft cap",
+    "s_aux": "sinks",
+    "position_bias": "a bias of positions",
+    "indices": "chosen keys",
+    "block_indices": "chosen blocks of keys",
+}
 """Arguments of transformers' attention interface that change the scores, beside mask, scale and window."""
 
 
@@ -41,11 +47,10 @@ def _attention(
     """Transformers' attention interface: group attention where the caller passes spans, plain SDPA elsewhere."""
     # what a layer hands over beside the usual (GPT-OSS: its sinks, s_aux; others: a bias, chosen keys) changes the
     # scores; plain SDPA and group attention would both leave it out without a word, and then agree with each other
-    kind, changes = type(module).__name__, [name for name in _CHANGES_SCORES if kwargs.get(name) is not None]
+    kind = type(module).__name__
+    changes = [f"{what} ({name})" for name, what in _CHANGES_SCORES.items() if kwargs.get(name) is not None]
     if changes:
-        raise ModelRefused(
-            module.config, f"{kind} hands {', '.join(changes)} to its attention, which group attention does not have"
-        )
+        raise ModelRefused(module.config, f"{kind} has {', '.join(changes)}, and group attention has not")
     if group_spans is None:
         # the dummy mask of hidden_states without its spans: this layer has lost them, and SDPA would mix the groups. (A
         # single query also has a mask of this shape, in ordinary decoding.)
@@ -67,7 +72,8 @@ def _attention(
         raise ModelRefused(module.config, f"{kind} sees later tokens, and group attention is causal")
     # values narrower than keys (latent attention, as DeepSeek's): zeros add columns of zeros, which are cut off again
     width = value.shape[-1]
-    value = F.pad(value, (0, query.shape[-1] - width))
+    if width < query.shape[-1]:
+        value = F.pad(value, (0, query.shape[-1] - width))
     packed = group_attention(
         query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), group_spans, scale=scaling
     )

@@ -1,16 +1,21 @@
-"""Tiny random models of every type that transformers has as a causal LM, and the table of them in docs/models.md.
+"""Tiny random models of every type that transformers has as a causal LM, and the page about them, docs/models.md.
 
-python -m tests.grpo_core.model_zoo docs/models.md
+To compare all and write the page, in a minute: `python -m tests.grpo_core.model_zoo`; or some: `… phi3 opt`.
 """
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import logging
-import sys
+import re
+import textwrap
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -98,6 +103,78 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "reformer": {"is_decoder": True},
     "zaya": {"num_experts_per_tok": 1},
 }
+DOZEN = (
+    *("qwen2_moe", "qwen3_moe", "gemma", "gemma3_text", "phi3", "granite", "cohere2", "olmo2", "smollm3", "mixtral"),
+    *("deepseek_v3", "minicpm3", "gpt2", "opt"),
+)
+"""Types in common use, beside those that are known to be right, whose rows every run of the tests holds."""
+
+PAGE = Path(__file__).parents[2] / "docs/models.md"
+PAGE_TEXT = """# Models
+
+Which causal LMs can be trained and sampled, which are refused, and how that is found out.
+
+<!-- written by: python -m tests.grpo_core.model_zoo -->
+
+The engine packs prompts and completions on one axis and lets completions share a prompt's cache. A model must compute
+there what its own forward computes for one sequence alone. These are known to do so, with the config fields that
+`grpo_core/families.py` lists, and are sampled by a fused decoder: {known}.
+
+A model of any other type, or with a field that is not listed, is compared before it is trained or sampled:
+`verify_model` in `grpo_core/verify.py` draws completions of random prompts and computes their log-probs packed, sampled,
+and by the model's own forward, in float32. If the median difference of any group of tokens is above {tolerance} nats,
+the run stops with a sentence that has type, folder and figure. This takes seconds: a model too large to be copied whole
+is compared on its first layers, up to where one of each kind has come. Lengths lie on both sides of every length that
+the config names, up to 8,192 tokens; beyond a longer one, as beyond a sliding window or a rotation that changes with the
+longest sequence (`dynamic`, `longrope`), sequences are refused.
+
+To compare a model yourself:
+
+<!-- needs: models -->
+```python
+from transformers import AutoModelForCausalLM
+
+from grpo_core import verify_model
+
+print(verify_model(AutoModelForCausalLM.from_pretrained("path/to/model")))
+```
+
+What follows was found with tiny random models of every type in transformers {version}, with the type's default options.
+
+## Right
+
+<!-- right -->
+{right}
+<!-- end -->
+
+Of these, every run of the tests compares, beside the four above:
+
+{dozen}
+
+Text prompts alone are meant. Prompts with images through `Policy(embed=…)` are right for `llava`, whose forward puts
+image features in place of tokens and does nothing else; other models with an image or audio part are refused with them,
+Qwen2.5-VL and Qwen3-VL because an image's tokens have positions of three dimensions there.
+
+## Refused
+
+<!-- refused -->
+| because | types |
+|---|---|
+{refused}
+<!-- end -->
+
+Gemma 2 with a cap on its final logits alone (`attn_logit_softcapping: null`) is right, and so is a model of a hybrid
+type whose layers are all attention (Granite 4 without Mamba).
+
+## Not tried
+
+No small model of these could be made here; they are compared like any other when they are used.
+
+<!-- not built -->
+{not_built}
+<!-- end -->
+"""
+
 PLAIN_TOKENS: dict[str, Any] = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
 
 
@@ -160,13 +237,51 @@ def measure(model_type: str) -> tuple[str, Comparison | None]:
     return "right", result
 
 
+def names_of(kind: str, page: str) -> set[str]:
+    """Read from the page's text which types are `right`, `refused` or `not built`."""
+    _, _, section = page.partition(f"<!-- {kind} -->")
+    return set(re.findall(r"`([\w-]+)`", section.partition("<!-- end -->")[0]))
+
+
+def page_of(found: dict[str, str]) -> str:
+    """Write the page, given what became of each type."""
+    names = {kind: [name for name, what in found.items() if what.startswith(kind)] for kind in ("right", "not built")}
+    reasons: dict[str, list[str]] = {}
+    for name, what in found.items():
+        if what.startswith("refused: "):
+            reason = what.removeprefix("refused: ")
+            # one row for a reason: without the class that it is about, and figures of tiny random models
+            reason = re.sub(r"^[A-Z]\w+", "it", reason)
+            reason = re.sub(r" by [\d.e-]+ nats.*", "", reason)
+            reason = re.sub(r"its layers of kind [\w, ]+ carry", "its layers carry", reason)
+            reasons.setdefault(reason.replace("|", "/"), []).append(name)
+    rows = [
+        f"| {reason} | {', '.join(f'`{name}`' for name in types)} |"
+        for reason, types in sorted(reasons.items(), key=lambda r: -len(r[1]))
+    ]
+    return PAGE_TEXT.format(
+        dozen=_listed(DOZEN),
+        known=_listed(families.KNOWN_RIGHT),
+        right=_listed(names["right"]),
+        refused="\n".join(rows),
+        not_built=_listed(names["not built"]),
+        tolerance=f"{TOLERANCE:g}",
+        version=transformers.__version__,
+    )
+
+
+def _listed(names: Iterable[str]) -> str:
+    return textwrap.fill(", ".join(f"`{name}`" for name in names), 118, break_on_hyphens=False)
+
+
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("types", nargs="*", help="model types to try and print; default all, which writes the page")
+    types = parser.parse_args().types
     logging.disable(logging.WARNING)
-    for name in sys.argv[1:] or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        what, result = measure(name)
-        numbers = (
-            ""
-            if result is None
-            else " ".join(f"{a:.1e}/{b:.1e}" for a, b in (result.packed, result.drawn, result.training))
-        )
-        print(f"{name:28} {what[:230]} {numbers}", flush=True)
+    found = {}
+    for name in types or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        found[name], result = measure(name)
+        print(f"{name:28} {found[name]}", "" if result is None else result, flush=True)
+    if not types:
+        PAGE.write_text(page_of(found))

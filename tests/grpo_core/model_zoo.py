@@ -78,9 +78,10 @@ SMALL: dict[str, Any] = {
     "num_global_key_value_heads": 2,
 }
 # where sizes of one type do not go together
+MEDIA_TOKENS = {"image_token_id": 90, "video_token_id": 91, "audio_token_id": 92}
 MLA = {"num_key_value_heads": HEADS}
 SPECIAL: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "longcat_flash", "minicpm3", "youtu"), MLA),
+    **dict.fromkeys(("axk1", "deepseek_v3", "glm4_moe_lite", "longcat_flash", "minicpm3", "youtu"), MLA),
     "cohere_compass_text": {
         "rope_parameters": {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in WINDOWED}
     },
@@ -99,6 +100,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "deepseek_v2": MLA | {"num_experts_per_tok": 2},
+    "gemma4": MEDIA_TOKENS,
+    "gemma4_unified": MEDIA_TOKENS,
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "reformer": {"is_decoder": True},
     "zaya": {"num_experts_per_tok": 1},
@@ -120,13 +124,15 @@ The engine packs prompts and completions on one axis and lets completions share 
 there what its own forward computes for one sequence alone. These are known to do so, with the config fields that
 `grpo_core/families.py` lists, and are sampled by a fused decoder: {known}.
 
-A model of any other type, or with a field that is not listed, is compared before it is trained or sampled:
-`verify_model` in `grpo_core/verify.py` draws completions of random prompts and computes their log-probs packed, sampled,
-and by the model's own forward, in float32. If the median difference of any group of tokens is above {tolerance} nats,
-the run stops with a sentence that has type, folder and figure. This takes seconds: a model too large to be copied whole
-is compared on its first layers, up to where one of each kind has come. Lengths lie on both sides of every length that
-the config names, up to 8,192 tokens; beyond a longer one, as beyond a sliding window or a rotation that changes with the
-longest sequence (`dynamic`, `longrope`), sequences are refused.
+A model of any other type, or with a field that is not listed, is compared before it is trained or sampled.
+`verify_model` in `grpo_core/verify.py` draws completions of random prompts and computes their log-probs three times, in
+float32: in the draw, packed, and by the model's own forward. If the median difference of any group of tokens is above
+{tolerance} nats, the run stops with a sentence that has type, folder and figure. This takes seconds: a model too large
+to be copied whole is compared on its first layers, up to where one of each kind has come.
+
+Lengths lie on both sides of every length that the config names, up to 8,192 tokens. Beyond a longer one, sequences are
+refused, as they are beyond a sliding window and beyond the length at which rotations change for all tokens beside
+(`dynamic`, `longrope`).
 
 To compare a model yourself:
 
@@ -257,7 +263,7 @@ def page_of(found: dict[str, str]) -> str:
             reasons.setdefault(reason.replace("|", "/"), []).append(name)
     rows = [
         f"| {reason} | {', '.join(f'`{name}`' for name in types)} |"
-        for reason, types in sorted(reasons.items(), key=lambda r: -len(r[1]))
+        for reason, types in sorted(reasons.items(), key=lambda row: -len(row[1]))
     ]
     return PAGE_TEXT.format(
         dozen=_listed(DOZEN),

@@ -27,6 +27,20 @@ PRESETS = {  # hidden, intermediate, layers, heads, key/value heads, vocabulary
 """Qwen2.5's shapes, and one for a CPU."""
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add `--device`; asking for a GPU that is not there is a mistake in the arguments."""
+
+    def available(name: str) -> str:
+        if name == "cuda" and not torch.cuda.is_available():
+            raise argparse.ArgumentTypeError(
+                "this machine has no CUDA device that torch sees: leave it out, or use cpu"
+            )
+        return name
+
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=available, choices=["cuda", "cpu"], default=default)
+
+
 def make_model(preset: str, device: str, positions: int, *, lora: bool = False, end: int | None = 1) -> PreTrainedModel:
     """A Qwen2 of the preset's shape with random weights, made on the device; bfloat16 on a GPU, float32 on a CPU.
 
@@ -137,3 +151,7 @@ def write_results(results: dict, args: argparse.Namespace, name: str) -> None:
     path = args.json or RESULTS / f"{name.format(device=device.replace(' ', '-').lower())}-{date}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    raise SystemExit("this file holds what the benchmarks share: run one of them, such as bench/rollout.py")

@@ -33,7 +33,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import PRESETS, Memory, device_name, make_model, synchronize, write_results
+from common import PRESETS, Memory, add_device, device_name, make_model, synchronize, write_results
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -269,7 +269,7 @@ def main() -> None:
         type=int,
         help="ours: most tokens of a forward and backward; default a group's on a CPU, 16,384 on a GPU",
     )
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(parser)
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--json", type=Path, help="where the results go")
     parser.add_argument("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import PRESETS, write_results
+from common import PRESETS, add_device, write_results
 from torch import Tensor
 
 from grpo_kernels import grpo_loss, linear_grpo_loss, linear_logprob
@@ -369,7 +369,7 @@ def row_pass(calls: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(parser)
     parser.add_argument("--sizes", nargs="+", choices=list(HEADS), default=list(HEADS))
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--rounds", type=int, default=5, help="timed calls of each contender")

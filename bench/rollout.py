@@ -25,7 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from common import PRESETS, ceilings, device_name, make_model, matrix_parameters, synchronize, write_results
+from common import PRESETS, add_device, ceilings, device_name, make_model, matrix_parameters, synchronize, write_results
 
 from grpo_core.config.options import RolloutConfig
 from grpo_core.policy import Policy
@@ -148,7 +148,6 @@ def show(row: dict) -> None:
 
 
 def main() -> None:
-    cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", nargs="+", choices=list(PRESETS), help="shapes; default tiny, on a GPU all others")
     parser.add_argument("--prompts", type=int, nargs="+", help="at once; default 1, on a GPU 1 4 16 32")
@@ -157,7 +156,7 @@ def main() -> None:
     parser.add_argument("--completion-tokens", type=int, default=32)
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--rounds", type=int, default=5, help="timed turns of each contender")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if cuda else "cpu")
+    add_device(parser)
     parser.add_argument("--json", type=Path, help="where the results go")
     args = parser.parse_args()
     on_gpu = args.device == "cuda"

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import torch
-from common import PRESETS, Memory, device_name, make_model, matrix_parameters, synchronize, write_results
+from common import PRESETS, Memory, add_device, device_name, make_model, matrix_parameters, synchronize, write_results
 
 from grpo_core.layout import GroupLayout
 from grpo_core.policy import Policy
@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="timed calls, after one that warms up")
     parser.add_argument("--preset", choices=list(PRESETS), default="tiny", help="shape of the model")
     parser.add_argument("--lora", action="store_true", help="train LoRA adapters of rank 16 on all linear layers")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(parser)
     parser.add_argument("--json", type=Path, help="where the results go")
     args = parser.parse_args()
     policy = Policy(make_model(args.preset, args.device, args.prompt_tokens + args.completion_tokens, lora=args.lora))

@@ -5,6 +5,7 @@ Names are loaded on first use: `import grpo_core` brings neither torch nor trans
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -102,3 +103,10 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+# `python -m` of a module that is no program would end with status 0, having done nothing
+if getattr(sys, "argv", [""])[:1] == ["-m"]:
+    from grpo_kernels._module_run import refuse_module_run
+
+    refuse_module_run(__name__, __path__[0])

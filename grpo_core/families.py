@@ -142,6 +142,8 @@ _FREE = frozenset(
 )
 """Config keys that change sizes and names, or that Policy, sampler and fused decoders read themselves."""
 
+_ROPES = (*STATIC_ROPES, "proportional", "dynamic", "longrope")  # all that transformers has
+
 _ROPE_KEYS = frozenset(
     (
         *("rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "low_freq_factor"),
@@ -257,8 +259,12 @@ def _others(config: Any) -> list[Threshold]:
     """Numbers in a config whose names suggest that they are lengths, and that are neither a limit nor the positions."""
     text = text_config(config)
     known = {limit.key for limit in _limits(config)}
+    # rotations of a name that transformers does not have: they may change there, as longrope does
+    original = "original_max_position_embeddings"
+    unknown = [rope for rope in _ropes(text) if rope.get("rope_type", "default") not in _ROPES and original in rope]
     names = ("window_size", "window", "chunk_size", "block_size", "index_topk", "local_attention", "attn_chunk_length")
-    return [
+    found = [Threshold(f"config.rope_parameters.{original}", rope[original]) for rope in unknown]
+    return found + [
         Threshold(f"config.{key}", value)
         for key, value in text.to_dict().items()
         if isinstance(value, int)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, cast
 
@@ -181,6 +181,28 @@ class Policy:
         # one lookup for all: the gradient of each is as large as the whole table
         ids = torch.tensor([token for prompt in prompts for token in prompt.token_ids], device=self.device)
         return list(self.causal_lm.get_input_embeddings()(ids).split([len(prompt.token_ids) for prompt in prompts]))
+
+    def check_token_ids(self, prompts: Iterable[Prompt], targets: Iterable[Sequence[int]] = ()) -> None:
+        """Refuse token ids for which the model has no embedding, as those of another model's tokenizer.
+
+        Prompts whose embeddings a function of its own makes are left to it: their placeholders may lie outside.
+
+        Raises:
+            ValueError: naming the prompt and the id.
+        """
+        rows = len(cast(Tensor, self.causal_lm.get_input_embeddings().weight))
+        for prompt in prompts if self._embed is None else ():
+            if (largest := max(prompt.token_ids)) >= rows:
+                raise ValueError(
+                    f"prompt {prompt.id!r} has token id {largest}, but the model has {rows} embeddings: use the "
+                    "model's own tokenizer, without tokens added to it"
+                )
+        for target in targets:
+            if (largest := max(target, default=0)) >= rows:
+                raise ValueError(
+                    f"a target has token id {largest}, but the model has {rows} embeddings: use the model's own "
+                    "tokenizer, without tokens added to it"
+                )
 
     def hidden_states(self, layout: GroupLayout, prompts: Sequence[Prompt]) -> Tensor:
         """Compute the last hidden states `[R, H]` of the predictor rows, in one forward over the packed axis.

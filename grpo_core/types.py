@@ -22,6 +22,8 @@ class Prompt:
         token_ids: `[P]`, P ≥ 1. Rows of placeholder tokens are overwritten by the policy's `embed`.
         features: named tensors, e.g. `{"audio": [8, 1024], "frame": [8, 768]}`; empty for text-only prompts.
         sample: what the prompt was made from; rewards read their ground truth here.
+        opened: the end of the prompt's text, where a chat template has begun the answer itself (`<think>\\n`); it is
+            put in front of a completion's text.
 
     Raises:
         ValueError: no tokens.
@@ -31,6 +33,7 @@ class Prompt:
     token_ids: tuple[int, ...]
     features: dict[str, Tensor] = field(default_factory=dict)
     sample: Any = None
+    opened: str = ""
 
     def __post_init__(self) -> None:
         if not self.token_ids:
@@ -46,7 +49,8 @@ class Completion:
         logprobs: float32 `[L]`, the sampler's log-probability of each token at the rollout's temperature, over the
             full vocabulary (before top-k / top-p / min-p).
         finish_reason: `stop` (an end token or a stop string came) or `length`.
-        text: decoded, without special tokens, cut before the stop string.
+        text: decoded, without special tokens but for tags such as `<think>`, cut before the stop string, and behind
+            what the prompt has opened (`Prompt.opened`).
     """
 
     token_ids: tuple[int, ...]

@@ -169,8 +169,8 @@ class Coefficients:
         return {name: controller.state_dict() for name, controller in controllers.items() if controller is not None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`."""
-        if self._adaptive_kl is not None:
+        """Continue from `state_dict`; a controller that it lacks starts as in a new run."""
+        if self._adaptive_kl is not None and "kl" in state:
             self._adaptive_kl.load_state_dict(state["kl"])
-        if self._adaptive_entropy is not None:
+        if self._adaptive_entropy is not None and "entropy" in state:
             self._adaptive_entropy.load_state_dict(state["entropy"])

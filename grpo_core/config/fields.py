@@ -10,6 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, Union, get_args, get_origin, get_type_hints
 
+from grpo_core.errors import InputError
+
 # A value from YAML or the command line, before its field's type reads it: null, text, or lists and mappings of these.
 Raw = None | str | list["Raw"] | dict[str, "Raw"]
 
@@ -26,7 +28,7 @@ _BOOLS = {"true": True, "false": False}
 _INFINITIES = {".inf": "inf", "+.inf": "inf", "-.inf": "-inf"}
 
 
-class ConfigError(ValueError):
+class ConfigError(InputError):
     """A configuration is refused; the message names the key, where it was set, and the fix."""
 
 
@@ -63,9 +65,17 @@ class ConfigSection:
         check_fields(self, self.config_key)
 
 
-def option(default: Any, *, choices: Choices) -> Any:
-    """Declare a field that accepts only the names in `choices` (and None, if its type includes None)."""
-    return field(default=default, metadata={"choices": choices})
+def option(
+    default: Any = MISSING, *, choices: Choices | None = None, free: bool | Callable[[Any], bool] = False
+) -> Any:
+    """Declare a field with more than a default.
+
+    Args:
+        choices: the only names that it accepts (and None, if its type includes None).
+        free: a started run may go on with another value, because the training is the same but for rounding: memory,
+            logs, places. Where that depends on other options, a function of the whole config.
+    """
+    return field(default=default, metadata={"choices": choices, "free": free})
 
 
 def chosen_by(selector: str) -> Any:
@@ -79,7 +89,7 @@ def chosen_by(selector: str) -> Any:
 
 def plugin_files() -> Any:
     """Declare a field of type `tuple[Path, ...]` whose files `load_config` imports before it checks any option."""
-    return field(default=(), metadata={"plugins": True})
+    return field(default=(), metadata={"plugins": True, "free": True})
 
 
 # --- the fields of a class ---------------------------------------------------------------------------------------
@@ -96,6 +106,7 @@ class Member:
         choices: names that it accepts; None for any.
         selects: key of the section whose options this field chooses; usually empty.
         plugins: whether it lists plug-in files.
+        free: whether a started run may go on with another value, see `option`.
     """
 
     name: str
@@ -105,6 +116,7 @@ class Member:
     choices: Any = None
     selects: str = ""
     plugins: bool = False
+    free: bool | Callable[[Any], bool] = False
 
 
 def members(
@@ -143,6 +155,7 @@ def members(
             f.metadata.get("choices"),
             selects.get(f.name, ""),
             f.metadata.get("plugins", False),
+            f.metadata.get("free", False),
         )
     return list(found.values())
 
@@ -163,6 +176,11 @@ def options(
 def is_section(annotation: Any) -> bool:
     """Whether a field of this type is a section, that is, a dataclass of options."""
     return isinstance(annotation, type) and is_dataclass(annotation)
+
+
+def holds_paths(annotation: Any) -> bool:
+    """Whether a field of this type holds a path, or several."""
+    return annotation is Path or any(holds_paths(member) for member in get_args(annotation))
 
 
 @cache  # resolving evaluates every annotation's text, and each check of an instance needs them

@@ -31,6 +31,7 @@ from grpo_core.config.fields import (
 from grpo_core.config.help import help_text
 from grpo_core.config.moved import MOVED_KEYS
 from grpo_core.config.plugins import load_plugin
+from grpo_core.storage.files import write_text
 
 Config = TypeVar("Config")
 
@@ -124,10 +125,10 @@ _Dumper.add_representer(str, _represent_text)
 
 
 def save_config(config: Any, path: Path) -> None:
-    """Write a config as a YAML file, from which `--config` reads an equal config."""
+    """Write a config as a YAML file, from which `--config` reads an equal config; a kill leaves no half of it."""
     # unsorted: keys stay in the order of the fields, most used first
     text = yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
-    Path(path).write_text(text, encoding="utf-8")
+    write_text(Path(path), text)
 
 
 @dataclass(frozen=True)
@@ -235,6 +236,7 @@ class _Sources:
             key = self._complete(pair.name)
             if key in self.options and self.options[key].selects:
                 self._choose(key, _Setting(_value(pair), COMMAND_LINE))
+        given: dict[str, Raw] = {}
         for pair in pairs:
             if pair.text is None and not pair.token.startswith("--"):
                 _value(pair)  # raises: a stray word, even if it is the name of a key
@@ -243,6 +245,24 @@ class _Sources:
                 self.settings[key] = _Setting("true", COMMAND_LINE)
             elif key not in self.options or not self.options[key].plugins:
                 self._override(key, _value(pair))
+            if key in self.settings:
+                self._join(key, given)
+
+    def _join(self, key: str, given: dict[str, Raw]) -> None:
+        """Add up a list that is given several times; of another option that is, say that the last one counts."""
+        raw = self.settings[key].raw
+        before = given.get(key, raw)
+        if (
+            isinstance(raw, list)
+            and isinstance(before, list)
+            and before is not raw
+            and _any_length(self.options[key].type)
+        ):
+            raw = [*before, *raw]
+            self.settings[key] = _Setting(raw, COMMAND_LINE)
+        elif before != raw and not isinstance(raw, dict):
+            print(f"warning: {key} is given twice on the command line: {raw} counts, not {before}", file=sys.stderr)
+        given[key] = raw
 
     def _override(self, key: str, text: str) -> None:
         """Set an option, or one entry of a mapping (`--algorithm.reward_weights.format 0.5`)."""
@@ -427,6 +447,12 @@ def _to_raw(node: yaml.Node) -> Raw:
         return [_to_raw(item) for item in node.value]
     # the node's text and not YAML's value of it, which would turn `no` into False and 1e-5 into a string
     return None if node.tag.endswith(":null") else node.value
+
+
+def _any_length(annotation: Any) -> bool:
+    """Whether a field of this type holds a list of any length."""
+    alternatives = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    return any(get_origin(a) is list or (get_origin(a) is tuple and get_args(a)[-1:] == (...,)) for a in alternatives)
 
 
 def _parse_inline(annotation: Any, text: str) -> Raw:

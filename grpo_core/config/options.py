@@ -6,9 +6,12 @@ mistyped key must not wait seconds for it.
 
 from __future__ import annotations
 
+import math
 import warnings
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 from grpo_core.algorithm.losses import LOSS_TYPES, RATIO_LEVELS, Clip, LossType, RatioLevel
 from grpo_core.algorithm.off_policy import SAMPLER_CORRECTIONS
@@ -130,7 +133,7 @@ class AlgorithmConfig(ConfigSection, key="algorithm"):
     """The policy that KL is measured against: the trained parameters as they were when training began (with LoRA, a
     copy of the adapter), or the base model with its adapters off. After a cold start, which lives in the adapter, the
     two differ."""
-    reference_offload: bool = False
+    reference_offload: bool = option(False, free=True)
     """Keep the frozen copy in host memory, and swap it with the policy's weights for the reference pass."""
     ref_model_sync_steps: int = 0
     """Move the frozen reference towards the policy every N steps; 0 disables."""
@@ -248,50 +251,96 @@ class OptimConfig(ConfigSection, key="optim"):
     """Shape of the learning rate after warm-up; linear and cosine end at 0 on the last step."""
     warmup_steps: int = 0
     """Steps of linear warm-up from 0."""
-    max_tokens_per_micro_batch: int = 16384
+    max_tokens_per_micro_batch: int = option(16384, free=True)
     """Tokens packed into one forward and backward; groups are accumulated until the step is whole."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.learning_rate < 0:
-            raise ValueError(f"optim.learning_rate is {self.learning_rate}: set it to 0 or above")
+        for name in ("learning_rate", "weight_decay", "warmup_steps"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{self.config_key}.{name} is {getattr(self, name)}: set it to 0 or above, and finite")
+        if self.learning_rate > 0.1:
+            warnings.warn(
+                f"optim.learning_rate is {self.learning_rate}: AdamW moves each weight by about that much in a step, "
+                "and is used with 1e-6 to 1e-2",
+                stacklevel=3,
+            )
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optim.betas is {self.betas}: set both in [0, 1)")
+        if not 0 < self.eps < math.inf:
+            raise ValueError(f"optim.eps is {self.eps}: set it above 0, and finite")
+        if self.max_grad_norm < 0:
+            raise ValueError(f"optim.max_grad_norm is {self.max_grad_norm}: set it to 0 (off) or above")
         if self.max_tokens_per_micro_batch < 1:
             raise ValueError(
                 f"optim.max_tokens_per_micro_batch is {self.max_tokens_per_micro_batch}: set it to 1 or more"
             )
 
 
+def _without_schedules(config: Any) -> bool:
+    """Whether no schedule of a config ends at `run.max_steps`, so that a longer run begins like a shorter one."""
+    sections = list(_sections(config))
+    constant = all(optim.lr_scheduler == "constant" for optim in sections if isinstance(optim, OptimConfig))
+    return constant and all(a.beta_end is None for a in sections if isinstance(a, AlgorithmConfig))
+
+
+def _chooses_no_best(config: Any) -> bool:
+    """Whether evaluations of a config are for information alone, and choose neither a model nor an end."""
+    return not any(run.metric_for_best_model for run in _sections(config) if isinstance(run, RunConfig))
+
+
+def _sections(config: Any) -> Iterator[Any]:
+    yield config
+    for f in fields(config):
+        if is_dataclass(value := getattr(config, f.name)):
+            yield from _sections(value)
+
+
 @dataclass
 class RunConfig(ConfigSection, key="run"):
     """A run's name, folder, length and checkpoints."""
 
-    name: str = "run"
-    """Name of the run; its files are in output_dir/name."""
-    output_dir: Path = Path("runs")
+    name: str = option("run", free=True)
+    """Name of the run; its files are in output_dir/name, or beside it under a number if a finished run is there.
+    {seed} in it becomes run.seed."""
+    output_dir: Path = option(Path("runs"), free=True)
     """Folder of all runs."""
     seed: int = 0
     """Seed of data order, sampling and initialisation."""
-    max_steps: int = 100
+    max_steps: int = option(100, free=_without_schedules)
     """Optimiser steps (rollouts, for GRPO)."""
     prompts_per_step: int = 16
     """Prompts of one step, over all ranks."""
-    eval_steps: int = 0
+    eval_steps: int = option(0, free=_chooses_no_best)
     """Evaluate every N steps; 0 disables."""
     metric_for_best_model: str = ""
     """Metric of the evaluations, such as eval/f1, of which more is better: training ends with the best evaluated
     policy. Unset, it ends with the last one."""
     early_stopping_patience: int = 0
     """Stop after N evaluations without a new best; 0 disables."""
-    save_steps: int = 0
-    """Write a checkpoint every N steps; 0 disables."""
-    keep_checkpoints: int = 2
+    save_steps: int = option(0, free=True)
+    """Write a checkpoint every N steps, and at the end; 0 goes by save_minutes."""
+    save_minutes: float = option(10.0, free=True)
+    """Without save_steps, write a checkpoint after the first step that ends this long after the last one, and at the
+    end. 0 disables; a signal to stop and an evaluation of metric_for_best_model save all the same."""
+    keep_checkpoints: int = option(2, free=True)
     """How many of the newest checkpoints to keep."""
-    resume: bool = True
-    """Continue from the newest checkpoint of this run, if there is one."""
-    check_first_step: bool = True
+    resume: bool = option(True, free=True)
+    """Continue the run of this name, if it is unfinished; false starts a new one beside it, under the next number."""
+    accept_changes: tuple[str, ...] = option((), free=True)
+    """Options in which an unfinished run may go on with other values than it began with; without, they are refused.
+    docs/config.md says what each changes from there."""
+    lock_timeout: float = option(30.0, free=True)
+    """Seconds to wait for another process in the run's folder to end, before this one is refused."""
+    check_first_step: bool = option(True, free=True)
     """Stop the run if its first step shows that sampler and trainer disagree, that the policy is not its reference,
     that a gradient is not finite, or that a modality has no effect."""
-    trackers: tuple[str, ...] = ()
+    rank_timeout: float = option(600.0, free=True)
+    """Seconds that a rank waits for the others in a collective before the run ends. A checkpoint that takes longer to
+    write needs more."""
+    watchdog_seconds: float = option(60.0, free=True)
+    """After this many seconds in one collective, say which rank is waited for and what it was doing. 0 disables."""
+    trackers: tuple[str, ...] = option((), free=True)
     """Where metrics go beside metrics.jsonl: tensorboard, or a tracker that a plug-in registers."""
     plugins: tuple[Path, ...] = plugin_files()
     """Python files that register losses, rewards, dataset layouts or model families; imported before options are
@@ -304,8 +353,36 @@ class RunConfig(ConfigSection, key="run"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.prompts_per_step < 1:
-            raise ValueError(f"run.prompts_per_step is {self.prompts_per_step}: set it to 1 or more")
+        self.name = self.name.replace("{seed}", str(self.seed))
+        # a name and not a path: "../x" would be outside of output_dir, and "" would be output_dir itself
+        if (
+            not self.name.strip()
+            or self.name in (".", "..")
+            or set(self.name) & set("/\\")
+            or not self.name.isprintable()
+        ):
+            raise ValueError(f"run.name is {self.name!r}: give one plain name; its folder is made in run.output_dir")
+        for name, least in (
+            ("max_steps", 1),
+            ("prompts_per_step", 1),
+            ("keep_checkpoints", 1),
+            ("eval_steps", 0),
+            ("save_steps", 0),
+            ("save_minutes", 0),
+            ("watchdog_seconds", 0),
+            ("early_stopping_patience", 0),
+            ("lock_timeout", 0),
+        ):
+            if getattr(self, name) < least:
+                off = " (off)" if least == 0 else ""
+                raise ValueError(f"run.{name} is {getattr(self, name)}: set it to {least}{off} or more")
+        if self.rank_timeout <= 0:
+            raise ValueError(f"run.rank_timeout is {self.rank_timeout}: set it above 0, in seconds")
+        if self.metric_for_best_model and not self.eval_steps:
+            raise ValueError(
+                f"run.metric_for_best_model is {self.metric_for_best_model}, and run.eval_steps is 0, so that nothing "
+                "is evaluated: set run.eval_steps"
+            )
         if self.early_stopping_patience and not (self.metric_for_best_model and self.eval_steps):
             raise ValueError(
                 "run.early_stopping_patience needs run.metric_for_best_model and run.eval_steps: set both, or 0"
@@ -316,8 +393,6 @@ class RunConfig(ConfigSection, key="run"):
                 raise ValueError(f"run.trackers names {name!r}, which is not a tracker: choose among {known}")
         # absolute, so that a run that is resumed from another working folder finds them
         self.plugins = tuple(path.absolute() for path in self.plugins)
-        if self.keep_checkpoints < 1:
-            raise ValueError(f"run.keep_checkpoints is {self.keep_checkpoints}: set it to 1 or more")
 
 
 @dataclass

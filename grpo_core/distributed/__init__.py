@@ -10,7 +10,9 @@ from grpo_core.distributed.collectives import (
     gather_objects,
     gather_rows,
     init,
+    max_over_ranks,
     require_same,
+    run_on_main,
     send_to_main,
     shard,
 )
@@ -25,7 +27,9 @@ __all__ = [
     "gather_objects",
     "gather_rows",
     "init",
+    "max_over_ranks",
     "require_same",
+    "run_on_main",
     "send_to_main",
     "shard",
 ]

@@ -7,9 +7,11 @@ function is the identity in a single process.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -18,6 +20,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as c10d
 from torch import Tensor
+
+from grpo_core.config.fields import ConfigError
+from grpo_core.distributed.watchdog import Watchdog, activity
 
 Item = TypeVar("Item")
 
@@ -40,14 +45,16 @@ class Distributed:
         return self.rank == 0
 
 
-def init(device: str | None = None, timeout_seconds: float = 600.0) -> Distributed:
+def init(device: str | None = None, timeout_seconds: float = 600.0, watchdog_seconds: float = 60.0) -> Distributed:
     """Join the process group that torchrun describes in the environment; without torchrun, be the only process.
 
     Args:
         device: "cuda" or "cpu"; None takes CUDA where there is a device. Rank r of a machine uses its r-th CUDA device.
         timeout_seconds: how long a collective waits for the other ranks before it fails.
+        watchdog_seconds: after how long in one collective the rank that is waited for is named; 0 for never.
 
     Raises:
+        InputError: CUDA is asked for, and there is no CUDA device.
         RuntimeError: more processes on this machine than CUDA devices.
     """
     device_type = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -59,6 +66,8 @@ def init(device: str | None = None, timeout_seconds: float = 600.0) -> Distribut
         rank_device = torch.device("cuda", local_rank)
         # Triton launches on the current device, whatever device its tensors are on
         torch.cuda.set_device(rank_device)
+    elif torch.cuda.device_count() == 0:
+        raise InputError("device is 'cuda', but torch sees no CUDA device on this machine: leave it out, or give 'cpu'")
     else:
         raise RuntimeError(
             f"process {local_rank} of this machine has no CUDA device to itself ({torch.cuda.device_count()} found): "
@@ -67,30 +76,56 @@ def init(device: str | None = None, timeout_seconds: float = 600.0) -> Distribut
     # a program that embeds the engine may have made the group already: use it as it is
     if world_size > 1 and not c10d.is_initialized():
         c10d.init_process_group(
-            "nccl" if device_type == "cuda" else "gloo",
+            # gloo beside NCCL: what ranks agree on between themselves need not wait for the GPU
+            "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo",
             timeout=timedelta(seconds=timeout_seconds),
             # NCCL connects here, where a wrong set-up shows, and not in the first collective; Gloo takes no device
             device_id=rank_device if device_type == "cuda" else None,
         )
+    if world_size > 1 and watchdog_seconds > 0 and not _watchdogs:
+        # a connection of its own: the main thread may be waiting on the other
+        store = default_store().clone()
+        _watchdogs.append(Watchdog(rank, world_size, watchdog_seconds, store))
     return Distributed(rank, world_size, rank_device, local_rank)
+
+
+def default_store() -> Any:
+    """Return the process group's key-value store, for which torch has no public name."""
+    return c10d.distributed_c10d._get_default_store()
+
+
+_watchdogs: list[Watchdog] = []
+"""This process's watchdog, from `init` to `finalize`."""
+
+
+# At the interpreter's exit too: a thread that is then in the store's client aborts the process.
+@atexit.register
+def _stop_watchdog() -> None:
+    while _watchdogs:
+        _watchdogs.pop().stop()
 
 
 def finalize(dist: Distributed) -> None:
     """Leave the process group."""
+    _stop_watchdog()
     if dist.world_size > 1 and c10d.is_initialized():
         c10d.destroy_process_group()
 
 
 @contextmanager
 def _collective(name: str, dist: Distributed) -> Iterator[None]:
-    """Name the collective and the rank in an error of the backend, which names neither."""
+    """Name the collective and the rank in an error of the backend, which names neither, and for the watchdog."""
+    activity.since, activity.collective = time.monotonic(), name
     try:
         yield
     except RuntimeError as error:
         raise RuntimeError(
             f"{name} failed on rank {dist.rank} of {dist.world_size}: another rank stopped (its own error comes first "
-            f"in the log), took longer than the timeout, or made a different collective. Backend: {error}"
+            "in the log), took longer than the timeout (run.rank_timeout), or made a different collective. "
+            f"Backend: {error}"
         ) from error
+    finally:
+        activity.collective = ""
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
@@ -153,6 +188,21 @@ def all_reduce_sum(values: Tensor, dist: Distributed) -> Tensor:
     return total
 
 
+def max_over_ranks(values: Sequence[int], dist: Distributed) -> list[int]:
+    """Return the largest of each number over the ranks: how ranks agree on what one of them has found.
+
+    Numbers go from host to host, so that no rank waits for its GPU.
+    """
+    if dist.world_size == 1:
+        return list(values)
+    # a group that the embedding program made may be of NCCL alone, which has no tensors of the host
+    on_host = "cpu:" in c10d.get_backend_config()
+    numbers = torch.tensor(values, device="cpu" if on_host else dist.device)
+    with _collective("max_over_ranks", dist):
+        c10d.all_reduce(numbers, op=c10d.ReduceOp.MAX)
+    return numbers.tolist()
+
+
 def gather_rows(row: Tensor, dist: Distributed) -> Tensor:
     """Gather every rank's row `[K]` (same K and dtype everywhere) as `[world_size, K]`, in one collective."""
     if dist.world_size == 1:
@@ -195,7 +245,7 @@ def send_to_main(name: str, value: Any, dist: Distributed) -> list[Any] | None:
     """
     if dist.world_size == 1:
         return [json.loads(json.dumps(value))]
-    store = c10d.distributed_c10d._get_default_store()  # torch has no public name for the store it made
+    store = default_store()
     if not dist.main_process:
         store.set(f"{name}/{dist.rank}", json.dumps(value))
         return None
@@ -205,6 +255,33 @@ def send_to_main(name: str, value: Any, dist: Distributed) -> list[Any] | None:
             values.append(json.loads(store.get(f"{name}/{rank}")))  # waits until the key is set, or the timeout
             store.delete_key(f"{name}/{rank}")  # the store lives as long as the run: it would keep every step
     return values
+
+
+def run_on_main(function: Callable[[], Item], dist: Distributed) -> Item:
+    """Call a function on the main process, and give its value (in JSON's types) to every rank.
+
+    Raises:
+        Exception: what the function raised, on the main process; on the others the same message, so that none is left
+            waiting for a rank that has stopped.
+    """
+    if dist.world_size == 1:
+        return function()
+    answer: dict[str, Any] = {}
+    raised: Exception | None = None
+    if dist.main_process:
+        try:
+            answer = {"value": function()}
+        except Exception as error:
+            raised, answer = error, {"error": str(error), "kinds": [cls.__name__ for cls in type(error).__mro__]}
+    answer = gather_objects(answer, dist)[0]
+    if raised is not None:
+        raise raised
+    if "error" in answer:
+        # those that a program reports in one line; the traceback of any other is the main process's
+        reported = next((cls for cls in (ConfigError, ValueError, OSError) if cls.__name__ in answer["kinds"]), None)
+        raise (reported or RuntimeError)(answer["error"])
+    value: Item = answer["value"]
+    return value
 
 
 def require_same(what: str, value: Any, dist: Distributed) -> None:

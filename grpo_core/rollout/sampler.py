@@ -12,9 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from grpo_core import rng
+from grpo_core.chat import turn_end
 from grpo_core.config.options import RolloutConfig
+from grpo_core.distributed.stopping import poll
 from grpo_core.families import text_config
 from grpo_core.policy import Policy
 from grpo_core.rollout.backends import Decoder, make_decoder
@@ -38,6 +41,9 @@ class GroupSampler:
         seed: of the run.
         forbidden_tokens: ids that are never sampled, such as the placeholders of a multimodal prompt. Ids that the
             tokenizer does not have (spare rows of the head) never are.
+        end_tokens: ids that end a completion, beside the end-of-sequence tokens of the tokenizer and the model's
+            generation config: where prompts are written by a chat template, the token that ends its turns
+            (`grpo_core.chat.turn_end`).
         memory_budget: bytes for caches and logits; None takes 80 % of the device's free memory (2 GiB on a CPU).
 
     Attributes:
@@ -55,10 +61,11 @@ class GroupSampler:
         *,
         seed: int = 0,
         forbidden_tokens: Collection[int] = (),
+        end_tokens: Collection[int] = (),
         memory_budget: int | None = None,
     ):
         self.policy, self.tokenizer, self.seed = policy, tokenizer, seed
-        self.forbidden_tokens = tuple(forbidden_tokens)
+        self.forbidden_tokens, self.end_tokens = tuple(forbidden_tokens), tuple(end_tokens)
         self.memory_budget = memory_budget
         self.model = policy.causal_lm
         self.text_config = text_config(self.model.config)
@@ -89,13 +96,13 @@ class GroupSampler:
             return []
         strings = tuple(rollout.stop_strings)
         if strings not in self._stop_conditions:
-            self._stop_conditions[strings] = StopConditions(self.model, self.tokenizer, strings)
+            self._stop_conditions[strings] = StopConditions(self.model, self.tokenizer, strings, self.end_tokens)
         stop = self._stop_conditions[strings]
-        # heads are padded: their rows beyond the tokenizer's ids have no text
+        # heads are padded, and ids have holes: rows that are no token of the tokenizer have no text
         head_rows = self.model.get_output_embeddings().weight.shape[0]
-        forbidden = {token for token in self.forbidden_tokens if 0 <= token < head_rows}
-        never_sampled = sorted(forbidden.union(range(len(self.tokenizer), head_rows)))
-        params = SamplingParams(rollout, np.array(never_sampled, dtype=np.int64), stop.end_tokens)
+        forbidden = [token for token in self.forbidden_tokens if 0 <= token < head_rows]
+        never_sampled = np.union1d(np.array(forbidden, dtype=np.int64), stop.no_tokens)
+        params = SamplingParams(rollout, never_sampled, stop.end_tokens)
         # a random stream for every completion, so that nothing depends on when and beside what it is decoded
         prompt_keys = np.array([rng.prompt_key(prompt.id) for prompt in prompts], dtype=np.uint64)
         keys = rng.row_key(self.seed, step, prompt_keys[:, None], np.arange(rollout.group_size)).ravel()
@@ -124,11 +131,35 @@ class GroupSampler:
                 # a copy, as a view would keep the whole rollout's array alive
                 logprobs = scheduler.logprobs[i, :length].copy()
                 reason: FinishReason = "stop" if scheduler.stopped[i] else "length"
-                completions.append(Completion(tuple(token_ids), logprobs, reason, stop.text(token_ids)))
+                # a tag that the prompt ends with belongs to the answer, as rewards read it
+                text = prompts[i // rollout.group_size].opened + stop.text(token_ids)
+                completions.append(Completion(tuple(token_ids), logprobs, reason, text))
         self.timings["prompt_tokens"] = sum(map(len, embeds))
         self.timings["completion_tokens"] = int(scheduler.lengths.sum())
         size = rollout.group_size
         return [Group(prompt, completions[n * size : (n + 1) * size]) for n, prompt in enumerate(prompts)]
+
+    def why_none_ends(self) -> str:
+        """Say which tokens end a completion, for a warning where none did."""
+        stop = StopConditions(self.model, self.tokenizer, (), self.end_tokens)
+        never = {*self.forbidden_tokens, *stop.no_tokens.tolist()}
+        head_rows = self.model.get_output_embeddings().weight.shape[0]
+        ends = [i for i in np.flatnonzero(stop.end_tokens).tolist() if i < head_rows and i not in never]
+        if not ends:
+            return (
+                "no token that can be drawn ends one: name an end-of-sequence token of the vocabulary in "
+                "tokenizer_config.json (eos_token) or generation_config.json (eos_token_id)"
+            )
+        named = ", ".join(f"{self.tokenizer.decode([i])!r} ({i})" for i in ends)
+        if getattr(self.tokenizer, "chat_template", None):
+            turn = turn_end(cast(PreTrainedTokenizerBase, self.tokenizer))
+            if turn is not None and turn not in ends:
+                return (
+                    f"completions end with {named}, but the chat template ends a turn with "
+                    f"{self.tokenizer.decode([turn])!r} ({turn}): if the model learned that, give it as end_tokens of "
+                    "GroupSampler"
+                )
+        return f"none ended with {named}: raise rollout.max_new_tokens, or start from a model that ends its answers"
 
     def _embed(self, prompts: Sequence[Prompt], new_tokens: int) -> list[Tensor]:
         """Embed prompts, `[P_n, H]` each, in the dtype and on the device of the model's own embeddings.
@@ -256,6 +287,7 @@ class Scheduler:
         waiting = np.argsort([-len(embed) for embed in self.embeds], kind="stable")
         waiting = waiting[~self._ended_by_group[waiting].all(axis=1)]
         while len(waiting) or len(running):
+            poll()  # a signal may end a rollout between two blocks of decode steps
             # a slot is free once none of its group's sequences is in the decoder; refill before decoding on, since a
             # step over a full batch takes hardly longer than one over a half-empty batch
             free = slots - len(np.unique(running // self.group_size)) if len(waiting) else 0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -50,40 +51,76 @@ class Tokenizer(Protocol):
         """Turn lists of token ids into a list of strings; needed for stop strings alone."""
 
 
+def known_token_ids(tokenizer: Tokenizer) -> list[int]:
+    """Return the ids that a tokenizer has, sorted. They may have holes, and end above the number of tokens.
+
+    A tokenizer without `get_vocab` has the ids from 0 to its length.
+    """
+    vocabulary = getattr(tokenizer, "get_vocab", None)
+    return list(range(len(tokenizer))) if vocabulary is None else sorted(set(vocabulary().values()))
+
+
+# <think>, </answer>, [THINK]: what a reward or a stop string may look for, unlike <|im_end|>
+_TAG = re.compile(r"<(/?)([A-Za-z][\w:.-]*)>|\[(/?)([A-Z][A-Z_]*)\]")
+_REASONING = re.compile("think|thought|reason|answer", re.IGNORECASE)
+
+
+def is_tag(token: str, vocabulary: Collection[str]) -> bool:
+    """Whether a special token is a tag around a part of an answer: one with a partner, or one of reasoning."""
+    found = _TAG.fullmatch(token)
+    if found is None:
+        return False
+    slash, name = found[1] or found[3] or "", found[2] or found[4]
+    partner = token.replace("/", "", 1) if slash else f"{token[0]}/{token[1:]}"
+    return partner in vocabulary or bool(_REASONING.search(name))
+
+
 class StopConditions:
     """End tokens and stop strings of a rollout.
 
     Decoding every sequence's text at every step would cost more than the model. So a table of the vocabulary says which
     tokens can complete a stop string at all: those whose text holds the last character of one.
 
+    A completion's text is without special tokens, but for tags (`<think>`, which a tokenizer may hold as a special
+    token) and those that stop strings are made of: rewards and stop strings look for these.
+
     Args:
         model: its generation config names end tokens.
         tokenizer: names one more, and decodes text.
         strings: stop strings.
+        end_tokens: more ids that end a completion.
 
     Attributes:
         end_tokens: bool `[V]`, the end tokens.
+        no_tokens: int64, sorted, rows of the LM head that are no token of the tokenizer.
 
     Raises:
         ValueError: a stop string is empty.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Tokenizer, strings: Sequence[str]):
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: Tokenizer, strings: Sequence[str], end_tokens: Collection[int] = ()
+    ):
         if "" in strings:
             raise ValueError("rollout.stop_strings holds an empty string, which would end every completion: remove it")
         self.tokenizer, self.strings = tokenizer, tuple(strings)
-        # the largest of three sizes that may all differ: heads are padded, tokenizers are extended
-        vocabulary = model.config.get_text_config().vocab_size  # of a composite config, the language model's
-        size = max(vocabulary, model.get_output_embeddings().weight.shape[0], len(tokenizer))
-        self.end_tokens = np.zeros(size, dtype=bool)
         eos = getattr(model.generation_config, "eos_token_id", None)
-        ends = {*(eos if isinstance(eos, list | tuple) else [eos]), tokenizer.eos_token_id}
-        self.end_tokens[[token for token in ends if token is not None]] = True
+        named = {*(eos if isinstance(eos, list | tuple) else [eos]), tokenizer.eos_token_id, *end_tokens}
+        ends = sorted(token for token in named if token is not None)
+        ids = known_token_ids(tokenizer)
+        head_rows = model.get_output_embeddings().weight.shape[0]
+        vocabulary = model.config.get_text_config().vocab_size  # of a composite config, the language model's
+        # the largest of sizes that may all differ: heads are padded, tokenizers are extended, and their ids have holes
+        size = max(vocabulary, head_rows, *(ids[-1:] or [0]), *(ends[-1:] or [0])) + 1
+        self.no_tokens = np.setdiff1d(np.arange(head_rows), np.array(ids, dtype=np.int64))
+        self.end_tokens = np.zeros(size, dtype=bool)
+        self.end_tokens[ends] = True
+        self._decode = _make_decode(tokenizer, strings, ends)
         self._may_complete = np.zeros(size, dtype=bool)
         if strings:
             # U+FFFD: a token may be only some bytes of a character, whose text shows when the last of them has come
             last_characters = {string[-1] for string in strings} | {"\ufffd"}
-            for token, text in enumerate(tokenizer.batch_decode([[i] for i in range(len(tokenizer))])):
+            for token, text in zip(ids, tokenizer.batch_decode([[i] for i in ids]), strict=True):
                 self._may_complete[token] = not text or not last_characters.isdisjoint(text)
 
     def check(
@@ -105,14 +142,31 @@ class StopConditions:
         for i in np.flatnonzero(self._may_complete[tokens] & ~stopped) if self.strings else ():
             # the whole text, not the last token's: a stop string may span tokens
             token_ids = completions[completion_index[i], : lengths[completion_index[i]]].tolist()
-            text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
+            text = self._decode(token_ids)
             stopped[i] = any(string in text for string in self.strings)
         return stopped
 
     def text(self, token_ids: list[int]) -> str:
-        """Decode a completion's text without special tokens, cut before the first stop string."""
-        text: str = self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        """Decode a completion's text, without special tokens but for tags, cut before the first stop string."""
+        text = self._decode(token_ids)
         return text[: min((at for string in self.strings if (at := text.find(string)) >= 0), default=len(text))]
+
+
+def _make_decode(tokenizer: Tokenizer, strings: Sequence[str], ends: Collection[int]) -> Callable[[list[int]], str]:
+    """Make the function that decodes a completion, for `StopConditions`."""
+    special = {i: str(token) for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special}
+    named = {value for value in getattr(tokenizer, "special_tokens_map", {}).values() if isinstance(value, str)}
+    kept = {
+        i
+        for i, text in special.items()
+        # <s> and <unk> look like tags: what the tokenizer gives a role is none, and neither is an end token
+        if (i not in ends and text not in named and is_tag(text, set(special.values())))
+        or any(text in string for string in strings)
+    }
+    if not kept:
+        return lambda token_ids: str(tokenizer.decode(token_ids, skip_special_tokens=True))
+    dropped = special.keys() - kept
+    return lambda token_ids: str(tokenizer.decode([i for i in token_ids if i not in dropped]))
 
 
 class SamplingBackend(Protocol):
@@ -263,6 +317,9 @@ def sample_tokens(
     else:
         # probabilities first, truncation by writing zeros into them: the inverse CDF needs no other normalisation
         probabilities = torch.softmax(scores, dim=-1)
+        # softmax on a CPU adds a row in one running float32 sum, which is off by up to 1e-5 of itself at V = 150,000;
+        # torch.sum adds in pairs, so the sum of the quotients says by how much they are off
+        totals = probabilities.sum(dim=-1, keepdim=True)
         if never_sampled is not None:
             probabilities.index_fill_(1, never_sampled, 0.0)
         weights = probabilities
@@ -280,11 +337,16 @@ def sample_tokens(
             weights = weights.masked_fill(weights < rollout.min_p * weights.amax(dim=-1, keepdim=True), 0.0)
         tokens = _inverse_cdf(weights, uniforms)
         if seen is None:
-            # saves a second pass over [B, V]: a token that was sampled has a probability above 0, so its log is finite
-            return tokens, probabilities.gather(1, tokens[:, None])[:, 0].log_()
+            # saves a second pass over [B, V]: a token that was sampled has a probability above 0, so its log is finite;
+            # float64 for B numbers: the quotient would be rounded once more before its log is
+            shares = probabilities.gather(1, tokens[:, None]).double() / totals
+            return tokens, shares[:, 0].log_().float()
     if seen is not None:
         seen.scatter_(1, tokens[:, None], True)
-    return tokens, torch.log_softmax(logits, dim=-1).gather(1, tokens[:, None])[:, 0]
+    # not log_softmax, whose sum is as softmax's; a row's largest logit is finite, unless the policy's weights are not
+    largest = logits.amax(dim=-1, keepdim=True)
+    others = (logits - largest).exp_().sum(dim=-1, keepdim=True).double().log_()
+    return tokens, ((logits.gather(1, tokens[:, None]) - largest).double() - others)[:, 0].float()
 
 
 def _inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,9 @@ from grpo_core.algorithm.controllers import Coefficients
 from grpo_core.algorithm.entropy import entropy_histogram, entropy_threshold
 from grpo_core.algorithm.kl import completion_kl
 from grpo_core.config.options import GRPOConfig
+from grpo_core.data import refuse_too_long
 from grpo_core.distributed import Distributed, all_reduce_sum, gather_rows, send_to_main, shard
+from grpo_core.distributed.stopping import stoppable, until_stopped
 from grpo_core.policy import Policy, disable_dropout
 from grpo_core.rewards import Reward, Scores, check_reward_weights, score
 from grpo_core.rollout.sampler import GroupSampler
@@ -44,7 +47,7 @@ from grpo_core.training.batch import (
     make_minibatches,
     step_items,
 )
-from grpo_core.training.loop import TrainingLoop
+from grpo_core.training.loop import TrainingLoop, describe_items
 from grpo_core.training.objective import compute_loss
 from grpo_core.training.optim import optimizer_step
 from grpo_core.training.sanity import check_first_step
@@ -71,7 +74,8 @@ class GRPOTrainer(TrainingLoop):
         describe: adds columns to a completion's row in `completions.jsonl`.
 
     Raises:
-        ValueError: a weight names no reward, β > 0 without a reference, or too few prompts for a step.
+        ValueError: a weight names no reward, β > 0 without a reference, too few prompts for a step, one that with its
+            completion is longer than the model's positions, or a token id that the model does not have.
     """
 
     phases = ("sample", "reward", "old", "reference", "forward", "backward", "optimizer")
@@ -92,8 +96,11 @@ class GRPOTrainer(TrainingLoop):
     ):
         check_reward_weights(rewards, config.algorithm.reward_weights)
         check_enough_items(len(prompts), config.run.prompts_per_step + config.algorithm.reserve_prompts)
+        sizes = ((prompt.id, len(prompt.token_ids), config.rollout.max_new_tokens) for prompt in prompts)
+        refuse_too_long(sizes, policy.causal_lm.config, "rollout.max_new_tokens")
         if config.algorithm.beta > 0 and policy.reference is None:
             raise ValueError("algorithm.beta is above 0, but the policy keeps no reference: make it with one")
+        policy.check_token_ids(prompts)
         super().__init__(policy, config.optim, config.run, dist=dist, save_model=save_model, evaluate=evaluate)
         self.config, self.sampler, self.prompts, self.rewards = config, sampler, prompts, rewards
         self.coefficients = Coefficients(config.algorithm, config.run.max_steps)
@@ -110,7 +117,8 @@ class GRPOTrainer(TrainingLoop):
         values = self.report(experience, updates, started)
         if self.step_index == 0 and self.config.run.check_first_step:
             temperature = self.config.rollout.temperature
-            check_first_step(values, self.config.algorithm, self.policy, experience.groups, temperature, self.dist)
+            algorithm = self.config.algorithm
+            check_first_step(values, algorithm, self.policy, experience.groups, temperature, self.dist, self.sampler)
 
         self.step_index += 1
         completions = self.config.run.prompts_per_step * self.config.rollout.group_size
@@ -174,7 +182,7 @@ class GRPOTrainer(TrainingLoop):
             ValueError: the sampler gave another number of completions.
         """
         size = self.config.rollout.group_size
-        with self.clock.phase("sample"):
+        with stoppable(self.dist), self.clock.phase("sample"):
             groups = self.sampler.sample(prompts, self.config.rollout, step=self.step_index)
         # A sampler of another make may give what it likes; rewards [N, G] below rely on the size.
         for group in groups:
@@ -220,7 +228,7 @@ class GRPOTrainer(TrainingLoop):
                 self.policy.logprobs(
                     batch.layout, batch.prompts, temperature=self.config.rollout.temperature, entropy=True
                 )
-                for batch in batches
+                for batch in until_stopped(batches, self.dist)
             ]
             if quantile == 1:
                 return {batch: OldPass(result.logprob) for batch, result in zip(batches, results, strict=True)}
@@ -237,19 +245,18 @@ class GRPOTrainer(TrainingLoop):
 
     def reference_values(self, minibatches: Sequence[Minibatch]) -> Mapping[MicroBatch, Tensor]:
         """Compute what the KL needs of the reference: log-probs `[R]`, or for the full KL hidden states `[R, H]`."""
+        batches = [batch for minibatch in minibatches for batch in minibatch]
         with self.clock.phase("reference"):
             if self.config.algorithm.kl_estimator == "full":
                 return {
                     batch: self.policy.reference_hidden_states(batch.layout, batch.prompts)
-                    for minibatch in minibatches
-                    for batch in minibatch
+                    for batch in until_stopped(batches, self.dist)
                 }
             return {
                 batch: self.policy.reference_logprobs(
                     batch.layout, batch.prompts, temperature=self.config.rollout.temperature
                 )
-                for minibatch in minibatches
-                for batch in minibatch
+                for batch in until_stopped(batches, self.dist)
             }
 
     def advantages(
@@ -315,7 +322,9 @@ class GRPOTrainer(TrainingLoop):
         beta, entropy_coef = self.coefficients.beta(self.step_index), self.coefficients.entropy
         self.policy.module.train()  # gradient checkpointing works in training mode alone; dropout is off
         passes = []
-        for batch in minibatch:
+        # until the step's first update nothing has moved, so a signal may drop the step; after it the step is finished
+        moved = schedule_step % (algorithm.num_iterations * algorithm.steps_per_generation) > 0
+        for batch in minibatch if moved else until_stopped(minibatch, self.dist):
             reference = None if experience.reference is None else experience.reference[batch]
             with self.clock.phase("forward"):
                 current = self.policy.logprobs(
@@ -389,6 +398,10 @@ class GRPOTrainer(TrainingLoop):
     def open_writer(self, resume_step: int | None) -> MetricsWriter:
         self.completions_file = JsonLines(self.config.run.folder / "completions.jsonl", resume_step)
         return super().open_writer(resume_step)
+
+    @cached_property
+    def data(self) -> dict[str, Any]:
+        return describe_items((prompt.id, prompt.token_ids) for prompt in self.prompts)
 
     def extra_state(self) -> dict[str, Any]:
         return self.coefficients.state_dict()

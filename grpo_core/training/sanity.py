@@ -3,6 +3,7 @@ feature has no effect. A run that fails one of them would train on noise."""
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,7 +16,10 @@ from grpo_core.distributed import Distributed, all_reduce_sum, gather_objects
 from grpo_core.layout import GroupLayout
 from grpo_core.policy import Policy
 from grpo_core.rollout.backends.transformers import TransformersDecoder
+from grpo_core.rollout.sampler import GroupSampler
 from grpo_core.types import Group
+
+log = logging.getLogger(__name__)
 
 # Nats a token, in the mean, by which sampler and trainer may differ: rounding alone stays well below.
 _MISMATCH = {torch.float64: 1e-4, torch.float32: 1e-3}
@@ -37,13 +41,16 @@ def check_first_step(
     policy: Policy,
     groups: Sequence[Group],
     temperature: float,
-    dist: Distributed,
+    dist: Distributed | None = None,
+    sampler: GroupSampler | None = None,
 ) -> None:
     """Check what a run's first step gave. On every rank, as it makes collectives; all ranks raise, or none.
 
     Args:
         values: the step's metrics, over all ranks.
         groups: this rank's, that the step trained on.
+        dist: this process's place among the ranks, all of which must call this.
+        sampler: made the groups; it names the end tokens if no completion had one.
 
     Raises:
         FirstStepError: the gradient is not finite; the sampler's log-probs are not the trainer's; the policy has a
@@ -57,7 +64,7 @@ def check_first_step(
             "in bfloat16 or float32"
         )
     # looked up here: most runs need no measurement
-    limit = _MISMATCH.get(policy.dtype) or mismatch_limit(policy, groups, temperature, dist)
+    limit = _MISMATCH.get(policy.dtype) or mismatch_limit(policy, groups, temperature, dist or Distributed())
     difference = values["sampling/sampling_logp_difference/mean"]
     if difference > limit:
         raise FirstStepError(
@@ -75,17 +82,29 @@ def check_first_step(
                 f"the KL to the reference is {values['kl']:.3g} in the first step, although the reference is a copy of "
                 "the policy: the forward pass is not deterministic (dropout?)"
             )
-    problem = ""
+    if values.get("completions/clipped_ratio") == 1 and isinstance(sampler, GroupSampler):
+        log.warning(
+            "every completion of the first step was cut off at rollout.max_new_tokens: %s",
+            sampler.why_none_ends(),
+        )
+    check_features_on_all_ranks(policy, groups[0] if groups else None, temperature, dist or Distributed())
+
+
+def check_features_on_all_ranks(policy: Policy, group: Group | None, temperature: float, dist: Distributed) -> None:
+    """`check_features` of each rank's group, which all ranks then raise together: one alone would leave the others
+    waiting in their next collective.
+
+    Raises:
+        FirstStepError: what the first rank found that found anything.
+    """
+    found = None
     try:
-        if groups:
-            check_features(policy, groups[0], temperature)
+        if group is not None:
+            check_features(policy, group, temperature)
     except FirstStepError as error:
-        problem = str(error)
-    # each rank looked at a group of its own: one that raised alone would leave the others in their next collective
-    if dist.world_size > 1:
-        problem = next((text for text in gather_objects(problem, dist) if text), "")
-    if problem:
-        raise FirstStepError(problem)
+        found = str(error)
+    if messages := [message for message in gather_objects(found, dist) if message is not None]:
+        raise FirstStepError(messages[0])
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ Names are imported on first use, so that `import affectgpt` needs neither torch 
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -71,3 +72,10 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+
+
+# `python -m` of a module that is no program would end with status 0, having done nothing
+if getattr(sys, "argv", [""])[:1] == ["-m"]:
+    from grpo_kernels._module_run import refuse_module_run
+
+    refuse_module_run(__name__, __path__[0])

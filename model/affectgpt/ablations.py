@@ -11,6 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from affectgpt.config import R1Config
+from affectgpt.configs import CONFIGS
+from grpo_core.config.loader import load_config
+
 DESCRIPTION = f"""{__doc__}
 
     affectgpt ablations --steps 40
@@ -67,18 +71,12 @@ def flags(options: Mapping[str, Any]) -> list[str]:
     return [text for key, value in options.items() for text in (f"--{key}", str(value))]
 
 
-def train(row: Row, output_dir: Path, steps: int, cold_start: Path | None, more: Sequence[str]) -> dict[str, Any]:
-    """Train a row in a separate process.
+def row_arguments(row: Row, output_dir: Path, steps: int, cold_start: Path | None, more: Sequence[str]) -> list[str]:
+    """Spell the arguments of `affectgpt train` for a row.
 
     Args:
         cold_start: a model to start from; None trains one.
-        more: options of every row; they override the row's.
-
-    Returns:
-        The row's fields, its scores in percent before and after GRPO, and the mean number of labels of an answer.
-
-    Raises:
-        RuntimeError: training failed, after its process printed the error.
+        more: options of every row; they override the row's (a list adds to it).
     """
     options = {
         "run.output_dir": output_dir,
@@ -91,16 +89,38 @@ def train(row: Row, output_dir: Path, steps: int, cold_start: Path | None, more:
     }
     start = {} if cold_start is None else {"model.path": cold_start, "cold_start.max_steps": 0}
     configs = [text for name in MODES[row.mode] for text in ("--config", name)]
-    # a process per row: memory and random numbers start fresh, as if the row had been trained alone. The start comes
-    # last, so that no option of every row can undo it
-    command = [sys.executable, "-m", "affectgpt", "train", *configs, *flags(options), *more, *flags(start)]
-    if subprocess.run(command, check=False).returncode:
+    return [*configs, *flags(options), *more, *flags(start)]  # the start last: no option of every row can undo it
+
+
+def train(row: Row, output_dir: Path, arguments: Sequence[str]) -> dict[str, Any]:
+    """Train a row in a separate process.
+
+    Returns:
+        The row's fields, its scores in percent before and after GRPO, and the mean number of labels of an answer.
+
+    Raises:
+        RuntimeError: training failed, after its process printed the error.
+    """
+    # a process per row: memory and random numbers start fresh, as if the row had been trained alone
+    if subprocess.run([sys.executable, "-m", "affectgpt", "train", *arguments], check=False).returncode:
         raise RuntimeError(f"row {row.name!r} failed: its error is above")
-    evaluations = output_dir / row.name / "evaluations"
+    from grpo_core.storage.run_folder import newest_folder
+
+    # where the row has gone: beside the folder of its name, if a finished run was there
+    folder = newest_folder(output_dir, row.name)
+    evaluations = folder / "evaluations"
     before, after = (json.loads((evaluations / f"{name}.json").read_text()) for name in ("cold_start", "grpo"))
     scores = {"cold_start": 100 * before["f1"], **{key: 100 * after[key] for key in ("f1", "precision", "recall")}}
     counts = [len(sample["labels"]) for sample in after["samples"]]
-    return asdict(row) | scores | {"labels_per_answer": sum(counts) / len(counts), "clips": len(counts)}
+    return (
+        asdict(row)
+        | scores
+        | {
+            "labels_per_answer": sum(counts) / len(counts),
+            "clips": len(counts),
+            "folder": str(folder),
+        }
+    )
 
 
 def table(results: Sequence[Mapping[str, Any]], steps: int) -> str:
@@ -123,6 +143,7 @@ def main(arguments: Sequence[str]) -> None:
     """Train all rows and write the table.
 
     Raises:
+        ConfigError: a row has an option that is refused.
         RuntimeError: a row failed.
     """
     parser = argparse.ArgumentParser(
@@ -133,11 +154,16 @@ def main(arguments: Sequence[str]) -> None:
     options, more = parser.parse_known_args(arguments)
     if options.steps < 1:
         parser.error(f"--steps is {options.steps}: set it to 1 or more")
+    for row in ROWS:  # all before the first is trained: the last row's mistake would show after hours
+        load_config(R1Config, row_arguments(row, options.output_dir, options.steps, None, more), config_folder=CONFIGS)
     results: list[dict[str, Any]] = []
     cold_starts: dict[str, Path] = {}  # by mode; the first row trains it, the others start from it
     for row in ROWS:
-        results.append(train(row, options.output_dir, options.steps, cold_starts.get(row.mode), more))
-        cold_starts.setdefault(row.mode, options.output_dir / row.name / "cold_start" / "model")
+        start = cold_starts.get(row.mode)
+        results.append(
+            train(row, options.output_dir, row_arguments(row, options.output_dir, options.steps, start, more))
+        )
+        cold_starts.setdefault(row.mode, Path(results[-1]["folder"]) / "cold_start" / "model")
     text = table(results, options.steps)
     (options.output_dir / "table.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     (options.output_dir / "table.md").write_text(text, encoding="utf-8")

@@ -14,10 +14,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+from grpo_core.errors import REFUSED, run_program
+
 if TYPE_CHECKING:
     from affectgpt.config import R1Config, TaskConfig
     from affectgpt.evaluation import Evaluation
     from affectgpt.pipeline import Stages
+    from grpo_core.config.options import RunConfig
     from grpo_core.distributed import Distributed
 
     Config = TypeVar("Config", bound=TaskConfig)
@@ -39,14 +42,15 @@ Writes `runs/<name>/model`, which `affectgpt train` takes as --model.path.
 
 EVALUATE = """Score a model on a labelled set: emotion-wheel F, precision and recall, per wheel and their mean.
 
-affectgpt evaluate --model.path runs/demo/model --data.root MER2025 --data.labels track2_test.csv
+affectgpt evaluate --model.path runs/r1/model --data.root MER2025 --data.labels track2_test.csv
 
-The answers are greedy; they and the scores are kept in `runs/<name>/evaluations/evaluation.json`.
+The answers are greedy; they and the scores are kept in `runs/<name>/evaluations/evaluation.json`, those of a second
+evaluation in `evaluation-2.json`.
 """
 
 PREDICT = """Name the emotions of clips, labelled or not: writes `name,openset` rows and the full answers.
 
-affectgpt predict --model.path runs/demo/model --data.format folder --data.root CLIPS --output answers.csv
+affectgpt predict --model.path runs/r1/model --data.format folder --data.root CLIPS --output answers.csv
 affectgpt predict --model.path DIR --data.root MER2025 --data.labels track_all_candidates.csv
 
 The csv has the form of the MER challenges' label tables; `<output>.jsonl` beside it has each clip's whole answer.
@@ -60,20 +64,23 @@ def train(arguments: Sequence[str]) -> None:
 
     config = _read(R1Config, "train", arguments, TRAIN, default_config=CONFIGS / "demo.yaml")
 
-    from affectgpt.pipeline import Stages, open_run
-    from affectgpt.stages import COLD_START, GRPO, SFT_CONTINUED, SHUFFLED_MEDIA, UNTRAINED
+    from affectgpt.pipeline import Stages
+    from affectgpt.stages import COLD_START, GRPO, RUN_FILES, SFT_CONTINUED, SHUFFLED_MEDIA, UNTRAINED
     from affectgpt.synthetic import shuffle_media
     from grpo_core import distributed
     from grpo_core.config.fields import ConfigError
+    from grpo_core.storage.run_folder import open_run
 
     try:  # before the run's folder is made and hours of training pass: an import path or a judge's folder may be wrong
         rewards = config.rewards(config.metric.wheel())
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    dist = _start()
-    open_run(config, dist)  # before anything is written: it moves another run's folder aside
+    dist = _start(config.run)
+    run = open_run(config, dist, writes=RUN_FILES)  # before models are loaded: the folder may hold another run
+    config = run.config
     stages = Stages(config, dist)
     stages.check_rewards(rewards)  # here too, and not only in `grpo`: the cold start may take hours
+    run.begin()  # after all that a mistake in the options can stop
 
     evaluations: dict[str, Evaluation | None] = {}
     cold_start = config.cold_start
@@ -100,29 +107,46 @@ def train(arguments: Sequence[str]) -> None:
 
     if dist.main_process:
         _finish_training(config, stages, {name: scored for name, scored in evaluations.items() if scored})
+    run.finish()
     distributed.finalize(dist)
 
 
 def _finish_training(config: R1Config, stages: Stages, evaluations: dict[str, Evaluation]) -> None:
     """Write `summary.json` and `report.html`, and print the scores."""
-    from affectgpt.report import write_report
     from affectgpt.stages import stage_label
+    from grpo_core.storage.files import write_text
 
     summary = {f"{name}_f1": 100 * scored.f1 for name, scored in evaluations.items()} | {"seed": config.run.seed}
-    # last of the run's data: its presence tells `open_run` that the run is finished
-    (config.run.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    report = write_report(
-        config.run.folder,
-        samples={prompt.sample.name: prompt.sample for prompt in (*stages.training, *stages.test)},
-        wheel=stages.wheel,
-    )
+    write_text(config.run.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+    report = _write_report(config, stages)
     if evaluations:
-        clips = f"{len(stages.test)} held-out clips (level {config.metric.level}, seed {config.run.seed})"
-        print(f"\nemotion-wheel F on {clips}")
+        clips = f"{_share(len(stages.test), stages.test_total)} held-out clips"
+        print(f"\nemotion-wheel F on {clips} (level {config.metric.level}, seed {config.run.seed})")
         for name, scored in evaluations.items():
             f1, precision, recall = (100 * value for value in (scored.f1, scored.precision, scored.recall))
             print(f"  {stage_label(name).title:34}{f1:6.2f}   P {precision:6.2f}   R {recall:6.2f}")
-    print(f"\n{report}")
+    if report is not None:
+        print(f"\n{report}")
+
+
+def _write_report(config: R1Config, stages: Stages) -> Path | None:
+    """Write `report.html`. The run does not depend on it: what goes wrong is said, with the command that makes it."""
+    from affectgpt.report import write_report
+
+    folder = config.run.folder
+    try:
+        return write_report(
+            folder,
+            samples={prompt.sample.name: prompt.sample for prompt in (*stages.training, *stages.test)},
+            wheel=stages.wheel,
+        )
+    except Exception as error:  # whatever it is: weights and scores are written, and a report can be made again
+        print(
+            f"warning: the report was not written ({type(error).__name__}: {error}): the run is whole, and "
+            f"`affectgpt report {folder}` writes it again",
+            file=sys.stderr,
+        )
+        return None
 
 
 def sft(arguments: Sequence[str]) -> None:
@@ -131,19 +155,26 @@ def sft(arguments: Sequence[str]) -> None:
 
     config = _read(SupervisedConfig, "sft", arguments, SFT)
 
-    from affectgpt.pipeline import Stages, open_run
+    from affectgpt.pipeline import Stages
+    from affectgpt.stages import RUN_FILES
     from grpo_core import distributed
     from grpo_core.config.options import SFTConfig
+    from grpo_core.report import try_report
+    from grpo_core.storage.run_folder import open_run
 
-    dist = _start()
-    open_run(config, dist)
+    dist = _start(config.run)
+    run = open_run(config, dist, writes=RUN_FILES)
+    config = run.config
     stages = Stages(config, dist)
+    run.begin()
     stages.supervised(SFTConfig(config.optim, config.run))
     evaluation = stages.evaluate_test("sft")
     if dist.main_process:
         print(f"\n{stages.folder / 'model'}")
         if evaluation:
             print(evaluation.table())
+        try_report(stages.folder)
+    run.finish()
     distributed.finalize(dist)
 
 
@@ -153,16 +184,21 @@ def evaluate(arguments: Sequence[str]) -> None:
 
     config = _read(TaskConfig, "evaluate", arguments, EVALUATE)
 
-    from affectgpt.pipeline import Stages, load_samples
+    from affectgpt.pipeline import Stages, load_samples, prepare_synthetic
     from grpo_core import distributed
 
-    dist = _start()
+    dist = _start(config.run)
+    config = prepare_synthetic(config, dist)
+    samples = load_samples(config.data)  # before the model: a mistake in a table answers at once
     stages = Stages(config, dist, splits=False)
-    # stages.config, not config: it has the root of synthetic clips filled in
-    prompts = stages.prompts(load_samples(stages.config.data))
-    evaluation = stages.evaluate_test("evaluation", prompts)
+    # an earlier evaluation stays, which may be of another model
+    folder = stages.folder / "evaluations"
+    names = ("evaluation", *(f"evaluation-{number}" for number in range(2, 10_000)))
+    name = next(name for name in names if not (folder / f"{name}.json").exists())
+    evaluation = stages.evaluate_test(name, stages.prompts(samples), len(samples))
     if dist.main_process and evaluation:
         print(evaluation.table())
+        print(f"\n{folder / name}.json")
     distributed.finalize(dist)
 
 
@@ -174,14 +210,16 @@ def predict(arguments: Sequence[str]) -> None:
 
     import csv
 
-    from affectgpt.emotion_wheel import parse_labels
-    from affectgpt.pipeline import Stages, answer_greedily, load_samples
+    from affectgpt.emotion_wheel import distinct_labels
+    from affectgpt.pipeline import Stages, answer_greedily, load_samples, prepare_synthetic
     from affectgpt.prompts import answer_text
     from grpo_core import distributed
 
-    dist = _start()
+    dist = _start(config.run)
+    config = prepare_synthetic(config, dist)
+    samples = load_samples(config.data, labelled=False)
     stages = Stages(config, dist, splits=False)
-    prompts = stages.prompts(load_samples(stages.config.data, labelled=False))
+    prompts = stages.prompts(samples, least=0.0)  # answers for what can be read; there is no score to mislead
     _, sampler = stages.policy()
     texts = answer_greedily(sampler, prompts, stages.rollout, dist, progress=True)
     if dist.main_process:
@@ -191,12 +229,12 @@ def predict(arguments: Sequence[str]) -> None:
             writer = csv.writer(table)
             writer.writerow(("name", "openset"))
             for prompt, text in zip(prompts, texts, strict=True):
-                labels = parse_labels(answer_text(text, config.prompt.mode), "tolerant")
+                labels = distinct_labels(answer_text(text, config.prompt.mode))
                 writer.writerow((prompt.id, f"[{', '.join(labels)}]"))
         with config.output.with_suffix(".jsonl").open("w", encoding="utf-8") as lines:
             for prompt, text in zip(prompts, texts, strict=True):
                 lines.write(json.dumps({"name": prompt.id, "answer": text}, ensure_ascii=False) + "\n")
-        print(f"{len(prompts)} clips: {config.output}")
+        print(f"{_share(len(prompts), len(samples))} clips: {config.output}")
     distributed.finalize(dist)
 
 
@@ -259,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; None takes those of the process.
 
     Returns:
-        The exit status: 0, 1 if the work failed, 2 if the arguments or the config were refused.
+        The exit status: 0, 1 if the work failed, 2 if an argument, a file or a model was refused.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments[0] if arguments else "--help"
@@ -270,15 +308,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         near = difflib.get_close_matches(name, COMMANDS, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(COMMANDS)}"
         print(f"error: unknown command {name!r}: {hint}", file=sys.stderr)
-        return 2
-    try:
-        return COMMANDS[name].run(arguments[1:]) or 0
-    # mistakes of the user, whose message is enough; any other error is a bug and keeps its traceback
-    except (ValueError, FileNotFoundError, NotImplementedError) as error:
-        from grpo_core.config.fields import ConfigError
-
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+        return REFUSED
+    return run_program(lambda: COMMANDS[name].run(arguments[1:]))
 
 
 def _help() -> str:
@@ -328,10 +359,17 @@ def _read(
     )
 
 
-def _start() -> Distributed:
-    """Join the other ranks, and let only the main process log notes."""
-    from grpo_core import distributed
+def _share(used: int, total: int) -> str:
+    """Write how many of some samples were used."""
+    return f"{used:,}" if used == total else f"{used:,} of {total:,}"
 
-    dist = distributed.init()
+
+def _start(run: RunConfig) -> Distributed:
+    """Join the other ranks, let only the main process log notes, and clean up on the way out at a signal."""
+    from grpo_core import distributed
+    from grpo_core.distributed.stopping import exit_on_signals
+
+    exit_on_signals()
+    dist = distributed.init(timeout_seconds=run.rank_timeout, watchdog_seconds=run.watchdog_seconds)
     logging.basicConfig(level=logging.INFO if dist.main_process else logging.ERROR, format="%(message)s")
     return dist

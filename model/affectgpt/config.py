@@ -35,12 +35,13 @@ class DataConfig(ConfigSection, key="data"):
     """Layout on disk, see docs/data.md; synthetic is the embedded default, which the program generates."""
     layout: Layout = chosen_by("format")
     """Options of the layout."""
-    root: Path | None = None
+    root: Path | None = option(None, free=True)
     """Folder of the dataset (for jsonl, the file). For synthetic, the folder that it is made in, or was made in."""
-    labels: str = "track2_train_ovmerd.csv"
-    """Label table, relative to root; not used by jsonl."""
-    test_labels: str | None = None
-    """Label table of held-out samples, which are scored before and after training; unset, nothing is scored."""
+    labels: str | None = None
+    """Label table, relative to root. Unset: the layout's own (track2_train_ovmerd.csv in mer2025); for jsonl, root."""
+    test_labels: str | None = option(None, free=True)
+    """Label table of held-out samples, which are scored before and after training; unset, nothing is scored. For jsonl,
+    another jsonl in the same folder."""
     reasons: str | None = None
     """Table of descriptions, relative to root, that think mode learns from."""
     validation_fraction: float = 0.0
@@ -49,11 +50,18 @@ class DataConfig(ConfigSection, key="data"):
     """Cache of encoder outputs, keyed by the files' content and shared by all runs."""
     face_channel_order: Literal["rgb", "bgr"] = "rgb"
     """Channel order of the face files; with the wrong one, skin looks blue."""
+    truncated: Literal["skip", "keep"] = "skip"
+    """Media files whose end is missing: leave the sample out, or use what is there."""
+    min_coverage: float = option(0.8, free=True)
+    """Share of a table's samples that must be usable, for training and for a score; the others are left out and
+    named."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(f"data.validation_fraction is {self.validation_fraction}: set it in [0, 1)")
+        if not 0 <= self.min_coverage <= 1:
+            raise ValueError(f"data.min_coverage is {self.min_coverage}: set it in [0, 1]")
 
 
 @dataclass
@@ -90,7 +98,7 @@ class ModelConfig(ConfigSection, key="model"):
     """Scale of fresh adapters."""
     lora_dropout: float = 0.05
     """Dropout of fresh adapters in supervised training; GRPO trains without dropout."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = option(False, free=True)
     """Recompute activations in the backward pass: less memory, a third more time."""
 
 
@@ -151,9 +159,22 @@ class ColdStartConfig(ConfigSection, key="cold_start"):
     prompts_per_step: int = 16
     """Examples of one step, over all ranks."""
     eval_steps: int = 50
-    """Score the validation samples every N steps; GRPO starts from the best model."""
+    """Score the validation samples every N steps; GRPO starts from the best model. 0 disables: it starts from the
+    last."""
     early_stopping_patience: int = 5
     """Stop after this many evaluations without a new best."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in (
+            ("max_steps", 0),
+            ("prompts_per_step", 1),
+            ("eval_steps", 0),
+            ("early_stopping_patience", 0),
+        ):
+            if getattr(self, name) < least:
+                off = " (off)" if least == 0 else ""
+                raise ValueError(f"cold_start.{name} is {getattr(self, name)}: set it to {least}{off} or more")
 
 
 @dataclass
@@ -162,7 +183,7 @@ class R1Config(GRPOConfig, TaskConfig):
 
     cold_start: ColdStartConfig = field(default_factory=ColdStartConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
-    controls: bool = False
+    controls: bool = option(False, free=True)
     """Also train the control, supervised training for as long as GRPO, and score GRPO's model on swapped clips."""
 
     def __post_init__(self) -> None:
@@ -199,7 +220,8 @@ class R1Config(GRPOConfig, TaskConfig):
             max_steps=max_steps,
             prompts_per_step=cold.prompts_per_step,
             eval_steps=cold.eval_steps,
-            early_stopping_patience=patience,
-            metric_for_best_model="eval/f1",  # whatever GRPO follows: GRPO starts from the best model of this stage
+            early_stopping_patience=patience if cold.eval_steps else 0,
+            # whatever GRPO follows: GRPO starts from the best model of this stage
+            metric_for_best_model="eval/f1" if cold.eval_steps else "",
         )
         return SFTConfig(cold.optim, run)

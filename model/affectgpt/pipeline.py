@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
-import shutil
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-import yaml
 
 from affectgpt import synthetic
-from affectgpt.config import DataConfig, ModelConfig, TaskConfig
-from affectgpt.data.datasets import Sample, SyntheticLayout
-from affectgpt.data.features import extract_features
-from affectgpt.emotion_wheel import EmotionWheel, parse_labels
+from affectgpt.config import DataConfig, ModelConfig, R1Config, TaskConfig
+from affectgpt.data.datasets import Sample, SyntheticLayout, check_emotion_labels
+from affectgpt.data.features import extract_features, lacking
+from affectgpt.emotion_wheel import EmotionWheel, distinct_labels
 from affectgpt.evaluation import Evaluation, score_answers
 from affectgpt.modeling.affectgpt import AffectGPT
 from affectgpt.modeling.encoders import Encoders
-from affectgpt.prompts import PLACEHOLDERS, answer_text, build_prompt, build_target, required_features, stop_strings
-from grpo_core.config.loader import save_config, to_dict
-from grpo_core.config.moved import translate_saved_config
+from affectgpt.prompts import (
+    PLACEHOLDERS,
+    answer_text,
+    build_prompt,
+    build_target,
+    end_token,
+    required_features,
+    stop_strings,
+)
 from grpo_core.config.options import AlgorithmConfig, GRPOConfig, OptimConfig, RolloutConfig, SFTConfig
+from grpo_core.data import check_coverage, length_limit, report_skipped
 from grpo_core.distributed import Distributed, barrier, gather_objects, shard
+from grpo_core.distributed.stopping import stoppable
+from grpo_core.errors import InputError
 from grpo_core.policy import Policy
 from grpo_core.reward_adapters import check_columns
 from grpo_core.rewards import Reward
@@ -33,21 +41,39 @@ from grpo_core.training.grpo import GRPOTrainer
 from grpo_core.training.sft import Example, SFTTrainer
 from grpo_core.types import Group, Prompt
 
+logger = logging.getLogger(__name__)
 
-def load_samples(data: DataConfig, labels: str | None = None, labelled: bool = True) -> list[Sample]:
+Config = TypeVar("Config", bound=TaskConfig)
+
+
+def load_samples(
+    data: DataConfig, labels: str | None = None, labelled: bool = True, numbers: bool = False
+) -> list[Sample]:
     """Read the samples of a label table.
 
     Args:
         labels: label table to read instead of `data.labels`.
         labelled: False if the table has names only, as for prediction.
+        numbers: labels may be numbers, as the sentiment reward takes them.
 
     Raises:
-        ValueError: data.root is not set, or the layout's loader refuses a table.
-        FileNotFoundError: the layout's loader misses a file or folder.
+        InputError: data.root is not set, a file or folder is missing, or the layout's loader refuses a table.
     """
     if data.root is None:
-        raise ValueError("data.root is not set: give the folder of the dataset")
-    return data.layout.load(data.root, labels=labels or data.labels, reasons=data.reasons, labelled=labelled)
+        raise InputError("data.root is not set: give the folder of the dataset")
+    if data.format == "jsonl" and data.labels is not None and labels is None and data.root.is_file():
+        raise InputError(
+            f"data.root is the jsonl {data.root}, and data.labels {data.labels!r} names another: leave data.labels "
+            "out (--data.labels none), or give the folder as data.root"
+        )
+    table = labels or data.labels
+    try:
+        samples = data.layout.load(data.root, labels=table, reasons=data.reasons, labelled=labelled)
+        if labelled and not numbers:
+            check_emotion_labels(samples, str(data.root / table if table else data.root))
+    except (ValueError, OSError) as error:
+        raise InputError(str(error)) from error
+    return samples
 
 
 def split_samples(samples: Sequence[Sample], fraction: float, seed: int) -> tuple[list[Sample], list[Sample]]:
@@ -105,7 +131,8 @@ def answer_greedily(
     # one member: greedy members are all the same; the cut-offs are set to off, since the argmax ignores them
     greedy = replace(rollout, group_size=1, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0)
     share = shard(prompts, dist.rank, dist.world_size)
-    groups = sampler.sample(share, greedy, progress=progress and dist.main_process)
+    with stoppable(dist):  # inside a training loop a signal drops the evaluation, on all ranks at once
+        groups = sampler.sample(share, greedy, progress=progress and dist.main_process)
     # shards are contiguous, so concatenating the ranks' texts gives the order of the prompts
     by_rank = gather_objects([group.completions[0].text for group in groups], dist)
     return [text for texts in by_rank for text in texts]
@@ -121,7 +148,12 @@ class Stages:
 
     Attributes:
         model: the model that the stages train.
-        training, validation, test: prompts of the three splits; clips that could not be read are left out.
+        training, validation, test: prompts of the three splits; samples that cannot be used are left out.
+        test_total: number of test samples, with those left out.
+
+    Raises:
+        InputError: a table is missing or refused.
+        ValueError: too few samples of a split can be used.
     """
 
     def __init__(self, config: TaskConfig, dist: Distributed, splits: bool = True):
@@ -131,19 +163,34 @@ class Stages:
         # completions also end where the prompt's template ends a turn; dict.fromkeys keeps order and drops repeats
         ends = (*config.rollout.stop_strings, *stop_strings(config.prompt.template))
         self.rollout = replace(config.rollout, stop_strings=tuple(dict.fromkeys(ends)))
+        data = config.data
+        training: list[Sample] = []
+        validation: list[Sample] = []
+        test: list[Sample] = []
+        if splits:  # tables first: a mistake in one should not cost the minutes that loading a model takes
+            # numbers train the sentiment reward alone: validation samples would be scored as emotion words
+            sentiment = isinstance(config, R1Config) and "sentiment" in config.reward.names
+            numbers = sentiment and not data.validation_fraction
+            training, validation = split_samples(
+                load_samples(data, numbers=numbers), data.validation_fraction, config.run.seed
+            )
+            test = load_samples(data, data.test_labels) if data.test_labels else []
+            if dist.main_process:
+                _warn_of_overlap([*training, *validation], test)
         torch.manual_seed(config.run.seed)  # directly before: fresh adapters are drawn from the global generator
         self.model = make_model(config.model, dist.device)
+        # before clips are encoded, which may take hours: a language model that would be trained wrongly is refused now
+        check_model(self.model.llm.config, media=True)
+        verify_model(self.model.llm)
         self.training: list[Prompt] = []
         self.validation: list[Prompt] = []
         self.test: list[Prompt] = []
+        self.test_total = len(test)
         if splits:
-            data = config.data
-            training, validation = split_samples(load_samples(data), data.validation_fraction, config.run.seed)
-            test = load_samples(data, data.test_labels) if data.test_labels else []
             encoders = self.encoders()  # loaded once for the three splits, and freed when this returns
-            self.training = self.prompts(training, encoders)
-            self.validation = self.prompts(validation, encoders)
-            self.test = self.prompts(test, encoders)
+            self.training = self.prompts(training, encoders, "training samples")
+            self.validation = self.prompts(validation, encoders, "validation samples")
+            self.test = self.prompts(test, encoders, "test samples")
 
     @property
     def folder(self) -> Path:
@@ -155,22 +202,41 @@ class Stages:
         model = self.model.config
         return Encoders.from_pretrained(model.visual_encoder, model.audio_encoder, device=self.dist.device)
 
-    def prompts(self, samples: Sequence[Sample], encoders: Encoders | None = None) -> list[Prompt]:
-        """Make the prompts of samples whose clips can be read, encoding clips that are not in the cache yet."""
+    def prompts(
+        self,
+        samples: Sequence[Sample],
+        encoders: Encoders | None = None,
+        what: str = "samples",
+        least: float | None = None,
+    ) -> list[Prompt]:
+        """Make the prompts of samples that can be used, encoding clips that are not in the cache yet.
+
+        A sample is left out, named and counted if it has a fault, lacks a modality that the prompt shows, has a clip
+        that cannot be read, or a prompt that with its answer is longer than the model's positions.
+
+        Args:
+            what: what the samples are, in the plural.
+            least: share of them that must be usable; None takes `data.min_coverage`.
+
+        Raises:
+            ValueError: less than that share, or none, can be used.
+        """
         if not samples:
             return []
         data, prompt = self.config.data, self.config.prompt
+        # sorted: a set's order of strings differs between processes, and ranks must agree on the order of files
+        modalities = sorted(required_features(prompt.face_or_frame))
         features = extract_features(
-            samples,
+            [_with_fault(sample, modalities, prompt.face_or_frame) for sample in samples],
             encoders or self.encoders(),
             data.cache_dir,
-            # sorted: a set's order of strings differs between processes, and ranks must agree on the order of files
-            modalities=sorted(required_features(prompt.face_or_frame)),
+            modalities=modalities,
             progress=self.dist.main_process,
             face_channel_order=data.face_channel_order,
+            truncated=data.truncated,
             dist=self.dist,
         )
-        return [
+        prompts = [
             build_prompt(
                 sample,
                 features[sample.name],
@@ -181,8 +247,19 @@ class Stages:
                 answer_form=prompt.answer_form,
             )
             for sample in samples
-            if sample.name in features  # others were skipped, with a warning: a clip of theirs cannot be read
+            if sample.name in features  # others were skipped, with a warning
         ]
+        limit, answer = length_limit(self.model.llm.config), self.rollout.max_new_tokens
+        too_long = {
+            made.id: fault
+            for made in prompts
+            if limit and (fault := limit.fault(len(made.token_ids), answer, "rollout.max_new_tokens"))
+        }
+        if self.dist.main_process:
+            report_skipped(too_long, len(samples), what)
+        share = data.min_coverage if least is None else least
+        check_coverage(features.skipped | too_long, len(samples), share, what=what, key="data.min_coverage")
+        return [made for made in prompts if made.id not in too_long]
 
     def load(self, folder: Path | None) -> None:
         """Replace the model by one that an earlier stage saved; None makes fresh adapters again."""
@@ -205,7 +282,14 @@ class Stages:
         tokenizer = self.model.tokenizer
         # forbidden, since `embed` would replace a sampled placeholder by features in the update's forward pass
         placeholders: Any = tokenizer.convert_tokens_to_ids(list(PLACEHOLDERS))
-        return policy, GroupSampler(policy, tokenizer, seed=self.config.run.seed, forbidden_tokens=placeholders)
+        end = end_token(tokenizer, self.config.prompt.template)
+        return policy, GroupSampler(
+            policy,
+            tokenizer,
+            seed=self.config.run.seed,
+            forbidden_tokens=placeholders,
+            end_tokens=() if end is None else (end,),
+        )
 
     def supervised(self, config: SFTConfig) -> None:
         """Train on the labels and save the model in the stage's folder."""
@@ -221,13 +305,24 @@ class Stages:
                     template=prompt.template,
                     mode=prompt.mode,
                     answer_form=prompt.answer_form,
+                    opened=training.opened,
                 ),
             )
             for training in self.training
         ]
+        limit = length_limit(self.model.llm.config)
+        too_long = {
+            example.prompt.id: fault
+            for example in examples
+            if limit and (fault := limit.fault(len(example.prompt.token_ids), len(example.target_ids), "its answer"))
+        }
+        if self.dist.main_process:
+            report_skipped(too_long, len(examples), "training samples")
+        share = self.config.data.min_coverage
+        check_coverage(too_long, len(examples), share, what="training samples", key="data.min_coverage")
         SFTTrainer(
             policy,
-            examples,
+            [example for example in examples if example.prompt.id not in too_long],
             config,
             dist=self.dist,
             save_model=self.model.save_pretrained,
@@ -266,10 +361,12 @@ class Stages:
     def describe(self, group: Group, member: int) -> dict[str, Any]:
         """Return a completion's labels and the ground truth, for `completions.jsonl`."""
         answer = answer_text(group.completions[member].text, self.config.prompt.mode)
-        return {"labels": parse_labels(answer, "tolerant"), "ground_truth": group.prompt.sample.labels}
+        return {"labels": distinct_labels(answer), "ground_truth": group.prompt.sample.labels}
 
-    def score(self, sampler: GroupSampler, prompts: Sequence[Prompt], name: str, split: str) -> Evaluation:
-        """Score the greedy answers of the sampler's policy."""
+    def score(
+        self, sampler: GroupSampler, prompts: Sequence[Prompt], name: str, split: str, total: int | None = None
+    ) -> Evaluation:
+        """Score the greedy answers of the sampler's policy; `total` samples are in the split, None for all of these."""
         return score_answers(
             self.wheel,
             [prompt.sample for prompt in prompts],
@@ -278,19 +375,26 @@ class Stages:
             split=split,
             mode=self.config.prompt.mode,
             level=self.config.metric.level,
+            total=total,
         )
 
-    def evaluate_test(self, name: str, prompts: Sequence[Prompt] | None = None) -> Evaluation | None:
+    def evaluate_test(
+        self, name: str, prompts: Sequence[Prompt] | None = None, total: int | None = None
+    ) -> Evaluation | None:
         """Score the model on the held-out samples, or on `prompts`, and write the answers to `evaluations/<name>.json`.
+
+        Args:
+            total: number of samples of which `prompts` are those that can be used.
 
         Returns:
             The scores; None if there are no prompts.
         """
-        prompts = self.test if prompts is None else prompts
+        if prompts is None:
+            prompts, total = self.test, self.test_total
         if not prompts:
             return None
         _, sampler = self.policy()  # a new one: `load` may have replaced the model
-        evaluation = self.score(sampler, prompts, name, "test")
+        evaluation = self.score(sampler, prompts, name, "test", total)
         if self.dist.main_process:
             evaluation.save(self.folder / "evaluations")
         return evaluation
@@ -302,18 +406,49 @@ class Stages:
         return lambda: {"eval/f1": self.score(sampler, self.validation, "validation", "validation").f1}
 
 
-def prepare_synthetic(config: TaskConfig, dist: Distributed) -> TaskConfig:
+def _with_fault(sample: Sample, modalities: Sequence[str], face_or_frame: str) -> Sample:
+    """Return a sample, with a fault if it lacks a modality that prompts show."""
+    if sample.fault is None and (missing := lacking(sample, modalities)):
+        fault = f"it has no {', '.join(missing)}, which prompt.face_or_frame {face_or_frame} shows"
+        return replace(sample, fault=fault)
+    return sample
+
+
+def _warn_of_overlap(training: Sequence[Sample], test: Sequence[Sample]) -> None:
+    """Warn of clips that are trained on and tested on."""
+    trained = {clip for sample in training if (clip := sample.video or sample.audio or sample.image)}
+    both = [sample.name for sample in test if (sample.video or sample.audio or sample.image) in trained]
+    if both:
+        logger.warning("%d of %d test samples are training samples too, such as %s", len(both), len(test), both[0])
+
+
+def synthetic_home(config: TaskConfig) -> Path:
+    """Return the folder, one per seed beside the runs, in which synthetic clips and tiny models are made."""
+    return config.run.output_dir / "synthetic" / f"seed-{config.run.seed}"
+
+
+def synthetic_root(config: TaskConfig) -> Path:
+    """Return the folder of a config's synthetic clips: `data.root`, or one for each seed and number of clips."""
+    if config.data.root is not None or not isinstance(config.data.layout, SyntheticLayout):
+        return config.data.root or Path()
+    train, test = config.data.layout.clips
+    # of other sizes beside it: the clips of a run that is unfinished must not be exchanged under it
+    usual = (train, test) == SyntheticLayout().clips
+    return synthetic_home(config) / ("clips" if usual else f"clips-{train}-{test}")
+
+
+def prepare_synthetic(config: Config, dist: Distributed) -> Config:
     """Make the clips and models of `data.format: synthetic`, and return a config that names them.
 
     Clips are made under `data.root` and, if the config names no model, a tiny LLM and two tiny encoders. If it is
-    unset, the root is a folder beside the runs, one per seed. Files of an earlier run are kept and used. With other
+    unset, the root is that of `synthetic_root`. Files of an earlier run are kept and used. With other
     formats the config is returned unchanged.
     """
     layout = config.data.layout
     if not isinstance(layout, SyntheticLayout):
         return config
-    home = config.run.output_dir / "synthetic" / f"seed-{config.run.seed}"
-    root = config.data.root or home / "clips"
+    home = synthetic_home(config)
+    root = synthetic_root(config)
     wants_models = config.model.path is None and config.model.llm is None
     if dist.main_process:  # the others wait at the barrier, then read the same folder
         train, test = layout.clips
@@ -326,39 +461,3 @@ def prepare_synthetic(config: TaskConfig, dist: Distributed) -> TaskConfig:
         tiny = synthetic.make_tiny_models(home / "models", seed=config.run.seed)  # made above: only finds their paths
         model = replace(model, llm=tiny.llm, visual_encoder=tiny.visual, audio_encoder=tiny.audio)
     return replace(config, data=replace(config.data, root=root), model=model)
-
-
-_MAY_CHANGE = ("max_steps", "eval_steps", "save_steps", "keep_checkpoints", "resume")
-"""Options of `run` that may differ between the sessions of one run."""
-
-
-def open_run(config: TaskConfig, dist: Distributed) -> None:
-    """Make the run's folder and write its config; a finished run, or one of another config, is moved aside first.
-
-    It is moved to `<name>.previous` (replacing an older one), so that a run never continues the progress of another. A
-    run that is longer than the unfinished one it finds, or saves at other steps, counts as the same run.
-    """
-    folder = config.run.folder
-    written = folder / "config.yaml"
-    if dist.main_process:
-        # summary.json is written last, so its presence means that the run is finished
-        continues = config.run.resume and written.is_file() and not (folder / "summary.json").is_file()
-        if continues:
-            saved = yaml.safe_load(written.read_text(encoding="utf-8"))
-            saved = translate_saved_config(saved, type(config))  # an earlier version may have written it
-            # in YAML's types on both sides, where tuples are lists and paths are text
-            continues = _identity(saved) == _identity(to_dict(config))
-        if folder.exists() and any(folder.iterdir()) and not continues:
-            previous = folder.with_name(folder.name + ".previous")
-            shutil.rmtree(previous, ignore_errors=True)
-            folder.rename(previous)  # moved, not deleted: a changed option must not cost a finished run
-            print(f"{folder} held a finished or a different run: it is now {previous}")
-        folder.mkdir(parents=True, exist_ok=True)
-        save_config(config, written)
-    barrier(dist)  # before any rank looks for checkpoints in the folder
-
-
-def _identity(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a config without the options that may differ between the sessions of one run."""
-    run = {key: value for key, value in config.get("run", {}).items() if key not in _MAY_CHANGE}
-    return config | {"run": run}

@@ -7,7 +7,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
+from affectgpt.data.datasets import check_emotion_labels
 from affectgpt.emotion_wheel import parse_labels
+from grpo_core.chat import close_opened, opened_tag, render_chat, turn_end
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from grpo_core.types import Prompt
 
 Value = TypeVar("Value")
+
+_THINK = "<think>"
 
 Template = Literal["upstream", "chat"]
 Mode = Literal["no_think", "think"]
@@ -176,7 +180,8 @@ def build_prompt(
     # the subtitle is inserted last, by replacement and not by `format`: braces in it or in the question are only text
     if modalities.subtitle:
         body = body.replace("{subtitle}", neutralise(sample.subtitle, tokenizer), 1)
-    token_ids = tuple(tokenizer(_frame(body, template, mode, tokenizer), add_special_tokens=False)["input_ids"])
+    text, opened = _frame(body, template, mode, tokenizer)
+    token_ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
     # counted in the ids and not in the text: a tokenizer that lacks a placeholder would split it into ordinary tokens
     vocabulary = tokenizer.get_added_vocab()
     for token in PLACEHOLDERS:
@@ -186,10 +191,16 @@ def build_prompt(
                 f"the prompt of sample {sample.name!r} contains {token} {found} times instead of {expected}: "
                 "use AffectGPT.tokenizer, and a question without placeholders"
             )
-    return Prompt(sample.name, token_ids, {name: features[name] for name in sorted(modalities.features)}, sample)
+    used = {name: features[name] for name in sorted(modalities.features)}
+    return Prompt(sample.name, token_ids, used, sample, opened)
 
 
-def target_text(sample: Sample, mode: Mode = "no_think", answer_form: AnswerForm = "list") -> str:
+def target_text(
+    sample: Sample,
+    mode: Mode = "no_think",
+    answer_form: AnswerForm = "list",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> str:
     """Write the answer that supervised training teaches, without its end token.
 
     no_think: `happy, sad`, or upstream's sentence. think: `<think> {reason} </think> <answer> happy, sad </answer>`. An
@@ -198,13 +209,20 @@ def target_text(sample: Sample, mode: Mode = "no_think", answer_form: AnswerForm
     A bare list is the default: every sampled token then belongs to an answer that any parser reads, including the
     metric's strict one, and no reward is spent on a fixed sentence.
 
+    Args:
+        tokenizer: its special tokens in the labels and the reason, which are foreign text, are made harmless as those
+            of a subtitle are.
+
     Raises:
-        ValueError: the sample lacks labels or, in think mode, a reason.
+        ValueError: the sample lacks labels or, in think mode, a reason; or a label is a number.
     """
     if sample.labels is None:
         raise ValueError(f"sample {sample.name!r} has no labels: it cannot be a training target")
+    check_emotion_labels([sample], "training target")
     # dict.fromkeys drops repeats and keeps the table's order, where a set would not
     labels = ", ".join(dict.fromkeys(label.lower() for label in parse_labels(sample.labels, "strict"))) or "neutral"
+    if tokenizer is not None:
+        labels = neutralise(labels, tokenizer)
     if mode == "no_think":
         return _lookup({"list": "{labels}", "sentence": _SENTENCE}, answer_form, "answer form").format(labels=labels)
     check_mode(mode)
@@ -213,6 +231,8 @@ def target_text(sample: Sample, mode: Mode = "no_think", answer_form: AnswerForm
         raise ValueError(f"sample {sample.name!r} has no reason, which think mode learns: use mode no_think")
     # a description is foreign text too: tags in it would end the block, and ### would end the turn
     reason = re.sub(r"#{3,}", "#", re.sub(r"</?(think|answer)>", "", description)).strip()
+    if tokenizer is not None:
+        reason = neutralise(reason, tokenizer)
     return f"<think> {reason} </think> <answer> {labels} </answer>"
 
 
@@ -223,16 +243,31 @@ def build_target(
     template: Template = "upstream",
     mode: Mode = "no_think",
     answer_form: AnswerForm = "list",
+    opened: str = "",
 ) -> tuple[int, ...]:
-    """Tokenise `target_text` and its end: `###` and the end token for upstream, the end token alone for chat.
+    """Tokenise `target_text` and its end: `###` and the end-of-sequence token for upstream, for chat the token with
+    which the chat template ends a turn.
+
+    Args:
+        opened: the prompt's `opened`: a tag that the template has written, which is not in the target again.
 
     Raises:
         ValueError: `target_text` refuses the sample, or the tokenizer has no end token.
     """
-    if tokenizer.eos_token_id is None:
+    end = end_token(tokenizer, template)
+    if end is None:
         raise ValueError("the tokenizer has no eos_token: set it in the LLM's tokenizer_config.json")
-    text = target_text(sample, mode, answer_form) + "".join(stop_strings(template))
-    return (*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id)
+    text = target_text(sample, mode, answer_form, tokenizer)
+    if opened:
+        text = text.removeprefix(opened.strip()).lstrip()
+    return (*tokenizer(text + "".join(stop_strings(template)), add_special_tokens=False)["input_ids"], end)
+
+
+def end_token(tokenizer: PreTrainedTokenizerBase, template: Template) -> int | None:
+    """Return the token that ends an answer by a template; None if the tokenizer has none."""
+    turn = turn_end(tokenizer) if template == "chat" else None
+    end: Any = tokenizer.eos_token_id if turn is None else turn
+    return end
 
 
 def answer_text(completion: str, mode: Mode = "no_think") -> str:
@@ -260,19 +295,20 @@ def neutralise(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     return text
 
 
-def _frame(body: str, template: Template, mode: Mode, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Format the user's turn by its template, up to where the answer begins."""
+def _frame(body: str, template: Template, mode: Mode, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """Format the user's turn by its template, up to where the answer begins; also return the tag that is open there."""
     if template == "upstream":
-        return f"###Human: {body} ###Assistant: "
+        return f"###Human: {body} ###Assistant: ", ""
     _lookup({"chat": True}, template, "template")
     if not tokenizer.chat_template:
         raise ValueError("template is 'chat', but the LLM's tokenizer has no chat_template: use template 'upstream'")
-    turn = [{"role": "user", "content": body}]
     # templates of reasoning models (Qwen3) read enable_thinking; others ignore it
-    text: Any = tokenizer.apply_chat_template(
-        turn, add_generation_prompt=True, tokenize=False, enable_thinking=mode == "think"
-    )
-    return text
+    text = render_chat(tokenizer, [{"role": "user", "content": body}], enable_thinking=mode == "think")
+    opened = opened_tag(text)
+    if opened and (mode == "no_think" or opened.strip() != _THINK):
+        # a label list is no thought, and a think block is ours: what the template has opened ends before it
+        text, opened = close_opened(text), ""
+    return text, opened
 
 
 def _lookup(table: Mapping[Any, Value], key: object, what: str) -> Value:

@@ -13,6 +13,10 @@ GRPO = "grpo"
 SHUFFLED_MEDIA = "shuffled_media"
 
 
+# what a run writes into its folder beside the engine's files; stages have folders of their own
+RUN_FILES = ("summary.json", "evaluations", COLD_START, SFT_CONTINUED)
+
+
 @dataclass(frozen=True)
 class StageLabel:
     """Description of a stage and of the evaluation after it.

@@ -16,6 +16,7 @@ from affectgpt.data.datasets import LAYOUTS, Sample, load_folder
 from affectgpt.pipeline import load_samples
 from affectgpt.rewards import REWARDS
 from grpo_core.config.loader import ConfigError, load_config
+from grpo_core.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 HEAVY = {"torch", "transformers", "peft", "av"}
@@ -87,14 +88,24 @@ def test_every_recipe_is_the_command():
         assert f'main(["{names.get(path.stem, path.stem)}", *sys.argv[1:]])' in path.read_text()
 
 
-@pytest.mark.parametrize(("error", "status"), [(ConfigError("refused"), 2), (ValueError("failed"), 1)])
-def test_errors_are_one_line_and_a_status(monkeypatch, capsys, error, status):
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (ConfigError("refused"), 2, "refused"),
+        (InputError("unreadable"), 2, "unreadable"),
+        (NotImplementedError("a model of another kind"), 2, "a model of another kind"),
+        (FileNotFoundError(2, "No such file or directory", "a.csv"), 2, "a.csv: No such file or directory"),
+        (PermissionError(13, "Permission denied", "runs"), 2, "runs: Permission denied"),
+        (OSError(28, "No space left on device", "runs/r1"), 1, "runs/r1: No space left on device"),
+    ],
+)
+def test_mistakes_are_one_line_and_a_status(monkeypatch, capsys, error, status, line):
     def fail(arguments):
         raise error
 
     monkeypatch.setitem(cli.COMMANDS, "train", cli.Command(fail, ""))
     assert main(["train"]) == status
-    assert capsys.readouterr().err == f"error: {error}\n"
+    assert capsys.readouterr().err == f"error: {line}\n"
 
 
 def test_a_reward_that_cannot_be_imported_stops_before_the_runs_folder(tmp_path, capsys):

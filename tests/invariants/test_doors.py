@@ -378,11 +378,11 @@ def test_the_saved_config_names_the_plugins_and_their_options(emotions):
 
 
 def test_a_run_resumed_from_its_saved_config_imports_its_plugins_again(emotions):
-    (emotions / "runs/emotions/summary.json").unlink()  # as if it had been killed before its end
+    (emotions / "runs/emotions/finished.json").unlink()  # as if it had been killed before its end
     done = start(emotions, [*TRAIN, "--config", "runs/emotions/config.yaml"], **{"run.max_steps": 3})
     assert done.returncode == 0, done.stderr[-3000:]
     assert [row["step"] for row in rows(emotions / "runs/emotions/metrics.jsonl")] == [1, 2, 3]
-    assert not (emotions / "runs/emotions.previous").exists()
+    assert not (emotions / "runs/emotions-2").exists()
 
 
 # --- refusals ----------------------------------------------------------------------------------------------------

@@ -60,6 +60,12 @@ def test_all_five_rewards_are_refused_without_a_judge():
         read(("r1_think", "r1_think_v3"))
 
 
+def test_a_mistake_is_refused_before_any_row_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablations, "train", lambda *arguments: pytest.fail("a row was trained"))
+    with pytest.raises(ConfigError, match=r"unknown key 'algorithm\.bta'"):
+        ablations.main(["--output-dir", str(tmp_path), "--algorithm.bta", "1"])
+
+
 def test_rows_differ_by_what_they_say():
     def config(row):
         files = [text for file in ablations.MODES[row.mode] for text in ("--config", str(CONFIGS / f"{file}.yaml"))]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from affectgpt.cli import main
 from affectgpt.synthetic import make_dataset
 
 ROOT = Path(__file__).parents[2]
@@ -67,7 +68,7 @@ def finished(parts, tmp_path_factory) -> tuple[Path, dict[str, str]]:
     result = run("affectgpt_r1.py", options)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "GRPO, clips swapped" in result.stdout
-    return Path(options["run.output_dir"]) / "demo", options
+    return Path(options["run.output_dir"]) / "demo-seed0", options
 
 
 def test_a_whole_run_leaves_scores_curves_answers_a_report_and_a_model(finished):
@@ -88,6 +89,14 @@ def test_a_whole_run_leaves_scores_curves_answers_a_report_and_a_model(finished)
         assert 100 * evaluation["f1"] == pytest.approx(summary[f"{row}_f1"])
         assert len(evaluation["samples"]) == 6
     assert "<svg" in (folder / "report.html").read_text()
+
+
+def test_a_report_written_again_is_the_first_one_byte_for_byte(finished):
+    folder, _ = finished
+    first = (folder / "report.html").read_bytes()
+    assert b"data:image/jpeg" in first
+    assert main(["report", str(folder)]) == 0
+    assert (folder / "report.html").read_bytes() == first
 
 
 def test_the_saved_model_scores_what_the_run_reported(finished, tmp_path):
@@ -120,21 +129,76 @@ def test_a_killed_run_goes_on_to_the_same_weights(finished, tmp_path):
     process = subprocess.Popen(
         command("affectgpt_r1.py", options), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    checkpoint = tmp_path / "demo" / "checkpoints" / "step-000002"
+    checkpoint = tmp_path / "demo-seed0" / "checkpoints" / "step-000002"
     deadline = time.monotonic() + 240
     while not checkpoint.is_dir() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert checkpoint.is_dir()
-    assert not (tmp_path / "demo" / "summary.json").exists()
+    assert not (tmp_path / "demo-seed0" / "finished.json").exists()
     result = run("affectgpt_r1.py", options)
     assert result.returncode == 0, result.stderr[-3000:]
     weights = "model/affectgpt.safetensors"
-    assert (tmp_path / "demo" / weights).read_bytes() == (folder / weights).read_bytes()
-    assert (tmp_path / "demo" / "summary.json").read_text() == (folder / "summary.json").read_text()
-    one, two = (lines(path / "completions.jsonl") for path in (folder, tmp_path / "demo"))
+    assert (tmp_path / "demo-seed0" / weights).read_bytes() == (folder / weights).read_bytes()
+    assert (tmp_path / "demo-seed0" / "summary.json").read_text() == (folder / "summary.json").read_text()
+    one, two = (lines(path / "completions.jsonl") for path in (folder, tmp_path / "demo-seed0"))
     assert one == two
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "run.lock")
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def start(options: dict[str, str]) -> int:
+    """The recipe in this process: its imports are made already."""
+    return main(["train", *(part for key, value in options.items() for part in (f"--{key}", value))])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"model.path": "no_model"}, "no_model"), ({"data.labels": "track9.csv"}, "track9.csv")],
+    ids=("model", "labels"),
+)
+def test_a_mistyped_path_leaves_a_finished_run_as_it_is(finished, capsys, change, message):
+    folder, options = finished
+    kept = contents(folder)
+    for _ in range(2):
+        # of a real data set: an option of synthetic clips would say so first
+        changed = {key: value for key, value in options.items() if key != "data.layout.clips"}
+        assert start(changed | {"data.format": "mer2025"} | change) != 0
+        assert message in capsys.readouterr().err
+    assert contents(folder) == kept
+    assert {path.name for path in folder.parent.iterdir()} <= {"demo-seed0", "synthetic"}
+
+
+def test_a_run_killed_while_it_wrote_its_report_is_finished_by_the_same_command(
+    finished, tmp_path, capsys, monkeypatch
+):
+    """And a report that fails costs neither the run nor its exit status."""
+    folder, options = finished
+    again = shutil.copytree(folder, tmp_path / "demo-seed0")
+    (again / "finished.json").unlink()
+    (again / "report.html").unlink()
+    kept = contents(again)
+
+    def fails(*arguments, **options):
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr("affectgpt.report.write_report", fails)
+    assert start(options | {"run.output_dir": str(tmp_path)}) == 0
+    captured = capsys.readouterr()
+    assert "warning: the report was not written (RuntimeError: no fonts): the run is whole, and `affectgpt report" in (
+        captured.err
+    )
+    assert captured.out.splitlines()[0] == f"run folder: {again}, going on at step 4"
+    assert captured.out.splitlines()[-1] == f"run folder: {again}"
+    now = contents(again)
+    same = [name for name in kept if name not in ("sessions.jsonl", "config.yaml")]
+    assert {name: now[name] for name in same} == {name: kept[name] for name in same}
+    assert json.loads(now["finished.json"])["max_steps"] == 4
+    assert [path.name for path in tmp_path.iterdir()] == ["demo-seed0"]
 
 
 def test_two_ranks_in_think_mode_with_the_format_reward_and_one_of_the_users(finished, tmp_path):
@@ -149,12 +213,12 @@ def test_two_ranks_in_think_mode_with_the_format_reward_and_one_of_the_users(fin
     }
     result = run("affectgpt_r1.py", options, ranks=2)
     assert result.returncode == 0, result.stderr[-3000:]
-    (first, *_) = lines(tmp_path / "demo" / "metrics.jsonl")
+    (first, *_) = lines(tmp_path / "demo-seed0" / "metrics.jsonl")
     assert first["reward"] == pytest.approx(
         first["rewards/accuracy/mean"] + 0.2 * first["rewards/format/mean"] + 0.5 * first["rewards/length/mean"],
         abs=1e-9,
     )
-    completions = lines(tmp_path / "demo" / "completions.jsonl")
+    completions = lines(tmp_path / "demo-seed0" / "completions.jsonl")
     assert len({row["prompt_id"] for row in completions if row["step"] == 1}) == 6
     for row in completions:
         assert row["rewards"]["length"] == pytest.approx(len(row["text"]) / len(row["ground_truth"]))

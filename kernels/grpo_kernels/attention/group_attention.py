@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from grpo_kernels.attention.spans import Batch, GroupSpans, Segments
 
@@ -37,7 +38,7 @@ _MATMUL_SCORES = 2**26
 
 
 def group_attention(q: Tensor, k: Tensor, v: Tensor, spans: GroupSpans, *, scale: float | None = None) -> Tensor:
-    """Causal attention over prompts, and over completions with their prompt as prefix; differentiable.
+    """Causal attention over prompts, and over completions with their prompt as prefix; differentiable, once.
 
     Args:
         q: `[T, Hq, D]` packed queries, rotary positions already applied; any strides whose last is 1.
@@ -79,6 +80,7 @@ class _GroupAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable  # it is made of operators that autograd would take for constants
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (q, k, v, out, lse), spans = ctx.saved_tensors, ctx.spans
         dq, dk, dv = part_backward(grad, q, k, v, out, lse, spans.self_segments, ctx.scale)

@@ -1,4 +1,4 @@
-"""Command line: `python -m affectgpt.emotion_wheel build --wordnet FOLDER` rebuilds the project's tables."""
+"""Rebuild the project's tables from the command line: `affectgpt wheel build --wordnet FOLDER`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from affectgpt.emotion_wheel.tables import TablesError, save_tables
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m affectgpt.emotion_wheel", description=__doc__)
+    parser = argparse.ArgumentParser(prog="affectgpt wheel", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     build = commands.add_parser(
         "build", help="build the tables from data/wheels.yaml, data/lexicon.txt and WordNet 3.0"

@@ -12,14 +12,15 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from affectgpt.modeling.fusion import Fusion, FusionInput
 from affectgpt.prompts import PLACEHOLDERS, placeholder_features
+from grpo_core.errors import InputError
+from grpo_core.pretrained import check_weight_file, load_model, load_tokenizer, probe_text, read_config
 from grpo_core.types import Prompt
 
 CONFIG_FILE = "affectgpt.json"
@@ -52,20 +53,35 @@ class AffectGPTConfig:
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> AffectGPTConfig:
-        """Read `folder/affectgpt.json`; relative folders in it are relative to `folder`."""
+        """Read `folder/affectgpt.json`; relative folders in it are relative to `folder`.
+
+        Raises:
+            InputError: the folder holds no AffectGPT, or the file is damaged.
+        """
         path = Path(folder).resolve() / CONFIG_FILE
+        if not Path(folder).is_dir():
+            raise InputError(
+                f"model.path: there is no folder {folder}: give one that AffectGPT.save_pretrained wrote; nothing is "
+                "downloaded"
+            )
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing: {folder} was not written by AffectGPT.save_pretrained")
+            llm = (path.parent / "config.json").is_file()
+            advice = (
+                "if it is a causal LM, give it as model.llm" if llm else "give one that AffectGPT.save_pretrained wrote"
+            )
+            raise InputError(f"model.path: {path} is missing, so {folder} holds no AffectGPT: {advice}")
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not valid JSON ({error}): save the model again") from error
+        except (OSError, ValueError) as error:
+            raise InputError(f"model.path: {path} is not valid JSON ({error}): save the model again") from error
+        if not isinstance(values, dict):
+            raise InputError(f"model.path: {path} is no config of an AffectGPT: save the model again")
         fields = {field.name: field for field in dataclasses.fields(cls)}
         required = {name for name, field in fields.items() if field.default is dataclasses.MISSING}
         if unknown := sorted(values.keys() - fields.keys()):
-            raise ValueError(f"{path} has unknown keys {', '.join(unknown)}: known are {', '.join(fields)}")
+            raise InputError(f"model.path: {path} has unknown keys {', '.join(unknown)}: known are {', '.join(fields)}")
         if missing := sorted(required - values.keys()):
-            raise ValueError(f"{path} lacks {', '.join(missing)}: save the model again")
+            raise InputError(f"model.path: {path} lacks {', '.join(missing)}: save the model again")
         for name in ("llm", "visual_encoder", "audio_encoder"):
             # an absolute path replaces `path.parent`; normpath and not resolve, which would follow symbolic links
             values[name] = os.path.normpath(path.parent / values[name])
@@ -149,16 +165,16 @@ class AffectGPT(nn.Module):
             lora: `lora_r`, `lora_alpha`, `lora_dropout`, `lora_targets`.
 
         Raises:
-            FileNotFoundError, ValueError: a folder is missing, incomplete, or holds another type of model.
+            InputError: a folder is missing, incomplete, or holds another type of model.
         """
         # widths from the configs: the encoders' weights are not loaded here, they only fill the feature cache
         config = AffectGPTConfig(
             llm=os.path.abspath(llm),
             visual_encoder=os.path.abspath(visual_encoder),
             audio_encoder=os.path.abspath(audio_encoder),
-            visual_dim=_visual_dim(visual_encoder),
-            audio_dim=_config_value(audio_encoder, "hidden_size", "HuBERT"),
-            hidden_size=_config_value(llm, "hidden_size", "causal LM"),
+            visual_dim=_config_value(visual_encoder, "projection_dim", "CLIP vision model", "model.visual_encoder"),
+            audio_dim=_config_value(audio_encoder, "hidden_size", "HuBERT", "model.audio_encoder"),
+            hidden_size=_config_value(llm, "hidden_size", "causal LM", "model.llm"),
             **lora,
         )
         return cls._over_base(config, device, dtype, attn_implementation)
@@ -183,20 +199,16 @@ class AffectGPT(nn.Module):
             llm, visual_encoder, audio_encoder: current folders of the frozen models, if they were moved.
 
         Raises:
-            FileNotFoundError: a file or the base LLM is missing.
-            ValueError: a file is damaged, or holds tensors of another model.
+            InputError: a file of `folder` is missing or damaged, or the base LLM is.
+            ValueError: a file holds tensors of another model.
         """
         config = AffectGPTConfig.load(folder)
         folders = {"llm": llm, "visual_encoder": visual_encoder, "audio_encoder": audio_encoder}
         moved: dict[str, Any] = {name: os.path.abspath(path) for name, path in folders.items() if path is not None}
         config = dataclasses.replace(config, **moved)
         weights = Path(folder) / WEIGHTS_FILE
-        if not weights.is_file():
-            raise FileNotFoundError(f"{weights} is missing: save the model again, or copy the whole folder")
-        try:
-            state = load_file(weights)  # before the LLM, whose loading takes minutes: damage shows at once
-        except SafetensorError as error:
-            raise ValueError(f"{weights} is damaged ({error}): save or copy it again") from error
+        check_weight_file(weights, "model.path")  # before the LLM, whose loading takes minutes: damage shows at once
+        state = load_file(weights)
         model = cls._over_base(config, device, dtype, attn_implementation)
         model.load_trained(state, str(weights))
         return model.eval()
@@ -205,8 +217,8 @@ class AffectGPT(nn.Module):
     def _over_base(
         cls, config: AffectGPTConfig, device: torch.device | str, dtype: torch.dtype | str, attn_implementation: str
     ) -> AffectGPT:
+        tokenizer = load_tokenizer(config.llm, "model.llm")  # before the LLM, whose loading takes minutes
         base = load_llm(config.llm, dtype, attn_implementation)
-        tokenizer = AutoTokenizer.from_pretrained(config.llm, local_files_only=True, trust_remote_code=False)
         return cls(config, base, tokenizer).to(device)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
@@ -351,58 +363,28 @@ def add_placeholders(tokenizer: PreTrainedTokenizerBase) -> None:
         tokenizer.add_tokens(tokens, special_tokens=True)
 
 
-def load_llm(folder: str | os.PathLike, dtype: torch.dtype | str, attn_implementation: str) -> PreTrainedModel:
-    """Load a causal LM from a local folder of safetensors, refusing missing weights or weights of the wrong shape.
+def load_llm(
+    folder: str | os.PathLike, dtype: torch.dtype | str, attn_implementation: str, key: str = "model.llm"
+) -> PreTrainedModel:
+    """Load a causal LM from a local folder of safetensors, refusing one that lacks weights.
 
     Raises:
-        FileNotFoundError: the folder, its config or its weights are missing.
-        ValueError: tensors are missing, or their shapes do not match config.json.
+        InputError: the folder, its config or its weights are refused; see `grpo_core.pretrained.load_model`.
     """
-    folder = _model_folder(folder, "base LLM")
-    if not any(folder.glob("*.safetensors")):
-        raise FileNotFoundError(f"{folder} has no .safetensors file: the base LLM's weights are missing")
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=dtype,
-        attn_implementation=attn_implementation,
-        local_files_only=True,
-        use_safetensors=True,
-        trust_remote_code=False,  # no code from the folder is run
-        ignore_mismatched_sizes=True,  # reported by name below; transformers' error only points to its log
-        output_loading_info=True,
+    model: PreTrainedModel = load_model(
+        AutoModelForCausalLM, folder, key, probe=probe_text, dtype=dtype, attn_implementation=attn_implementation
     )
-    model, info = loaded
-    # transformers only warns, and initialises missing weights at random
-    if info["missing_keys"]:
-        raise ValueError(f"the weights in {folder} lack {min(info['missing_keys'])}: copy the folder again")
-    if info["mismatched_keys"]:
-        key, found, needed = min(info["mismatched_keys"], key=lambda item: item[0])
-        raise ValueError(
-            f"the weights in {folder} do not fit its config.json: {key} is {list(found)}, config says {list(needed)}"
-        )
     return model
 
 
-def _model_folder(folder: str | os.PathLike, what: str) -> Path:
-    folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{folder} is not the folder of a {what}: it has no config.json. If it was moved, give its new path as an "
-            f"argument or in {CONFIG_FILE}"
+def _config_value(folder: str | os.PathLike, name: str, what: str, key: str) -> int:
+    config = read_config(folder, key)
+    if not hasattr(config, name):
+        raise InputError(
+            f"{key}: {folder}/config.json is of model type {config.model_type!r} and has no {name}: need a {what}"
         )
-    return folder
-
-
-def _config_value(folder: str | os.PathLike, key: str, what: str) -> int:
-    config = AutoConfig.from_pretrained(_model_folder(folder, what), local_files_only=True, trust_remote_code=False)
-    if not hasattr(config, key):
-        raise ValueError(f"{folder}/config.json is of model type {config.model_type!r} and has no {key}: need a {what}")
-    return getattr(config, key)
-
-
-def _visual_dim(folder: str | os.PathLike) -> int:
-    """Read the width of CLIP's projected image features."""
-    return _config_value(folder, "projection_dim", "CLIP vision model")
+    value: int = getattr(config, name)
+    return value
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:

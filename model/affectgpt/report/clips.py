@@ -106,9 +106,15 @@ class CompletionGroup:
 
 @dataclass(frozen=True)
 class Completions:
-    """Values of the section on completions; `one_prompt`: the groups are visits to the same prompt."""
+    """Values of the section on completions.
+
+    Attributes:
+        one_prompt: the groups are visits to the same prompt.
+        labelled: completions were read as emotion labels; those of a text run are not.
+    """
 
     one_prompt: bool
+    labelled: bool
     groups: list[CompletionGroup]
 
 
@@ -137,7 +143,7 @@ def build_clip(pair: Pair, sample: Sample | None, lookup: SectorLookup) -> Clip:
     sectors = lookup.sets(truth)
     answers = []
     for model, answer in (("cold start", pair.before), ("GRPO", pair.after)):
-        labels = [str(label) for label in answer.get("labels") or []]
+        labels = list(dict.fromkeys(map(str, answer.get("labels") or [])))
         text = str(answer.get("answer") or "")
         answers.append(
             Answer(
@@ -201,6 +207,7 @@ def completions_section(run: Run, wheel: EmotionWheel) -> Completions | None:
     prompts = {str(rows[0]["prompt_id"]) for rows in groups}
     return Completions(
         one_prompt=len(prompts) == 1 and len(groups) > 1,
+        labelled=any("labels" in row for rows in groups for row in rows),
         groups=[build_group(rows, lookup) for rows in groups],
     )
 
@@ -227,7 +234,7 @@ def build_group(rows: Sequence[Mapping[str, Any]], lookup: SectorLookup) -> Comp
         members=[
             Completion(
                 text=str(row.get("text") or ""),
-                labels=[judged(str(label), sectors, lookup) for label in row.get("labels") or []],
+                labels=[judged(label, sectors, lookup) for label in dict.fromkeys(map(str, row.get("labels") or []))],
                 rewards=[(row.get("rewards") or {}).get(name) for name in names],
                 reward=row.get("reward"),
                 advantage=row.get("advantage"),

@@ -71,6 +71,7 @@ def render_page(run: Run, samples: Mapping[str, Sample], wheel: EmotionWheel) ->
         name=run.name,
         seed=run.summary.get("seed"),
         notes=run.notes + (result.notes if result else []),
+        scored=bool(run.evaluations),  # a text run has no emotions to speak of
         sections=shown,
         **{anchor.replace("-", "_"): values[anchor] for anchor in shown},
     )

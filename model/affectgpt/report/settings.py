@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import platform
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Any
 
 from affectgpt.report.run import Run
-
-_PACKAGES = ("grpo-core", "torch", "triton", "transformers", "peft", "numpy")
+from grpo_core.storage.environment import software_versions
 
 
 @dataclass(frozen=True)
@@ -18,12 +15,14 @@ class Settings:
 
     Attributes:
         facts: plain entries of `summary.json`, and of its `environment` if it has one.
-        versions: software on this machine, if the run recorded none.
+        versions: software of the run's last start, or on this machine if the run recorded none.
+        recorded: whether the run recorded them.
         config: `config.yaml`, empty if there is none.
     """
 
     facts: dict[str, Any]
     versions: dict[str, str]
+    recorded: bool
     config: str
 
 
@@ -34,21 +33,11 @@ def settings_section(run: Run) -> Settings:
         for name, value in run.summary.items()
         if not name.endswith("_f1") and isinstance(value, (str, int, float, bool))
     }
+    recorded = run.sessions[-1].get("versions") if run.sessions else None
+    versions: dict[str, str] = {}
     environment = run.summary.get("environment")
     if isinstance(environment, dict):
         facts |= environment
-        versions = {}
     else:
-        versions = software_versions()
-    return Settings(facts, versions, run.config.strip())
-
-
-def software_versions() -> dict[str, str]:
-    """Versions of Python, the system and the packages that a run's numbers depend on, as far as installed."""
-    versions = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
+        versions = recorded if isinstance(recorded, dict) else software_versions()
+    return Settings(facts, versions, isinstance(recorded, dict), run.config.strip())

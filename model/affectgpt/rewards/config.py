@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from affectgpt.rewards.length import LengthPenalty, check_penalty
 from affectgpt.rewards.perception import Judge, check_judge_folder
 from affectgpt.rewards.registry import REWARDS, RewardContext
-from grpo_core.config.fields import ConfigSection
+from grpo_core.config.fields import ConfigSection, option
 
 if TYPE_CHECKING:
     from affectgpt.emotion_wheel import EmotionWheel
@@ -54,7 +54,7 @@ class RewardConfig(ConfigSection, key="reward"):
     loads it. See docs/rewards.md."""
     judge_frames: int = 8
     """Number of frames of a video shown to the judge."""
-    judge_batch: int = 4
+    judge_batch: int = option(4, free=True)
     """Pairs of answers in one forward pass of the judge, two rows each."""
     judge_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of the judge's weights; auto is its checkpoint's."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -15,11 +14,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
     BatchFeature,
@@ -32,6 +29,8 @@ from affectgpt.data.datasets import Sample
 from affectgpt.data.media import SAMPLE_RATE, MediaError, read_frames, read_image, read_waveform
 from affectgpt.prompts import neutralise
 from affectgpt.rewards.perception import Comparison, check_judge_folder
+from grpo_core.errors import InputError
+from grpo_core.pretrained import LOCAL, check_weights, load_model, one_line, read_config
 
 FRAME_SIZE = 448  # pixels per side, which the model's image processor then resizes
 
@@ -97,14 +96,14 @@ class ModelJudge:
         self._for_one_clip.image_processor = _OneClip(self.processor.image_processor)
         letters = [self.processor.tokenizer.encode(letter, add_special_tokens=False) for letter in "AB"]
         if any(len(tokens) != 1 for tokens in letters):
-            raise _refusal(self.folder, "its tokenizer has no single tokens for A and B", "Choose another model")
+            raise _refusal(self.folder, "its tokenizer has no single tokens for A and B", "choose another model")
         self.letters = [token for (token,) in letters]
         self._evasive = False
         ear: Any = getattr(self.processor, "feature_extractor", None)
         self.hears = getattr(config, "audio_config", None) is not None and ear is not None
         if self.hears and ear.sampling_rate != SAMPLE_RATE:
             reason = f"it hears at {ear.sampling_rate} Hz, not at {SAMPLE_RATE}"
-            raise _refusal(self.folder, reason, "Choose another model")
+            raise _refusal(self.folder, reason, "choose another model")
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -114,16 +113,10 @@ class ModelJudge:
             ValueError: weights are missing or do not load.
         """
         dtype = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
-        try:
-            loaded: Any = AutoModelForImageTextToText.from_pretrained(
-                self.folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **_LOCAL
-            )
-            model, info = loaded
-        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-            raise _refusal(self.folder, f"its weights do not load ({_line(error)})", _COPY) from error
-        if info["missing_keys"]:
-            raise _refusal(self.folder, f"its weights lack {min(info['missing_keys'])}", _COPY)
-        return model.to(self.device).eval().requires_grad_(False)
+        # without a probe: pictures and text go through every part, so no weight may be missing
+        model: Any = load_model(AutoModelForImageTextToText, self.folder, _KEY, dtype=dtype)
+        judge: PreTrainedModel = model.to(self.device).eval().requires_grad_(False)
+        return judge
 
     def __call__(self, comparisons: Sequence[Comparison]) -> np.ndarray:
         """Judge comparisons, float64 `[n]`: the probability that the first answer is the better one, or NaN."""
@@ -222,7 +215,7 @@ class ModelJudge:
         # float64 keeps the digits of nearly certain verdicts
         preferences = replies[:, self.letters].double().softmax(1)[:, 0].cpu()
         if preferences.isnan().any():
-            raise _refusal(self.folder, "its logits are not finite", "Set reward.judge_dtype to bfloat16 or float32")
+            raise _refusal(self.folder, "its logits are not finite", "set reward.judge_dtype to bfloat16 or float32")
         self._warn_if_evasive(replies.double().softmax(1)[:, self.letters].sum(1).mean().item())
         return preferences
 
@@ -269,62 +262,38 @@ def _repeat(value: Any, rows: int) -> Any:
     return np.concatenate([value] * rows) if isinstance(value, np.ndarray) else value * rows
 
 
-_LOCAL = {"local_files_only": True, "trust_remote_code": False}
-_COPY = "Copy the folder again, whole"
-_FOLDER = "Give the folder of a multimodal chat model as save_pretrained writes it"
+_KEY = "reward.judge"
+_COPY = "copy the folder again, whole"
+_FOLDER = "give the folder of a multimodal chat model as save_pretrained writes it"
 
 
 def _load_config(folder: Path) -> PreTrainedConfig:
     """Load the config of an image-text-to-text model, checking that its weights are beside it."""
     check_judge_folder(folder)
-    _check_weights(folder)
-    try:
-        config = AutoConfig.from_pretrained(folder, **_LOCAL)
-    except (OSError, ValueError) as error:
-        raise _refusal(folder, f"config.json cannot be read ({_line(error)})", _FOLDER) from error
+    config = read_config(folder, _KEY)
+    check_weights(folder, _KEY)  # by their headers, since their loading comes hours later
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         reason = f"a model of type {config.model_type!r} does not answer questions about images"
-        raise _refusal(folder, reason, "Give the folder of one that does, such as Qwen2.5-VL, Gemma 3 or LLaVA")
+        raise _refusal(folder, reason, "give the folder of one that does, such as Qwen2.5-VL, Gemma 3 or LLaVA")
     return config
-
-
-def _check_weights(folder: Path) -> None:
-    """Refuse missing or truncated files by their headers, since their loading comes hours later."""
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        raise _refusal(folder, "no .safetensors file in it", _FOLDER)
-    index = folder / "model.safetensors.index.json"
-    shards = set(json.loads(index.read_text("utf-8"))["weight_map"].values()) if index.is_file() else set()
-    if missing := shards - {path.name for path in weights}:
-        raise _refusal(folder, f"{min(missing)} is missing", _COPY)
-    for path in weights:
-        try:
-            with safe_open(path, "pt"):
-                pass
-        except (OSError, SafetensorError) as error:
-            raise _refusal(folder, f"{path.name} cannot be read ({_line(error)})", _COPY) from error
 
 
 def _load_processor(folder: Path) -> ProcessorMixin:
     """Load the processor of a model that chats about images."""
     try:
-        processor = AutoProcessor.from_pretrained(folder, **_LOCAL)
+        processor = AutoProcessor.from_pretrained(folder, **LOCAL)
     except ImportError as error:
-        raise _refusal(folder, f"its processor needs a library: {_line(error)}", "Install it") from error
+        raise _refusal(folder, f"its processor needs a library: {one_line(error)}", "install it") from error
     except (OSError, ValueError, TypeError) as error:
-        raise _refusal(folder, f"its processor does not load ({_line(error)})", _COPY) from error
+        raise _refusal(folder, f"its processor does not load ({one_line(error)})", _COPY) from error
     for attribute in ("image_processor", "tokenizer", "chat_template"):
         if getattr(processor, attribute, None) is None:
             raise _refusal(folder, f"its processor has no {attribute}", _FOLDER)
     return processor
 
 
-def _refusal(folder: Path, reason: str, fix: str) -> ValueError:
-    return ValueError(f"reward.judge {folder}: {reason}. {fix}.")
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".")
+def _refusal(folder: Path, reason: str, fix: str) -> InputError:
+    return InputError(f"{_KEY}: {folder}: {reason}: {fix}")
 
 
 def _pair(first: str, second: str) -> tuple[str, str]:

@@ -43,8 +43,8 @@ def check_judge_folder(folder: Path) -> None:
     """
     if not (folder / "config.json").is_file():
         raise ValueError(
-            f"reward.judge {folder}: it has no config.json. Give the folder of a multimodal chat model as "
-            "save_pretrained writes it."
+            f"reward.judge: {folder} has no config.json: give the folder of a multimodal chat model as save_pretrained "
+            "writes it"
         )
 
 

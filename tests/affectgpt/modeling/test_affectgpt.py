@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from affectgpt.modeling.affectgpt import CONFIG_FILE, WEIGHTS_FILE, AffectGPT, AffectGPTConfig
 from affectgpt.modeling.official import from_upstream, to_upstream
 from affectgpt.prompts import PLACEHOLDERS, build_prompt, build_target
+from grpo_core.errors import InputError
 from grpo_core.types import Prompt
 
 
@@ -262,7 +263,7 @@ def replace_features(prompt: Prompt, drop: str | None = None, **features: torch.
 def test_a_missing_base_llm_is_named(model, tmp_path):
     model.config = dataclasses.replace(model.config, llm=str(tmp_path / "gone"))
     model.save_pretrained(tmp_path / "saved")
-    with pytest.raises(FileNotFoundError, match="gone is not the folder of a base LLM"):
+    with pytest.raises(ValueError, match=r"model\.llm: there is no folder .*gone.*if it was moved, give its new path"):
         AffectGPT.from_pretrained(tmp_path / "saved")
 
 
@@ -283,7 +284,7 @@ def test_incomplete_base_weights_are_refused(model, tiny_llm_folder, tmp_path, f
         state[key] = state[key][:10].clone()
     save_file(state, tmp_path / "llm" / "model.safetensors", metadata={"format": "pt"})
     model.save_pretrained(tmp_path / "saved")
-    with pytest.raises(ValueError, match=rf"{tmp_path}/llm .*{key}"):
+    with pytest.raises(ValueError, match=rf"model\.llm: .*{tmp_path}/llm .*{key}"):
         AffectGPT.from_pretrained(tmp_path / "saved", llm=tmp_path / "llm")
 
 
@@ -291,7 +292,7 @@ def test_a_base_without_safetensors_is_refused(model, tiny_llm_folder, tmp_path)
     shutil.copytree(tiny_llm_folder, tmp_path / "llm")
     (tmp_path / "llm" / "model.safetensors").rename(tmp_path / "llm" / "pytorch_model.bin")
     model.save_pretrained(tmp_path / "saved")
-    with pytest.raises(FileNotFoundError, match=r"no \.safetensors file"):
+    with pytest.raises(ValueError, match=r"its weights in pytorch_model\.bin, but only safetensors are read"):
         AffectGPT.from_pretrained(tmp_path / "saved", llm=tmp_path / "llm")
 
 
@@ -322,7 +323,7 @@ def test_a_truncated_checkpoint_is_refused(model, tmp_path):
     with pytest.raises(ValueError, match=f"{WEIGHTS_FILE} is damaged"):
         AffectGPT.from_pretrained(tmp_path)
     (tmp_path / WEIGHTS_FILE).unlink()
-    with pytest.raises(FileNotFoundError, match=f"{WEIGHTS_FILE} is missing"):
+    with pytest.raises(ValueError, match=f"{WEIGHTS_FILE} is missing"):
         AffectGPT.from_pretrained(tmp_path)
 
 
@@ -344,14 +345,33 @@ def test_a_config_that_does_not_fit_is_refused(model, tmp_path, change, message)
         AffectGPT.from_pretrained(tmp_path)
 
 
-def test_a_folder_that_holds_no_model_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=rf"{CONFIG_FILE} is missing"):
-        AffectGPT.from_pretrained(tmp_path)
-    (tmp_path / CONFIG_FILE).write_text("{")
-    with pytest.raises(ValueError, match="not valid JSON"):
-        AffectGPT.from_pretrained(tmp_path)
+def test_a_folder_that_holds_no_model_is_named(tmp_path, tiny_llm_folder):
+    for folder, words in (
+        (tmp_path, f"{CONFIG_FILE} is missing, so .* holds no AffectGPT: give one that"),
+        (tiny_llm_folder, "holds no AffectGPT: if it is a causal LM, give it as model.llm"),
+        ("Qwen/Qwen2.5-7B-Instruct", "there is no folder Qwen/Qwen2.5-7B-Instruct"),
+    ):
+        with pytest.raises(InputError, match=rf"^model\.path: .*{words}"):
+            AffectGPT.from_pretrained(folder)
+    for text in ("{", "[]"):
+        (tmp_path / CONFIG_FILE).write_text(text)
+        with pytest.raises(InputError, match=r"^model\.path: .*save the model again"):
+            AffectGPT.from_pretrained(tmp_path)
+
+
+def test_an_adapters_folder_is_no_llm(model, tmp_path, tiny_clip_folder, tiny_hubert_folder):
+    """A second adapter around the first would be trained, and one of the two saved."""
+    model.llm.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(InputError, match=r"^model\.llm: .*adapter holds an adapter, not a whole model"):
+        AffectGPT.create(tmp_path / "adapter", tiny_clip_folder, tiny_hubert_folder)
+
+
+def test_an_llm_without_a_tokenizer_is_refused(tiny_llm_folder, tmp_path, tiny_clip_folder, tiny_hubert_folder):
+    shutil.copytree(tiny_llm_folder, tmp_path / "llm", ignore=shutil.ignore_patterns("tokenizer*"))
+    with pytest.raises(InputError, match=r"^model\.llm: .*holds no tokenizer"):
+        AffectGPT.create(tmp_path / "llm", tiny_clip_folder, tiny_hubert_folder)
 
 
 def test_create_refuses_an_encoder_of_another_kind(tiny_llm_folder, tiny_clip_folder, tiny_hubert_folder):
-    with pytest.raises(ValueError, match="has no projection_dim: need a CLIP vision model"):
+    with pytest.raises(ValueError, match=r"model\.visual_encoder: .* has no projection_dim: need a CLIP vision model"):
         AffectGPT.create(tiny_llm_folder, tiny_hubert_folder, tiny_hubert_folder)

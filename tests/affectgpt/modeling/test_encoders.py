@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
@@ -20,6 +22,7 @@ from transformers import (
 
 from affectgpt.data.media import audio_clips
 from affectgpt.modeling.encoders import Encoders
+from grpo_core.errors import InputError
 
 VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -197,17 +200,94 @@ def test_a_wrong_folder_is_named_with_the_fix(tmp_path, tiny_clip_folder, tiny_h
     narrow = edited(tiny_clip_folder, tmp_path / "narrow", lambda c: c.update(projection_dim=11))
     deep = edited(tiny_clip_folder, tmp_path / "deep", lambda c: c.update(num_hidden_layers=2))
     for folder, words in (
-        (tmp_path / "absent", "no config.json there"),
-        (empty, "no config.json there"),
-        (no_weights, "no weights there"),
-        (garbled, "config.json cannot be read"),
-        (tiny_hubert_folder, "it holds a model of type 'hubert', not CLIP"),
-        (cut, "its weights do not load"),
-        (narrow, "visual_projection.weight is [12, 16], but config.json asks for [11, 16]"),
-        (deep, "16 weights are missing"),
+        (tmp_path / "absent", "there is no folder "),
+        (empty, "has no config.json"),
+        (no_weights, "has no weights"),
+        (garbled, "/config.json cannot be read"),
+        (tiny_hubert_folder, "holds a model of type 'hubert', not CLIP: give the folder of a CLIP checkpoint"),
+        (cut, "/model.safetensors is damaged"),
+        (narrow, "visual_projection.weight is [12, 16], the config says [11, 16]"),
+        (deep, "lack 16 tensors"),
     ):
-        with pytest.raises(ValueError, match="Give the folder of a CLIP checkpoint") as caught:
+        with pytest.raises(InputError) as caught:
             Encoders.from_pretrained(folder, tiny_hubert_folder)
-        assert str(caught.value).startswith(f"{folder}: {words}")
-    with pytest.raises(ValueError, match="it holds a model of type 'clip_vision_model', not HuBERT"):
+        message = str(caught.value)
+        assert message.startswith("model.visual_encoder: ")
+        assert str(folder) in message
+        assert words in message
+    with pytest.raises(ValueError, match="holds a model of type 'clip_vision_model', not HuBERT"):
         Encoders.from_pretrained(tiny_clip_folder, tiny_clip_folder)
+
+
+@pytest.mark.parametrize("known_type", [True, False])
+def test_code_in_an_encoders_folder_is_never_run(
+    tmp_path, tiny_clip_folder, tiny_hubert_folder, monkeypatch, known_type
+):
+    mark = tmp_path / "the code ran"
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *_: asked.append(1) or "y")
+
+    def with_code(folder: Path, name: str) -> Path:
+        copied = shutil.copytree(folder, tmp_path / name)
+        (copied / "evil.py").write_text(f"open({str(mark)!r}, 'w')")
+        config = json.loads((copied / "config.json").read_text())
+        config["auto_map"] = {"AutoConfig": "evil.Config", "AutoModel": "evil.Model"}
+        if not known_type:
+            config["model_type"] = "evil"
+        (copied / "config.json").write_text(json.dumps(config))
+        return copied
+
+    clip, hubert = with_code(tiny_clip_folder, "clip"), with_code(tiny_hubert_folder, "hubert")
+    if known_type:
+        Encoders.from_pretrained(clip, hubert)
+    else:
+        with pytest.raises(InputError, match=r"model\.visual_encoder: .*needs code from its folder .*never run"):
+            Encoders.from_pretrained(clip, hubert)
+        with pytest.raises(InputError, match=r"model\.audio_encoder: .*needs code from its folder .*never run"):
+            Encoders.from_pretrained(tiny_clip_folder, hubert)
+    assert not asked
+    assert not mark.exists()
+
+
+def test_a_published_hubert_without_its_mask_embedding_loads_and_one_without_a_layer_does_not(
+    tmp_path, tiny_clip_folder, tiny_hubert_folder
+):
+    folder = shutil.copytree(tiny_hubert_folder, tmp_path / "hubert")
+    state = load_file(folder / "model.safetensors")
+    state.pop("masked_spec_embed", None)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    same = Encoders.from_pretrained(tiny_clip_folder, folder)
+    clips = torch.randn(1, 32_000, generator=torch.Generator().manual_seed(0))
+    expected = Encoders.from_pretrained(tiny_clip_folder, tiny_hubert_folder).encode_audio(clips)
+    assert torch.equal(same.encode_audio(clips), expected)
+    name = min(name for name in state if name.startswith("encoder.layers.4"))
+    del state[name]
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=rf"model\.audio_encoder: .*lack 1 tensors .*first {name}"):
+        Encoders.from_pretrained(tiny_clip_folder, folder)
+
+
+def test_pickled_encoder_weights_load_and_code_in_them_does_not_run(
+    tmp_path, tiny_clip_folder, tiny_hubert_folder, capsys
+):
+    folder = shutil.copytree(tiny_hubert_folder, tmp_path / "hubert")
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(state, folder / "pytorch_model.bin")
+    assert Encoders.from_pretrained(tiny_clip_folder, folder).audio_dim == 20
+
+    class Malicious:
+        def __reduce__(self):
+            return print, ("code ran",)
+
+    torch.save(state | {"masked_spec_embed": Malicious()}, folder / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"^model\.audio_encoder: .*does not load"):
+        Encoders.from_pretrained(tiny_clip_folder, folder)
+    assert "code ran" not in capsys.readouterr().out
+
+
+def test_image_processing_that_cannot_be_read_is_named(tmp_path, tiny_clip_folder, tiny_hubert_folder):
+    folder = shutil.copytree(tiny_clip_folder, tmp_path / "clip")
+    (folder / "preprocessor_config.json").write_text("{")
+    with pytest.raises(InputError, match=r"preprocessor_config\.json is not valid JSON .*copy it again"):
+        Encoders.from_pretrained(folder, tiny_hubert_folder)

@@ -618,3 +618,32 @@ def test_the_command_writes_the_report_again(
     with pytest.raises(SystemExit):
         main([str(tmp_path / "nowhere")])
     assert "metrics.jsonl is missing" in capsys.readouterr().err
+
+
+def test_the_report_of_a_text_run_does_not_speak_of_emotions(tmp_path: Path, wheel: EmotionWheel) -> None:
+    folder = bare_run(tmp_path / "text")
+    row = {"step": 1, "prompt_id": "1", "member": 0, "text": "once", "rewards": {"brevity": 1.0}, "reward": 1.0}
+    write_lines(folder / "completions.jsonl", [row, row | {"member": 1, "reward": 0.5}])
+    page = write_report(folder, samples={}, wheel=wheel).read_text()
+    assert "brevity" in page
+    for word in ("emotion", "affectgpt", "ground truth", "labels"):
+        assert word not in re.sub(r"<style>.*?</style>", "", page, flags=re.S).lower()
+
+
+def test_the_software_is_what_the_run_recorded(tmp_path, wheel):
+    folder = write_run(tmp_path / "run", wheel)
+    (folder / "sessions.jsonl").write_text(
+        json.dumps({"versions": {"torch": "1.1"}}) + "\n" + json.dumps({"versions": {"torch": "9.9.9"}}) + "\n"
+    )
+    page = write_report(folder, samples={}, wheel=wheel).read_text()
+    assert "Software of the run: torch 9.9.9." in page
+    (folder / "sessions.jsonl").unlink()
+    page = write_report(folder, samples={}, wheel=wheel).read_text()
+    assert "Software when this report was written: python" in page
+
+
+def test_a_text_runs_report_does_not_speak_of_emotions(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n')
+    (tmp_path / "config.yaml").write_text("model: tiny\nrun: {name: text}\n")
+    assert main([str(tmp_path)]) == tmp_path / "report.html"
+    assert "motion" not in (tmp_path / "report.html").read_text()

@@ -37,7 +37,7 @@ from affectgpt.configs import CONFIGS
 from affectgpt.data.datasets import Sample, load_mer2025
 from affectgpt.data.media import MediaError, read_frames, read_waveform
 from affectgpt.emotion_wheel import EmotionWheel
-from affectgpt.pipeline import Stages, open_run
+from affectgpt.pipeline import Stages
 from affectgpt.rewards import Comparison, RewardConfig, judge, make_rewards, perception
 from affectgpt.rewards.judge import ModelJudge
 from affectgpt.synthetic import make_dataset
@@ -483,28 +483,32 @@ def cut(folder: Path) -> None:
 
 
 def lose_a_shard(folder: Path) -> None:
-    index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (without("*"), r"it has no config\.json\. Give the folder"),
-        (to_bin, r"no \.safetensors file in it"),
-        (cut, r"model\.safetensors cannot be read"),
-        (lose_a_shard, r"model-2\.safetensors is missing\. Copy"),
-        (without("processor_config.json", "chat_template.jinja"), "its processor"),
-        (without("chat_template.jinja"), "its processor has no chat_template"),
-        (without("tokenizer*"), "its processor does not load"),
-        (lambda folder: (folder / "config.json").write_text("{"), r"config\.json cannot be read"),
-        (lambda folder: (folder / "config.json").write_text('{"model_type": "mind"}'), r"config\.json cannot be read"),
+        (without("*"), r" has no config\.json: give the folder"),
+        (to_bin, r" has its weights in pytorch_model\.bin, but only safetensors are read"),
+        (cut, r"/model\.safetensors is damaged"),
+        (lose_a_shard, r"/model-2\.safetensors is missing: copy"),
+        (without("processor_config.json", "chat_template.jinja"), ": its processor"),
+        (without("chat_template.jinja"), ": its processor has no chat_template"),
+        (without("tokenizer*"), ": its processor does not load"),
+        (lambda folder: (folder / "config.json").write_text("{"), r"/config\.json cannot be read"),
+        (
+            lambda folder: (folder / "config.json").write_text('{"model_type": "mind"}'),
+            r"/config\.json cannot be read, model type 'mind'",
+        ),
     ],
 )
 def test_an_unfit_folder_is_refused_before_weights_are_loaded(llava, tmp_path, damage, message):
     folder = shutil.copytree(llava, tmp_path / "judge")
     damage(folder)
-    with pytest.raises(ValueError, match=rf"^reward\.judge {folder}: {message}"):
+    with pytest.raises(ValueError, match=rf"^reward\.judge: {folder}{message}"):
         ModelJudge(folder)
 
 
@@ -516,14 +520,14 @@ def test_a_model_of_text_and_a_missing_library_are_refused(llava, tiny_llm_folde
         raise ImportError("X requires the Torchvision library")
 
     monkeypatch.setattr(judge.AutoProcessor, "from_pretrained", fails)
-    with pytest.raises(ValueError, match=r"needs a library: X requires the Torchvision library\. Install it"):
+    with pytest.raises(ValueError, match=r"needs a library: X requires the Torchvision library: install it"):
         ModelJudge(llava)
 
 
 def test_a_tokenizer_without_the_letters_and_numbers_that_are_none_are_refused(llava, samples, monkeypatch):
     broken = ModelJudge(llava, frames=1)
     broken.model.lm_head.weight.fill_(torch.inf)
-    with pytest.raises(ValueError, match=r"logits are not finite\. Set reward\.judge_dtype"):
+    with pytest.raises(ValueError, match=r"logits are not finite: set reward\.judge_dtype"):
         broken([Comparison(prompt(samples[0]), "a", "b")])
     monkeypatch.setattr(type(broken.processor.tokenizer), "encode", lambda *_, **__: [5, 6])
     with pytest.raises(ValueError, match="no single tokens for A and B"):
@@ -537,17 +541,17 @@ def test_weights_that_do_not_fill_the_model_are_refused_when_they_are_loaded(lla
     weights = load_file(llava / "model.safetensors")
     gone = next(key for key in weights if "k_proj.weight" in key and "vision" not in key)
     save_file({key: value for key, value in weights.items() if key != gone}, folder / "model.safetensors")
-    with pytest.raises(ValueError, match=r"its weights lack .*k_proj\.weight\. Copy"):
+    with pytest.raises(ValueError, match=r"lack 1 tensors .*k_proj\.weight: copy"):
         _ = ModelJudge(folder).model
     save_file(weights | {gone: torch.zeros(3, 3)}, folder / "model.safetensors")
-    with pytest.raises(ValueError, match="its weights do not load"):
+    with pytest.raises(ValueError, match=r"do not fit its config\.json: .*k_proj\.weight is \[3, 3\]"):
         _ = ModelJudge(folder).model
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--reward.judge", "nowhere"], r"reward\.judge nowhere: it has no config\.json"),
+        (["--reward.judge", "nowhere"], r"reward\.judge: nowhere has no config\.json"),
         ([], r"set reward\.judge to the folder"),
         (["--reward.judge", "nowhere", "--reward.names", "[accuracy]"], r"reward\.judge is set, but no reward uses it"),
         (["--reward.judge_batch", "0"], "judge_batch is 0"),
@@ -596,7 +600,6 @@ def test_a_run_with_all_five_rewards_and_a_judge_goes_on_as_if_uninterrupted(
         changed = options | {"run.output_dir": tmp_path / name, "run.max_steps": steps}
         flags = [text for key, value in changed.items() for text in (f"--{key}", str(value))]
         config, dist = load_config(R1Config, [*files, *flags]), Distributed()
-        open_run(config, dist)
         stages = Stages(config, dist)
         stages.grpo(config.rewards(stages.wheel), config.algorithm, config.optim)
         return stages.folder

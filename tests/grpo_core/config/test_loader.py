@@ -477,6 +477,29 @@ def test_entries_with_the_same_options_share_their_lines_in_the_help(capsys):
     assert shared in capsys.readouterr().out
 
 
+def test_a_list_that_is_given_several_times_adds_up(capsys):
+    config = load_config(RunConfig, ["--trackers", "tensorboard", "--trackers", "[tensorboard]", "--max_steps", "3"])
+    assert config.trackers == ("tensorboard", "tensorboard")
+    rollout = load_config(GRPOConfig, ["--stop_strings", "a,b", "--stop_strings", "c"]).rollout
+    assert rollout.stop_strings == ("a", "b", "c")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_list_on_the_command_line_still_overrides_that_of_a_file(write):
+    file = write("rollout: {stop_strings: [x]}\n")
+    assert load_config(GRPOConfig, ["--config", file, "--stop_strings", "c"]).rollout.stop_strings == ("c",)
+
+
+def test_of_another_option_that_is_given_twice_the_last_counts_and_is_named(capsys):
+    config = load_config(GRPOConfig, ["--run.seed", "1", "--seed", "2", "--betas", "0.5,0.6", "--betas", "0.7,0.8"])
+    assert (config.run.seed, config.optim.betas) == (2, (0.7, 0.8))
+    said = capsys.readouterr().err
+    assert "warning: run.seed is given twice on the command line: 2 counts, not 1\n" in said
+    assert "warning: optim.betas is given twice on the command line: ['0.7', '0.8'] counts" in said
+    load_config(GRPOConfig, ["--run.seed", "2", "--seed", "2"])
+    assert capsys.readouterr().err == ""
+
+
 # --- checks of values from Python --------------------------------------------------------------------------------
 
 

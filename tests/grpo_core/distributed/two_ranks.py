@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from grpo_core import distributed
+from grpo_core.config.fields import ConfigError
 from grpo_core.training.accumulator import MetricAccumulator
 
 
@@ -63,6 +64,24 @@ def other_metrics(dist):
     return error_of(step.reduce)
 
 
+def of_main(dist):
+    """What rank 0 finds is everyone's; rank 1's own answer, or error, would be another."""
+
+    def mistake():
+        raise (ConfigError if dist.rank == 0 else KeyError)(f"rank {dist.rank} says no")
+
+    def bug():
+        raise KeyError(f"rank {dist.rank} has a bug")
+
+    found = [distributed.run_on_main(lambda: {"rank": dist.rank}, dist)]
+    for function in (mistake, bug):
+        try:
+            distributed.run_on_main(function, dist)
+        except Exception as error:
+            found.append([type(error).__name__, error.args[0]])
+    return found
+
+
 def main(folder):
     dist = distributed.init(device="cpu", timeout_seconds=20)
     torch.manual_seed(dist.rank)
@@ -77,6 +96,7 @@ def main(folder):
         "objects": distributed.gather_objects({"rank": dist.rank, "ids": ["é"] * (3 * dist.rank), "x": 0.1}, dist),
         "same": error_of(lambda: distributed.require_same("seed", 5, dist)),
         "different": error_of(lambda: distributed.require_same("seed", 5 + dist.rank, dist)),
+        "of_main": of_main(dist),
         "metrics": metrics(dist),
         "other_metrics": other_metrics(dist),
     }

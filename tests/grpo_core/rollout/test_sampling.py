@@ -89,3 +89,29 @@ def test_repetition_penalty_forbidden_tokens_and_limit_change_the_draw_and_not_t
         tokens, logprobs = choose(logits, temperature=0.0, **options)
         assert tokens.tolist() == [expected]
         torch.testing.assert_close(logprobs[0], full[expected])
+
+
+@pytest.mark.parametrize("vocabulary", [49_152, 151_936])
+@pytest.mark.parametrize(
+    "rollout", [{}, {"temperature": 0.7}, {"repetition_penalty": 1.1}, {"temperature": 0.0}], ids=str
+)
+def test_logprobs_over_a_large_vocabulary_are_not_biased(vocabulary, rollout):
+    """softmax of a CPU adds a row in one float32 sum, by which all log-probs of a row are off to the same side."""
+    generator = torch.Generator().manual_seed(vocabulary)
+    temperature = rollout.get("temperature") or 1.0
+    errors = []
+    for spread in (1.0, 3.0, 8.0):
+        logits = torch.randn(16, vocabulary, generator=generator) * spread
+        seen = torch.zeros(16, vocabulary, dtype=torch.bool) if "repetition_penalty" in rollout else None
+        tokens, logprobs = choose(logits, torch.rand(16, generator=generator), seen, **rollout)
+        exact = torch.log_softmax((logits / temperature).double(), -1).gather(1, tokens[:, None])[:, 0]
+        errors.append(logprobs.double() - exact)
+    for error in errors:
+        assert error.mean().abs() <= 3e-7
+        assert error.abs().max() <= 1.5e-6
+
+
+def test_forbidden_tokens_count_in_the_logprob_as_before():
+    logits = torch.randn(8, 50, generator=torch.Generator().manual_seed(3))
+    tokens, logprobs = choose(logits, torch.full((8,), 0.4), forbidden=[1, 2, 3])
+    torch.testing.assert_close(logprobs, torch.log_softmax(logits, -1).gather(1, tokens[:, None])[:, 0])

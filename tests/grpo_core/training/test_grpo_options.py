@@ -9,11 +9,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from grpo_core.algorithm.advantages import group_advantages
+from grpo_core.config.options import RunConfig, SFTConfig
+from grpo_core.distributed import Distributed
 from grpo_core.policy import Policy
-from grpo_core.training import accumulator, batch, grpo
+from grpo_core.training import accumulator, batch, grpo, sanity
 from grpo_core.training.batch import OldPass
 from grpo_core.training.objective import compute_loss
 from grpo_core.training.sanity import FirstStepError, check_features
+from grpo_core.training.sft import Example, SFTTrainer
 from grpo_core.types import Prompt
 from tests.grpo_core.conftest import make_lm
 from tests.grpo_core.toy import make_trainer, weights
@@ -281,6 +284,63 @@ def test_a_feature_without_effect_stops_the_run(tmp_path, used):
     else:
         with pytest.raises(FirstStepError, match="do not depend on its 'audio' features"):
             check_features(policy, group, 1.0)
+
+
+@pytest.mark.parametrize("used", [True, False])
+def test_supervised_training_stops_where_a_feature_has_no_effect(tmp_path, used):
+    policy = Policy(make_lm(lora=True))
+    plain = Policy(policy.model).embed
+    policy._embed = lambda prompts: [
+        e + used * p.features["audio"] for e, p in zip(plain(prompts), prompts, strict=True)
+    ]
+    examples = [Example(Prompt(f"p{i}", (3, 4), {"audio": torch.full((2, 32), 0.5)}), (7, 1)) for i in range(2)]
+    before = {name: parameter.detach().clone() for name, parameter in policy.named_parameters().items()}
+    for check in (True, False):
+        run = RunConfig(output_dir=tmp_path, name=str(check), max_steps=1, prompts_per_step=2, check_first_step=check)
+        trainer = SFTTrainer(policy, examples, SFTConfig(run=run))
+        if used or not check:
+            trainer.train()
+            continue
+        with pytest.raises(FirstStepError, match="do not depend on its 'audio' features"):
+            trainer.train()
+        for name, parameter in policy.named_parameters().items():
+            assert torch.equal(parameter, before[name])  # found before the first update
+
+
+def test_ids_of_another_models_tokenizer_are_named_before_the_first_step(tmp_path):
+    trainer = make_trainer(tmp_path)
+    arguments = (trainer.policy, trainer.sampler, [Prompt("odd", (3, 97))] * 12, trainer.rewards, trainer.config)
+    with pytest.raises(ValueError, match="prompt 'odd' has token id 97, but the model has 97 embeddings"):
+        grpo.GRPOTrainer(*arguments)
+    config = SFTConfig(run=RunConfig(output_dir=tmp_path, prompts_per_step=1))
+    for example, words in (
+        (Example(Prompt("odd", (3, 200)), (4,)), "prompt 'odd' has token id 200"),
+        (Example(Prompt("p", (3,)), (4, 98)), "a target has token id 98"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            SFTTrainer(trainer.policy, [example], config)
+    elsewhere = Policy(trainer.policy.model, embed=trainer.policy.embed)  # an embed of its own knows its placeholders
+    elsewhere.check_token_ids([Prompt("odd", (3, 97))])
+
+
+def test_what_one_rank_finds_all_ranks_raise(monkeypatch):
+    monkeypatch.setattr(sanity, "gather_objects", lambda found, dist: [found, "of the other rank"])
+    with pytest.raises(FirstStepError, match="of the other rank"):
+        sanity.check_features_on_all_ranks(Policy(make_lm()), None, 1.0, Distributed(0, 2))
+
+
+def test_a_first_step_without_an_end_says_why(tmp_path, caplog):
+    for name, ends, told in (("none", None, 1), ("some", 1, 0)):
+        trainer = make_trainer(tmp_path / name, steps=1)
+        model = trainer.sampler.model
+        model.generation_config.eos_token_id = trainer.sampler.tokenizer.eos_token = None
+        if ends is not None:
+            trainer.sampler.end_tokens = range(97)
+        caplog.clear()
+        trainer.train()
+        assert [r.getMessage().partition(": ")[2][:28] for r in caplog.records if "cut off" in r.getMessage()] == [
+            "no token that can be drawn e"
+        ] * told
 
 
 def test_logging_costs_one_collective_and_one_copy_to_the_host(tmp_path, monkeypatch):

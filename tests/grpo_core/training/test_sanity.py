@@ -111,4 +111,4 @@ def test_a_rank_raises_what_another_has_found(monkeypatch):
     group = Group(make_prompts((3,))[0], [])
     with pytest.raises(FirstStepError, match="mine"):
         check_first_step(values(0.0), AlgorithmConfig(), policy, [group], 1.0, Distributed(0, 2))
-    assert gathered == ["", "mine"]
+    assert gathered == [None, "mine"]

@@ -106,3 +106,12 @@ def test_bad_input_is_refused():
         group_attention(q[:, :3], k, v, EVEN)
     with pytest.raises(ValueError, match="k and v must be"):
         group_attention(q, k, v[:, :, :4], EVEN)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_second_derivative_is_refused(dtype):
+    """The backward is made of operators that autograd cannot see through: it would be silently wrong."""
+    qkv, upstream = make(UNEVEN, dtype=dtype)
+    gradients = torch.autograd.grad(group_attention(*qkv, UNEVEN), qkv, upstream, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        sum(gradient.square().sum() for gradient in gradients).backward()

@@ -161,7 +161,7 @@ def is_known_right(config: Any) -> bool:
     Args:
         config: a transformers `PretrainedConfig`.
     """
-    if config.model_type not in KNOWN_RIGHT:
+    if getattr(config, "model_type", None) not in KNOWN_RIGHT:
         return False
     ropes = _ropes(config)
     allowed = {
@@ -266,7 +266,7 @@ def _others(config: Any) -> list[Threshold]:
     found = [Threshold(f"config.rope_parameters.{original}", rope[original]) for rope in unknown]
     return found + [
         Threshold(f"config.{key}", value)
-        for key, value in text.to_dict().items()
+        for key, value in (text.to_dict() if hasattr(text, "to_dict") else vars(text)).items()
         if isinstance(value, int)
         and not isinstance(value, bool)
         and value > 1

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from grpo_core.config.fields import ConfigError
 from grpo_core.distributed.watchdog import Watchdog, activity
+from grpo_core.errors import InputError
 
 Item = TypeVar("Item")
 

@@ -32,6 +32,7 @@ from grpo_core.data import check_coverage, length_limit, report_skipped
 from grpo_core.distributed import Distributed, barrier, gather_objects, shard
 from grpo_core.distributed.stopping import stoppable
 from grpo_core.errors import InputError
+from grpo_core.families import check_model
 from grpo_core.policy import Policy
 from grpo_core.reward_adapters import check_columns
 from grpo_core.rewards import Reward
@@ -40,6 +41,7 @@ from grpo_core.rollout.sampler import GroupSampler
 from grpo_core.training.grpo import GRPOTrainer
 from grpo_core.training.sft import Example, SFTTrainer
 from grpo_core.types import Group, Prompt
+from grpo_core.verify import verify_model
 
 logger = logging.getLogger(__name__)
 

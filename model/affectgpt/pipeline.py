@@ -32,6 +32,7 @@ from grpo_core.data import check_coverage, length_limit, report_skipped
 from grpo_core.distributed import Distributed, barrier, gather_objects, shard
 from grpo_core.distributed.stopping import stoppable
 from grpo_core.errors import InputError
+from grpo_core.families import check_model
 from grpo_core.policy import Policy
 from grpo_core.reward_adapters import check_columns
 from grpo_core.rewards import Reward
@@ -40,6 +41,7 @@ from grpo_core.rollout.sampler import GroupSampler
 from grpo_core.training.grpo import GRPOTrainer
 from grpo_core.training.sft import Example, SFTTrainer
 from grpo_core.types import Group, Prompt
+from grpo_core.verify import verify_model
 
 logger = logging.getLogger(__name__)
 
@@ -182,6 +184,9 @@ class Stages:
                 _warn_of_overlap([*training, *validation], test)
         torch.manual_seed(config.run.seed)  # directly before: fresh adapters are drawn from the global generator
         self.model = make_model(config.model, dist.device)
+        # before clips are encoded, which may take hours: a language model that would be trained wrongly is refused now
+        check_model(self.model.llm.config, media=True)
+        verify_model(self.model.llm)
         self.training: list[Prompt] = []
         self.validation: list[Prompt] = []
         self.test: list[Prompt] = []

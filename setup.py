@@ -53,7 +53,7 @@ setup(
     ],
     extras_require={
         # real media, emotion tables and the run report: what recipes/affectgpt_*.py need
-        "affectgpt": ["av>=14", "nltk>=3.9", "openpyxl>=3.1", "pillow>=11", "matplotlib>=3.9", "jinja2>=3.1"],
+        "affectgpt": ["av>=17", "nltk>=3.9", "openpyxl>=3.1", "pillow>=11", "matplotlib>=3.9", "jinja2>=3.1"],
         # processors of judges that have a part for videos (Qwen-VL, Gemma 4, InternVL)
         "judge": ["torchvision"],
         # the peers that losses and kernels are compared with

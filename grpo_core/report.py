@@ -8,7 +8,6 @@ their own, with scores, wheels and clips: `affectgpt report`.
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from grpo_core.data import read_jsonl
 from grpo_core.storage.files import write_text
 
 # what a reader looks at first; the other curves follow in the order in which they were logged
@@ -79,16 +79,8 @@ def try_report(folder: Path) -> None:
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
     """Read the JSON objects of a file, one a line; a line that a killed run has cut is left out."""
-    if not path.is_file():
-        return
-    with path.open(encoding="utf-8", errors="replace", newline="\n") as lines:
-        for line in lines:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict):
-                yield row
+    if path.is_file():
+        yield from (row for _, _, row in read_jsonl(path, broken=[]) if isinstance(row, dict))
 
 
 def _curves(metrics: Sequence[Mapping[str, Any]]) -> Iterator[str]:

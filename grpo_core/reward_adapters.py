@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import difflib
 import importlib
 import inspect
 import threading
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +17,17 @@ from typing import Any, cast
 import numpy as np
 
 from grpo_core.config.plugins import load_plugin
-from grpo_core.rewards import Reward, RewardOutput
+from grpo_core.rewards import (
+    MOST_TIMEOUTS,
+    TIME_LIMIT,
+    Reward,
+    RewardFailure,
+    RewardOutput,
+    RewardTimeout,
+    as_number,
+    defined_at,
+    explain,
+)
 from grpo_core.types import Completion, Group, Prompt
 
 
@@ -86,7 +97,10 @@ def adapt_reward(function: Any, name: str, spec: str | None = None) -> Reward:
                 f"reward {spec} is a class whose constructor needs {', '.join(needed)}: make an object of it in the "
                 "file, and name that"
             )
-        function = function()
+        try:
+            function = function()
+        except (Exception, SystemExit) as error:
+            raise ValueError(f"reward {spec} is a class that cannot be made: {explain(error, function)}") from error
     label = getattr(function, "name", None)
     label = label if isinstance(label, str) else name  # an object's `name` may be anything
     parameters = _parameters(function, spec)
@@ -154,19 +168,19 @@ class _Adapter:
         """Select the arguments that the function can take."""
         return arguments if self._takes_any else {k: v for k, v in arguments.items() if k in self._names}
 
-    def _number(self, value: Any, group: Group, member: int) -> float:
-        """Convert a returned value to float; None becomes NaN."""
-        if value is None:
-            return float("nan")
-        try:
-            if isinstance(value, str):  # float("1") would pass, but a reward that returns text is a mistake
-                raise TypeError
-            return float(value)
-        except (TypeError, ValueError):
-            raise ValueError(
-                f"reward {self.spec} returned {value!r} for prompt {group.id!r}, completion {member}: return a number, "
-                "or None if it cannot judge"
-            ) from None
+    def _table(self, groups: Sequence[Group], returned: Sequence[Any]) -> RewardOutput:
+        """Make a table of what was returned for each completion; what was raised, or is no number, is a failure."""
+        values = np.full((len(groups), len(groups[0].completions)), np.nan)
+        failures = []
+        for (n, member), value in zip(np.ndindex(values.shape), returned, strict=True):
+            if isinstance(value, BaseException):
+                failures.append(RewardFailure(n, member, explain(value, self)))
+                continue
+            try:
+                values[n, member] = as_number(value)
+            except TypeError as error:  # not of the user's code: what it names is where the function is defined
+                failures.append(RewardFailure(n, member, f"{error}{defined_at(self)}"))
+        return RewardOutput(values, failures=failures)
 
 
 class _GroupReward(_Adapter):
@@ -175,33 +189,45 @@ class _GroupReward(_Adapter):
     offers = frozenset({"groups"})
 
     def __call__(self, groups: Sequence[Group]) -> np.ndarray | RewardOutput:
-        output = _wait_for(self.function(groups))
-        if isinstance(output, RewardOutput):
-            return output
-        return np.asarray(output, dtype=np.float64)  # float64 turns None into NaN
+        # `grpo_core.rewards.ask` checks it
+        return cast(np.ndarray | RewardOutput, _wait_for(self.function(groups)))
 
 
 class _CompletionReward(_Adapter):
     """Adapter of a function of one completion's text, its prompt and its sample's columns.
 
-    Async calls of a step run concurrently.
+    A call that raises, takes too long or returns no number costs its completion alone. Async calls of a step run
+    concurrently.
     """
 
     offers = frozenset({"completion"})
 
-    def __call__(self, groups: Sequence[Group]) -> np.ndarray:
-        returned = []
+    def __call__(self, groups: Sequence[Group]) -> RewardOutput:
+        returned: list[Any] = []
+        timeouts = 0
         for group in groups:
-            columns = _columns(group.prompt)
             for completion in group.completions:
-                # the completion's text last: a column of that name must not replace it
-                returned.append(self.function(**self._accepted({**columns, "completion": completion.text})))
+                if timeouts >= MOST_TIMEOUTS:
+                    # the completions behind it are as unjudged as those that it hung on
+                    returned.append(RewardTimeout(f"not asked again in this step, after {timeouts} timeouts"))
+                    continue
+                # columns of its own for each call, which may change them; the completion's text last: a column of that
+                # name must not replace it
+                arguments = self._accepted({**_own_columns(group.prompt), "completion": completion.text})
+                TIME_LIMIT.restart()
+                try:
+                    returned.append(self.function(**arguments))
+                except (Exception, SystemExit, RewardTimeout) as error:
+                    returned.append(error)
+                    timeouts += isinstance(error, RewardTimeout)
         # all calls are made before any is awaited, so that a thousand requests to a judge are under way at once
-        if returned and inspect.isawaitable(returned[0]):
-            returned = _wait_for(_gather(returned))
-        members = [(group, member) for group in groups for member in range(len(group.completions))]
-        values = [self._number(value, *member) for value, member in zip(returned, members, strict=True)]
-        return np.array(values, dtype=np.float64).reshape(len(groups), -1)
+        waiting = [i for i, value in enumerate(returned) if inspect.isawaitable(value)]
+        if waiting:
+            outcomes = _wait_for(_gather([returned[i] for i in waiting], TIME_LIMIT.seconds), limit=False)
+            for i, outcome in zip(waiting, outcomes, strict=True):
+                returned[i] = outcome
+        TIME_LIMIT.restart()  # the last call's time must not run out in what follows
+        return self._table(groups, returned)
 
 
 class _TRLReward(_Adapter):
@@ -212,7 +238,7 @@ class _TRLReward(_Adapter):
 
     offers = frozenset({"completions", "completion_ids", "trainer_state", "log_extra", "log_metric"})
 
-    def __call__(self, groups: Sequence[Group]) -> np.ndarray | RewardOutput:
+    def __call__(self, groups: Sequence[Group]) -> RewardOutput:
         members = [(group, member) for group in groups for member in range(len(group.completions))]
         rows = [columns for group in groups for columns in [_columns(group.prompt)] * len(group.completions)]
         # samples may have different columns: a missing value is None, as in a table
@@ -235,16 +261,14 @@ class _TRLReward(_Adapter):
         }
         returned = _wait_for(self.function(**self._accepted(arguments)))
         if len(returned) != len(members):
-            raise ValueError(f"reward {self.spec} returned {len(returned)} values for {len(members)} completions")
+            raise ValueError(f"it returned {len(returned)} values for {len(members)} completions")
         for column, values in columns.items():
             if len(values) != len(members):
                 raise ValueError(
-                    f"reward {self.spec} logged {len(values)} values of {column!r} for {len(members)} completions: "
-                    "give log_extra one value each, once a call"
+                    f"it logged {len(values)} values of {column!r} for {len(members)} completions: give log_extra one "
+                    "value each, once a call"
                 )
-        numbers = [self._number(value, *member) for value, member in zip(returned, members, strict=True)]
-        table = np.array(numbers, dtype=np.float64).reshape(len(groups), -1)
-        return RewardOutput(table, metrics, columns) if metrics or columns else table
+        return self._table(groups, list(returned))._replace(metrics=metrics, columns=columns)
 
 
 def _parameters(function: Callable[..., Any], spec: str) -> list[inspect.Parameter]:
@@ -275,6 +299,15 @@ def _columns(prompt: Prompt) -> dict[str, Any]:
     )
 
 
+def _own_columns(prompt: Prompt) -> dict[str, Any]:
+    """Copy a sample's columns, for a call that may change them."""
+    columns = _columns(prompt)
+    try:
+        return copy.deepcopy(columns)
+    except Exception:  # what cannot be copied, such as an open file, is shared
+        return columns
+
+
 def _as_trl(completion: Completion, prompt: Any) -> Any:
     """Return a completion as TRL passes it: text, or messages if the prompt is a list of messages."""
     return completion.text if not isinstance(prompt, list) else [{"role": "assistant", "content": completion.text}]
@@ -288,13 +321,15 @@ def _import_module(spec: str, name: str) -> ModuleType:
             f"reward {spec}: {name} cannot be imported ({error}): install it or put its folder on PYTHONPATH, or write "
             "file.py:name"
         ) from error
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"reward {spec}: {name} cannot be imported: {explain(error, None)}") from error
 
 
 _event_loop: asyncio.AbstractEventLoop | None = None
 
 
-def _wait_for(result: Any) -> Any:
-    """Return the result, awaited if it is a coroutine.
+def _wait_for(result: Any, limit: bool = True) -> Any:
+    """Return the result, awaited if it is a coroutine, which has the time limit of a call unless `limit` is False.
 
     One event loop in one background thread serves the whole process: a client that a reward keeps between steps is
     bound to the loop it was made on, and the main thread of a notebook has a running loop already.
@@ -306,9 +341,33 @@ def _wait_for(result: Any) -> Any:
         _event_loop = asyncio.new_event_loop()
         # daemon: a request that never ends must not keep the process alive after training
         threading.Thread(target=_event_loop.run_forever, name="async rewards", daemon=True).start()
-    return asyncio.run_coroutine_threadsafe(cast(Coroutine[Any, Any, Any], result), _event_loop).result()
+    # behind the limit that `_outcome` sets, which is known to the loop and spares the calls that have answered
+    TIME_LIMIT.restart(slack=0.5 + 0.1 * TIME_LIMIT.seconds)
+    future = asyncio.run_coroutine_threadsafe(_outcome(result, TIME_LIMIT.seconds if limit else 0.0), _event_loop)
+    try:
+        outcome = future.result()
+    except RewardTimeout:
+        # a coroutine blocks the loop without awaiting anything: its thread is lost, the next call gets another
+        future.cancel()
+        _event_loop = None
+        raise
+    if isinstance(outcome, BaseException):
+        raise outcome
+    return outcome
+
+
+async def _outcome(call: Awaitable[Any], seconds: float) -> Any:
+    """Await a call, and return its result or what it raised; an error that leaves a task may end the loop's thread."""
+    try:
+        async with asyncio.timeout(seconds or None) as limit:
+            return await call
+    except (Exception, SystemExit, asyncio.CancelledError) as error:
+        if isinstance(error, TimeoutError) and limit.expired():
+            timeout = RewardTimeout(f"no answer within {seconds:g} seconds (run.reward_timeout)")
+            return timeout.with_traceback(error.__traceback__)
+        return error
 
 
 # `asyncio.gather` needs a running loop, so it is called inside a coroutine on that loop
-async def _gather(calls: Sequence[Awaitable[Any]]) -> list[Any]:
-    return list(await asyncio.gather(*calls))
+async def _gather(calls: Sequence[Awaitable[Any]], seconds: float) -> list[Any]:
+    return list(await asyncio.gather(*(_outcome(call, seconds) for call in calls)))

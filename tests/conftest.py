@@ -57,7 +57,10 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def tiny_llm_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
     """A two-layer Qwen2 of hidden size 32 and its tokenizer. The vocabulary has no rows for placeholders."""
-    folder = tmp_path_factory.mktemp("tiny") / "llm"
+    return save_tiny_llm(tmp_path_factory.mktemp("tiny") / "llm", tiny_tokenizer)
+
+
+def save_tiny_llm(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
     torch.manual_seed(0)
     config = Qwen2Config(
         hidden_size=32,
@@ -65,22 +68,25 @@ def tiny_llm_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Pr
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        vocab_size=len(tiny_tokenizer),
+        vocab_size=len(tokenizer),
         max_position_embeddings=2048,
         initializer_range=0.2,
-        eos_token_id=tiny_tokenizer.eos_token_id,
-        pad_token_id=tiny_tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
     )
     Qwen2ForCausalLM(config).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
 def tiny_clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A CLIP vision tower for 224 × 224 frames, with projection to 12 dimensions."""
-    folder = tmp_path_factory.mktemp("tiny") / "clip"
+    return save_tiny_clip(tmp_path_factory.mktemp("tiny") / "clip")
+
+
+def save_tiny_clip(folder: Path) -> Path:
     torch.manual_seed(1)
     config = CLIPVisionConfig(
         hidden_size=16,
@@ -99,7 +105,10 @@ def tiny_clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_hubert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A HuBERT of hidden size 20 with five layers (four are averaged), 50 frames a second as the real one."""
-    folder = tmp_path_factory.mktemp("tiny") / "hubert"
+    return save_tiny_hubert(tmp_path_factory.mktemp("tiny") / "hubert")
+
+
+def save_tiny_hubert(folder: Path) -> Path:
     torch.manual_seed(2)
     config = HubertConfig(
         hidden_size=20,

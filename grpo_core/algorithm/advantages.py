@@ -1,8 +1,8 @@
 """Compute group-relative advantages as pure functions in float64.
 
-A group's first reward is always subtracted before anything else, so equal rewards give exactly 0 whatever their value:
-a residue of rounding would have the same sign for all members and push the whole group. NaN means that a completion
-could not be judged; a group with fewer members than others is a row padded with NaN.
+Rewards that are equal up to rounding give exactly 0 whatever their value (`has_signal`): a residue of rounding would
+push a whole group one way, and Adam turns a gradient of any size into a step of full length. NaN means that a
+completion could not be judged; a group with fewer members than others is a row padded with NaN.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from collections.abc import Sequence
 import numpy as np
 
 STD_EPSILON = 1e-4  # TRL's; it only softens nearly equal rewards, equal ones give exactly 0 below
+# Of a group's largest |reward|: below it a spread is rounding. A mean of five float64 numbers, summed in two orders,
+# differs by 1e-16 of itself; one computed in float32 by 1e-7.
+SIGNAL_TOLERANCE = 1e-6
 
 
 def group_advantages(
@@ -33,7 +36,7 @@ def group_advantages(
             that of these rewards.
 
     Returns:
-        float64 `[N, G]`. A group with fewer than two judged members gets 0.
+        float64 `[N, G]`. A group without signal (`has_signal`) gets 0.
 
     Raises:
         ValueError: rewards are not two-dimensional, one is infinite, or the scale or baseline is unknown.
@@ -51,7 +54,7 @@ def group_advantages(
     first = np.take_along_axis(rewards, judged.argmax(axis=1)[:, None], axis=1) if rewards.size else rewards[:, :1]
     shifted = np.where(judged, rewards - first, 0.0)
     mean = shifted.sum(axis=1, keepdims=True) / np.maximum(count, 1)
-    centred = np.where(judged & (count > 1), shifted - mean, 0.0)  # a lone member has nobody to be compared with
+    centred = np.where(judged & has_signal(rewards)[:, None], shifted - mean, 0.0)
     if scale == "group":
         std = np.sqrt((centred**2).sum(axis=1, keepdims=True) / np.maximum(count - 1, 1))
     elif scale == "batch":
@@ -144,12 +147,26 @@ def moments_std(row: np.ndarray) -> float:
 
 
 def has_signal(rewards: np.ndarray) -> np.ndarray:
-    """Find the groups whose judged rewards `[N, G]` differ, bool `[N]`: only these move the policy."""
+    """Find the groups whose judged rewards `[N, G]` differ by more than rounding, bool `[N]`: these move the policy."""
     rewards = np.asarray(rewards, dtype=np.float64)
-    # a group without a judged member has low = inf, high = −inf: no signal
+    # a group without a judged member has low = inf, high = −inf: no signal; a lone member has a spread of 0
     low = np.where(np.isnan(rewards), np.inf, rewards).min(axis=1)
     high = np.where(np.isnan(rewards), -np.inf, rewards).max(axis=1)
-    return high > low
+    return high - low > SIGNAL_TOLERANCE * np.maximum(np.abs(low), np.abs(high))
+
+
+def fill_unjudged(rewards: np.ndarray) -> np.ndarray:
+    """Put the mean of a group's judged members where one reward could not judge, float64 `[N, G]`.
+
+    In a sum over rewards, 0 would punish a member for not being judged, and NaN would discard what other rewards say of
+    it. With the mean it is compared on what was judged. A group without a judged member gets 0, the same for all.
+    """
+    known = ~np.isnan(rewards)
+    # the mean of deviations from the first judged member: where all judged ones are equal, it is exactly their value
+    first = np.take_along_axis(rewards, known.argmax(axis=1)[:, None], axis=1)
+    deviations = np.where(known, rewards - first, 0.0)
+    mean = first + deviations.sum(axis=1, keepdims=True) / np.maximum(known.sum(axis=1, keepdims=True), 1)
+    return np.where(known, rewards, np.nan_to_num(mean, nan=0.0))
 
 
 def choose_groups(signal: np.ndarray, count: int) -> np.ndarray:

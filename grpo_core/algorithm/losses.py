@@ -14,14 +14,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, make_dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, get_args
 
-from grpo_core.algorithm.completions import completion_mean
+from grpo_core.algorithm.completions import completion_mean, completion_sum
 from grpo_core.config.fields import ConfigSection
 from grpo_core.registry import Registry
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-RatioLevel = Literal["token", "sequence", "sequence_token"]
+RatioLevel = Literal["token", "sequence", "sequence_token", "sequence_product"]
 RATIO_LEVELS: tuple[str, ...] = get_args(RatioLevel)
 Average = Literal["sequence", "token", "constant", "sum"]
 AVERAGES: tuple[str, ...] = get_args(Average)
@@ -35,7 +35,7 @@ class Surrogate(NamedTuple):
     ratio: Tensor
     """π / π_old, detached; on the sequence levels, that of the token's completion."""
     clipped_low: Tensor
-    """bool: the lower clip took the gradient away (ratio < 1 − ε, advantage < 0)."""
+    """bool: the lower clip took the gradient away (ratio < 1 − ε, advantage < 0); in cispo, the ratio was raised."""
     clipped_high: Tensor
     """bool: the upper clip took the gradient away (ratio > 1 + ε, advantage > 0); in cispo, the ratio was capped."""
 
@@ -199,18 +199,26 @@ class CISPO(ConfigSection, key="algorithm.loss"):
 
     cispo_cap: float = 5.0  # ScaleRL's, arXiv 2510.13786
     """Cap of the ratio, absolute as TRL's epsilon_high is for cispo (some engines add 1)."""
+    epsilon_low: float | None = None
+    """Lower clamp: ratios below 1 − epsilon_low are raised to it (the paper's ε_low; verl's clip_ratio_low, slime's
+    eps_clip, 1 − NeMo-RL's ratio_clip_min); unset, none, as MiniMax trained."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.cispo_cap <= 1:
+        if not self.cispo_cap > 1:
             raise ValueError(f"algorithm.loss.cispo_cap is {self.cispo_cap}: set it above 1")
+        if self.epsilon_low is not None and not 0 < self.epsilon_low < 1:
+            raise ValueError(
+                f"algorithm.loss.epsilon_low is {self.epsilon_low}: set it between 0 and 1, or leave it out"
+            )
 
     def __call__(self, logprob: Tensor, ratio: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         from grpo_kernels import cispo_surrogate
 
-        capped = (ratio.detach() > self.cispo_cap) & (advantages > 0)
-        loss = cispo_surrogate(logprob, ratio, advantages, self.cispo_cap)
-        return loss, capped.new_zeros(capped.shape), capped
+        loss = cispo_surrogate(logprob, ratio, advantages, self.cispo_cap, self.epsilon_low)
+        ratio = ratio.detach()
+        lowest = 0.0 if self.epsilon_low is None else 1.0 - self.epsilon_low
+        return loss, (ratio < lowest) & (advantages < 0), (ratio > self.cispo_cap) & (advantages > 0)
 
 
 @register_loss("sapo", average="sequence", source="SAPO, arXiv 2511.20347")
@@ -233,6 +241,35 @@ class SAPO(ConfigSection, key="algorithm.loss"):
         temperature = ratio.new_full(ratio.shape, self.temperature_neg)
         temperature = temperature.masked_fill(advantages > 0, self.temperature_pos)
         return -4.0 / temperature * (temperature * (ratio - 1.0)).sigmoid() * advantages
+
+
+@register_loss("vespo", ratio="sequence_product", average="token", source="VESPO, arXiv 2602.10693")
+@dataclass(frozen=True)
+class VESPO(ConfigSection, key="algorithm.loss"):
+    """Log-probs weighted by φ(w) = wᵏ exp(λ (1 − w)) of the whole completion's ratio w; averaged over all tokens."""
+
+    k_pos: float = 2.0
+    """k for advantages ≥ 0: how fast completions that have become less likely lose weight."""
+    lambda_pos: float = 3.0
+    """λ for advantages ≥ 0: how fast completions that have become more likely lose weight."""
+    k_neg: float = 3.0
+    """k for negative advantages."""
+    lambda_neg: float = 2.0
+    """λ for negative advantages."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("k_pos", "k_neg"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"algorithm.loss.{name} is {getattr(self, name)}: set it to 0 or more")
+        for name in ("lambda_pos", "lambda_neg"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"algorithm.loss.{name} is {getattr(self, name)}: set it above 0")
+
+    def __call__(self, logprob: Tensor, ratio: Tensor, advantages: Tensor) -> Tensor:
+        from grpo_kernels import vespo_surrogate
+
+        return vespo_surrogate(logprob, ratio, advantages, self.k_pos, self.lambda_pos, self.k_neg, self.lambda_neg)
 
 
 @register_loss("luspo", ratio="sequence", average="sum", source="LUSPO, arXiv 2602.05261")
@@ -288,7 +325,8 @@ def importance_ratio(
 
     With `d_t = logp_t − logp_old_t`: token `exp(d_t)`; sequence `s = exp(mean d over the completion)` (GSPO, arXiv
     2507.18071, eq. 7), the same for all its tokens; sequence_token `sg(s) · π_t / sg(π_t)` (eq. 14): the value of the
-    sequence's ratio with the gradient of the token's.
+    sequence's ratio with the gradient of the token's; sequence_product `exp(Σ d over the completion)`, the completion's
+    own ratio without the division by length (VESPO). Above e⁸⁸ a ratio is constant (`grpo_kernels.importance_weight`).
 
     Args:
         logprob, old_logprob: `[R]`; no gradient flows into the old one.
@@ -297,16 +335,19 @@ def importance_ratio(
     Raises:
         ValueError: the level is unknown.
     """
+    from grpo_kernels import importance_weight
+
     log_ratio = logprob - old_logprob.detach()
     if level == "token":
-        return log_ratio.exp()
+        return importance_weight(log_ratio)
     if level not in RATIO_LEVELS:
         raise ValueError(f"unknown ratio level {level!r}: choose one of {', '.join(RATIO_LEVELS)}")
-    sequence = completion_mean(log_ratio, completion_index, num_completions).to(logprob.dtype)[completion_index]
+    reduce = completion_sum if level == "sequence_product" else completion_mean
+    sequence = reduce(log_ratio, completion_index, num_completions).to(logprob.dtype)[completion_index]
     if level == "sequence_token":
         # added in log space, where logprob − sg(logprob) is exactly 0: the value stays the sequence's to the last bit
         sequence = sequence.detach() + (logprob - logprob.detach())
-    return sequence.exp()
+    return importance_weight(sequence)
 
 
 def token_weights(

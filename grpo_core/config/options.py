@@ -46,8 +46,11 @@ class RolloutConfig(ConfigSection, key="rollout"):
             raise ValueError(f"rollout.group_size is {self.group_size}: set it to 1 or more")
         if self.max_new_tokens < 1:
             raise ValueError(f"rollout.max_new_tokens is {self.max_new_tokens}: set it to 1 or more")
-        if self.temperature < 0:
-            raise ValueError(f"rollout.temperature is {self.temperature}: set it to 0 (greedy) or above")
+        # beyond these every distribution is uniform or certain in float32, and no log-prob has a gradient
+        if self.temperature and not 1e-3 <= self.temperature <= 1e3:
+            raise ValueError(
+                f"rollout.temperature is {self.temperature}: set it near 1 (from 0.001 to 1000), or to 0 (greedy)"
+            )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"rollout.top_p is {self.top_p}: set it above 0 and at most 1 (1 is off)")
         if not 0 <= self.min_p < 1:
@@ -72,7 +75,8 @@ class AlgorithmConfig(ConfigSection, key="algorithm"):
     """Estimator of KL(policy ‖ reference) from the sampled tokens; full is no estimate but the sum over the
     vocabulary, with gradient, and needs an LM head that is not trained."""
     scale_rewards: str = option("group", choices=("group", "batch", "none"))
-    """Divide advantages by the standard deviation of their group, of all rewards of the step, or only centre them."""
+    """Divide advantages by the standard deviation of their group, of all rewards of the step, or only centre them. In
+    a group of two, group makes every difference ±0.7, however small it is: take batch or none there."""
     baseline: str = option("mean", choices=("mean", "leave_one_out"))
     """What a reward is compared with: the mean of its group, or of the group's other members."""
     reward_weights: dict[str, float] = field(default_factory=dict)
@@ -319,7 +323,10 @@ class RunConfig(ConfigSection, key="run"):
     early_stopping_patience: int = 0
     """Stop after N evaluations without a new best; 0 disables."""
     save_steps: int = option(0, free=True)
-    """Write a checkpoint every N steps; 0 disables."""
+    """Write a checkpoint every N steps, and at the end; 0 goes by save_minutes."""
+    save_minutes: float = option(10.0, free=True)
+    """Without save_steps, write a checkpoint after the first step that ends this long after the last one, and at the
+    end. 0 disables; a signal to stop and an evaluation of metric_for_best_model save all the same."""
     keep_checkpoints: int = option(2, free=True)
     """How many of the newest checkpoints to keep."""
     resume: bool = option(True, free=True)
@@ -332,6 +339,24 @@ class RunConfig(ConfigSection, key="run"):
     check_first_step: bool = option(True, free=True)
     """Stop the run if its first step shows that sampler and trainer disagree, that the policy is not its reference,
     that a gradient is not finite, or that a modality has no effect."""
+    reward_timeout: float = option(180.0, free=True)
+    """Seconds that a call of a reward may take, for one completion or, if it takes all at once, for a rank's share of
+    the step; 0 for no limit. After two timeouts it is not asked again in that step."""
+    max_reward_failures: float = option(0.25, free=True)
+    """Share of a step's completions on which a reward may raise, take too long or return no number; they are left out.
+    Above it the run stops."""
+    max_unjudged_steps: int = option(3, free=True)
+    """Stop after N steps in a row in which no reward judged any completion; 0 never stops."""
+    max_nonfinite_steps: int = option(5, free=True)
+    """Stop after N steps in a row whose gradient is not finite, each of which changes nothing; 0 never stops."""
+    warn_after_idle_steps: int = option(5, free=True)
+    """Warn after N steps in a row that taught nothing, because all rewards were equal or all completions cut off and
+    masked, or in which one reward judged nothing; 0 never warns."""
+    rank_timeout: float = option(600.0, free=True)
+    """Seconds that a rank waits for the others in a collective before the run ends. A checkpoint that takes longer to
+    write needs more."""
+    watchdog_seconds: float = option(60.0, free=True)
+    """After this many seconds in one collective, say which rank is waited for and what it was doing. 0 disables."""
     trackers: tuple[str, ...] = option((), free=True)
     """Where metrics go beside metrics.jsonl: tensorboard, or a tracker that a plug-in registers."""
     plugins: tuple[Path, ...] = plugin_files()
@@ -360,12 +385,16 @@ class RunConfig(ConfigSection, key="run"):
             ("keep_checkpoints", 1),
             ("eval_steps", 0),
             ("save_steps", 0),
+            ("save_minutes", 0),
+            ("watchdog_seconds", 0),
             ("early_stopping_patience", 0),
             ("lock_timeout", 0),
         ):
             if getattr(self, name) < least:
                 off = " (off)" if least == 0 else ""
                 raise ValueError(f"run.{name} is {getattr(self, name)}: set it to {least}{off} or more")
+        if self.rank_timeout <= 0:
+            raise ValueError(f"run.rank_timeout is {self.rank_timeout}: set it above 0, in seconds")
         if self.metric_for_best_model and not self.eval_steps:
             raise ValueError(
                 f"run.metric_for_best_model is {self.metric_for_best_model}, and run.eval_steps is 0, so that nothing "
@@ -381,6 +410,13 @@ class RunConfig(ConfigSection, key="run"):
                 raise ValueError(f"run.trackers names {name!r}, which is not a tracker: choose among {known}")
         # absolute, so that a run that is resumed from another working folder finds them
         self.plugins = tuple(path.absolute() for path in self.plugins)
+        for key in ("reward_timeout", "max_unjudged_steps", "max_nonfinite_steps", "warn_after_idle_steps"):
+            if not 0 <= getattr(self, key) < math.inf:
+                raise ValueError(f"run.{key} is {getattr(self, key)}: set it to 0 (no limit) or above")
+        if not 0 <= self.max_reward_failures <= 1:
+            raise ValueError(
+                f"run.max_reward_failures is {self.max_reward_failures}, a share: set it from 0 (none may fail) to 1"
+            )
 
 
 @dataclass
@@ -421,6 +457,14 @@ def check_grpo_options(algorithm: AlgorithmConfig, rollout: RolloutConfig, run: 
         raise ValueError(
             "rollout.top_p, top_k, min_p and repetition_penalty draw from another distribution than the policy's, "
             "whose log-probs ratios and gradients are made of: train with 1, 0, 0 and 1 (evaluation may set them)"
+        )
+    if rollout.group_size == 2 and algorithm.scale_rewards == "group":
+        # stacklevel 1, this line: however many configs a program makes, Python shows it once
+        warnings.warn(
+            "rollout.group_size is 2 with algorithm.scale_rewards group: two rewards are one standard deviation apart "
+            "whatever their difference, so 0.001 of reward weighs like 1.0. Set scale_rewards to batch or none, or "
+            "group_size to 4 or more",
+            stacklevel=1,
         )
     # each optimiser step needs a group at least
     if run.prompts_per_step < algorithm.steps_per_generation:

@@ -6,6 +6,7 @@ import sys
 from hashlib import sha256
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from traceback import extract_tb
 from types import ModuleType
 
 from grpo_core.config.fields import ConfigError
@@ -35,8 +36,10 @@ def load_plugin(path: Path, where: str = "plug-in") -> ModuleType:
     sys.modules[name] = module  # before it runs: dataclasses look their module up while they are made
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # a user's code may raise anything
+    except (Exception, SystemExit) as error:  # a user's code may raise anything, and leave by `sys.exit(0)`
         # out again: a second import would otherwise return the half of the module that ran
         del sys.modules[name]
-        raise ConfigError(f"{where}: {path} raises {type(error).__name__}: {error}") from error
+        lines = [frame.lineno for frame in extract_tb(error.__traceback__) if frame.filename == str(path)]
+        place = f"{path}, line {lines[-1]}," if lines else path  # the text of a SyntaxError has its line
+        raise ConfigError(f"{where}: {place} raises {type(error).__name__}: {error}") from error
     return module

@@ -7,8 +7,10 @@ function is the identity in a single process.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +21,8 @@ import torch
 import torch.distributed as c10d
 from torch import Tensor
 
-from grpo_core.config.fields import ConfigError
+from grpo_core.distributed.watchdog import Watchdog, activity
+from grpo_core.errors import InputError
 
 Item = TypeVar("Item")
 
@@ -42,12 +45,13 @@ class Distributed:
         return self.rank == 0
 
 
-def init(device: str | None = None, timeout_seconds: float = 600.0) -> Distributed:
+def init(device: str | None = None, timeout_seconds: float = 600.0, watchdog_seconds: float = 60.0) -> Distributed:
     """Join the process group that torchrun describes in the environment; without torchrun, be the only process.
 
     Args:
         device: "cuda" or "cpu"; None takes CUDA where there is a device. Rank r of a machine uses its r-th CUDA device.
         timeout_seconds: how long a collective waits for the other ranks before it fails.
+        watchdog_seconds: after how long in one collective the rank that is waited for is named; 0 for never.
 
     Raises:
         InputError: CUDA is asked for, and there is no CUDA device.
@@ -63,9 +67,7 @@ def init(device: str | None = None, timeout_seconds: float = 600.0) -> Distribut
         # Triton launches on the current device, whatever device its tensors are on
         torch.cuda.set_device(rank_device)
     elif torch.cuda.device_count() == 0:
-        raise RuntimeError(
-            "device is 'cuda', but torch sees no CUDA device on this machine: leave it out, or give 'cpu'"
-        )
+        raise InputError("device is 'cuda', but torch sees no CUDA device on this machine: leave it out, or give 'cpu'")
     else:
         raise RuntimeError(
             f"process {local_rank} of this machine has no CUDA device to itself ({torch.cuda.device_count()} found): "
@@ -74,30 +76,56 @@ def init(device: str | None = None, timeout_seconds: float = 600.0) -> Distribut
     # a program that embeds the engine may have made the group already: use it as it is
     if world_size > 1 and not c10d.is_initialized():
         c10d.init_process_group(
-            "nccl" if device_type == "cuda" else "gloo",
+            # gloo beside NCCL: what ranks agree on between themselves need not wait for the GPU
+            "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo",
             timeout=timedelta(seconds=timeout_seconds),
             # NCCL connects here, where a wrong set-up shows, and not in the first collective; Gloo takes no device
             device_id=rank_device if device_type == "cuda" else None,
         )
+    if world_size > 1 and watchdog_seconds > 0 and not _watchdogs:
+        # a connection of its own: the main thread may be waiting on the other
+        store = default_store().clone()
+        _watchdogs.append(Watchdog(rank, world_size, watchdog_seconds, store))
     return Distributed(rank, world_size, rank_device, local_rank)
+
+
+def default_store() -> Any:
+    """Return the process group's key-value store, for which torch has no public name."""
+    return c10d.distributed_c10d._get_default_store()
+
+
+_watchdogs: list[Watchdog] = []
+"""This process's watchdog, from `init` to `finalize`."""
+
+
+# At the interpreter's exit too: a thread that is then in the store's client aborts the process.
+@atexit.register
+def _stop_watchdog() -> None:
+    while _watchdogs:
+        _watchdogs.pop().stop()
 
 
 def finalize(dist: Distributed) -> None:
     """Leave the process group."""
+    _stop_watchdog()
     if dist.world_size > 1 and c10d.is_initialized():
         c10d.destroy_process_group()
 
 
 @contextmanager
 def _collective(name: str, dist: Distributed) -> Iterator[None]:
-    """Name the collective and the rank in an error of the backend, which names neither."""
+    """Name the collective and the rank in an error of the backend, which names neither, and for the watchdog."""
+    activity.since, activity.collective = time.monotonic(), name
     try:
         yield
     except RuntimeError as error:
         raise RuntimeError(
             f"{name} failed on rank {dist.rank} of {dist.world_size}: another rank stopped (its own error comes first "
-            f"in the log), took longer than the timeout, or made a different collective. Backend: {error}"
+            "in the log), took longer than the timeout (run.rank_timeout), or made a different collective. "
+            f"Backend: {error}"
         ) from error
+    finally:
+        activity.collective = ""
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
@@ -160,6 +188,21 @@ def all_reduce_sum(values: Tensor, dist: Distributed) -> Tensor:
     return total
 
 
+def max_over_ranks(values: Sequence[int], dist: Distributed) -> list[int]:
+    """Return the largest of each number over the ranks: how ranks agree on what one of them has found.
+
+    Numbers go from host to host, so that no rank waits for its GPU.
+    """
+    if dist.world_size == 1:
+        return list(values)
+    # a group that the embedding program made may be of NCCL alone, which has no tensors of the host
+    on_host = "cpu:" in c10d.get_backend_config()
+    numbers = torch.tensor(values, device="cpu" if on_host else dist.device)
+    with _collective("max_over_ranks", dist):
+        c10d.all_reduce(numbers, op=c10d.ReduceOp.MAX)
+    return numbers.tolist()
+
+
 def gather_rows(row: Tensor, dist: Distributed) -> Tensor:
     """Gather every rank's row `[K]` (same K and dtype everywhere) as `[world_size, K]`, in one collective."""
     if dist.world_size == 1:
@@ -202,7 +245,7 @@ def send_to_main(name: str, value: Any, dist: Distributed) -> list[Any] | None:
     """
     if dist.world_size == 1:
         return [json.loads(json.dumps(value))]
-    store = c10d.distributed_c10d._get_default_store()  # torch has no public name for the store it made
+    store = default_store()
     if not dist.main_process:
         store.set(f"{name}/{dist.rank}", json.dumps(value))
         return None
@@ -235,7 +278,7 @@ def run_on_main(function: Callable[[], Item], dist: Distributed) -> Item:
         raise raised
     if "error" in answer:
         # those that a program reports in one line; the traceback of any other is the main process's
-        reported = next((cls for cls in (ConfigError, ValueError, OSError) if cls.__name__ in answer["kinds"]), None)
+        reported = next((cls for cls in (InputError, ValueError, OSError) if cls.__name__ in answer["kinds"]), None)
         raise (reported or RuntimeError)(answer["error"])
     value: Item = answer["value"]
     return value

@@ -2,7 +2,8 @@
 
 A checkpoint is a folder `step-000123`:
 
-    trainer_state.json       step, metric, the trainer's own state, optimiser options; size and SHA-256 of the others
+    trainer_state.json       step, metric, the trainer's own state, optimiser options; size and SHA-256 of the other
+                             files, and its own SHA-256
     optimizer.safetensors    `<parameter name>/<state name>`, e.g. `layers.0.weight/exp_avg`
     model/                   whatever `save_model(folder)` writes
 
@@ -23,12 +24,17 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from torch.optim import Optimizer
 
 from grpo_core.storage.optimizer_state import NamedParameters, flatten_optimizer, restore_optimizer
 
 STATE_FILE = "trainer_state.json"
+TRAINED_FILE = "trained.safetensors"
+_KEYS = {"step", "metric", "state", "optimizer_groups", "files"}
 # A checkpoint that is being replaced by one of the same step stays under the second name until the new one is in place.
 _FOLDER = re.compile(r"step-(\d+)(\.replaced)?")
 
@@ -74,36 +80,52 @@ class CheckpointManager:
 
         Returns:
             The checkpoint's folder.
+
+        Raises:
+            CheckpointError: a parameter is not finite, or a file cannot be written (a full disk, missing rights);
+                earlier checkpoints stay as they were.
         """
-        self.root.mkdir(parents=True, exist_ok=True)
+        named_parameters = list(named_parameters)
+        require_finite(named_parameters, f"at step {step}")
         folder = self.root / f"step-{step:06d}"
         # under `root`, because a rename is atomic within one file system only; `_folders` does not match a hidden name
         temporary = self.root / f".writing-step-{step:06d}"
-        # of any step: a run that was killed while it wrote may resume at an earlier one and never come back to it
-        for leftover in self.root.glob(".writing-*"):
-            shutil.rmtree(leftover)
-        (temporary / "model").mkdir(parents=True)
-        save_model(temporary / "model")
-        tensors, groups = flatten_optimizer(optimizer, named_parameters)
-        save_file(tensors, temporary / "optimizer.safetensors")
-        manifest = {
-            "step": step,
-            # JSON has no NaN; and NaN would break the order in `_ranked`, as it compares false with everything
-            "metric": None if metric is None or math.isnan(metric) else float(metric),
-            "state": state,
-            "optimizer_groups": groups,
-            "files": _describe(temporary),  # before the manifest exists, which cannot hold its own digest
-        }
-        (temporary / STATE_FILE).write_text(json.dumps(manifest, indent=1, allow_nan=False))
-        # before the rename: a file system may write a folder's new name to the disk before its files' bytes
-        _flush([*temporary.rglob("*"), temporary])
         replaced = folder.with_name(folder.name + ".replaced")
-        # rename does not replace a folder that holds files, so a checkpoint of the same step is moved aside first
-        if folder.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            folder.rename(replaced)
-        temporary.rename(folder)
-        _flush([self.root])  # the new name itself, before anything older is deleted
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            # of any step: a run that was killed while it wrote may resume at an earlier one and never come back to it
+            for leftover in (*self.root.glob(".writing-*"), *self.root.glob(".deleting-*")):
+                shutil.rmtree(leftover)
+            (temporary / "model").mkdir(parents=True)
+            save_model(temporary / "model")
+            tensors, groups = flatten_optimizer(optimizer, named_parameters)
+            save_file(tensors, temporary / "optimizer.safetensors")
+            manifest: dict[str, Any] = {
+                "step": step,
+                # JSON has no NaN; and NaN would break the order in `_ranked`, as it compares false with everything
+                "metric": None if metric is None or math.isnan(metric) else float(metric),
+                "state": state,
+                "optimizer_groups": groups,
+                "files": _describe(temporary),  # before the manifest exists, which has its own digest
+            }
+            manifest["sha256"] = _manifest_digest(manifest)
+            (temporary / STATE_FILE).write_text(json.dumps(manifest, indent=1, allow_nan=False))
+            # before the rename: a file system may write a folder's new name to the disk before its files' bytes
+            _flush([*temporary.rglob("*"), temporary])
+            # rename does not replace a folder that holds files: a checkpoint of the same step is moved aside first
+            if folder.exists():
+                shutil.rmtree(replaced, ignore_errors=True)
+                folder.rename(replaced)
+            temporary.rename(folder)
+            _flush([self.root])  # the new name itself, before anything older is deleted
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)  # a full disk gets its space back
+            kept = self._folders()
+            raise CheckpointError(
+                f"the checkpoint of step {step} cannot be written into {self.root} ({error}); "
+                f"{f'{kept[-1].name} is the newest one' if kept else 'there is no earlier one'}: make room or mend the "
+                "folder's rights, and start the same command again"
+            ) from error
         # an error leaves one folder too many, which is no reason to stop a run
         shutil.rmtree(replaced, ignore_errors=True)
         self._prune(step)
@@ -112,9 +134,24 @@ class CheckpointManager:
     def latest(self) -> Path | None:
         """Return the newest checkpoint that is complete, checking every byte of it; None if there is none.
 
-        Damaged ones are passed over with a warning.
+        Damaged ones, and those whose weights are not finite, are passed over with a warning.
+
+        Raises:
+            CheckpointError: there are checkpoints, but none is whole; the message says what is wrong with each.
         """
-        return _first_whole(reversed(self._folders()))
+        reasons: list[str] = []
+        folder = _first_whole(reversed(self._folders()), reasons)
+        if folder is None and reasons:
+            raise CheckpointError(
+                f"none of the {len(reasons)} checkpoints in {self.root} is whole, and the run would begin anew: "
+                f"{'; '.join(reasons)}. Bring one back from a copy, or give another run.name"
+            )
+        return folder
+
+    def newest(self) -> Path | None:
+        """Return the newest checkpoint without reading it; None if there is none."""
+        folders = self._folders()
+        return folders[-1] if folders else None
 
     def best(self) -> Path | None:
         """Return the complete checkpoint with the best metric, checked like `latest`; of equals the earliest."""
@@ -164,45 +201,89 @@ class CheckpointManager:
         best = [folder for folder in self._ranked() if folder in kept][: self.keep_best]
         for folder in folders:
             if folder not in (*kept[-self.keep_last :], *best):
-                shutil.rmtree(folder)
+                # renamed first: a kill halfway through must not leave a folder that passes for a checkpoint
+                hidden = folder.with_name(f".deleting-{folder.name}")
+                try:
+                    folder.rename(hidden)
+                except OSError:
+                    continue  # one folder too many is no reason to stop a run
+                shutil.rmtree(hidden, ignore_errors=True)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Read a checkpoint's `trainer_state.json`: `step`, `metric`, `state`, `optimizer_groups`, `files`.
 
     Raises:
-        CheckpointError: it is missing, or lacks one of these keys.
+        CheckpointError: it is missing, lacks one of these keys, or has changed since it was written.
     """
     path = Path(folder) / STATE_FILE
     try:
         manifest = json.loads(path.read_text())
-        # looked up here, so that a file without one of them is refused by name and not with a KeyError later
-        manifest["step"], manifest["metric"], manifest["state"], manifest["optimizer_groups"], manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        # earlier versions wrote no digest; and a damaged key `sha256` is none of the known ones
+        written = manifest.pop("sha256", None)
+        problem = None
+        if manifest.keys() != _KEYS:
+            problem = f"its keys are {', '.join(manifest)}"
+        elif written is not None and written != _manifest_digest(manifest):
+            problem = "it has changed since it was written"
+        elif int(path.parent.name.partition(".")[0].removeprefix("step-")) != manifest["step"]:
+            problem = f"it says step {manifest['step']}"
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{path} is missing or damaged ({error!r}): resume from another checkpoint") from error
+    if problem is not None:
+        raise CheckpointError(f"{path} is damaged ({problem}): resume from another checkpoint")
     return manifest
 
 
+def _manifest_digest(manifest: dict[str, Any]) -> str:
+    """SHA-256 of a manifest's content without the digest itself, as JSON: floats keep all their digits in it."""
+    return hashlib.sha256(json.dumps(manifest, indent=1, allow_nan=False).encode()).hexdigest()
+
+
 def verify(folder: Path) -> None:
-    """Check that every file of a checkpoint has the size and SHA-256 it was written with.
+    """Check that every file of a checkpoint has the size and SHA-256 it was written with, and its weights are finite.
 
     Raises:
         CheckpointError: naming the file.
     """
     for name, written in read_manifest(folder)["files"].items():
         path = Path(folder) / name
-        found = _digest(path) if path.is_file() else "no such file"
+        try:
+            found = _digest(path) if path.is_file() else "no such file"
+        except OSError as error:  # a disk that fails
+            found = str(error)
         if found != written:
             raise CheckpointError(f"{path} has changed since it was written ({found} instead of {written})")
+    trained = Path(folder) / "model" / TRAINED_FILE
+    if trained.is_file():
+        with safe_open(trained, "pt") as tensors:
+            require_finite(((name, tensors.get_tensor(name)) for name in tensors.keys()), f"in {trained}")  # noqa: SIM118
 
 
-def _first_whole(folders: Iterable[Path]) -> Path | None:
+@torch.no_grad()
+def require_finite(tensors: Iterable[tuple[str, Tensor]], where: str) -> None:
+    """Refuse weights with NaN or infinity in them.
+
+    Raises:
+        CheckpointError: naming the first such tensor.
+    """
+    for name, tensor in tensors:
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(
+                f"the weights {where} are not finite ({name}): training has diverged, lower optim.learning_rate"
+            )
+
+
+def _first_whole(folders: Iterable[Path], reasons: list[str] | None = None) -> Path | None:
+    """Return the first folder that is whole; what is wrong with those before it is added to `reasons`."""
     for folder in folders:
         try:
             verify(folder)
         except CheckpointError as error:
             # not an error: the checkpoint before it is whole, and a run on a cluster restarts with nobody watching
             warnings.warn(f"passing over a damaged checkpoint: {error}", stacklevel=3)
+            if reasons is not None:
+                reasons.append(str(error))
         else:
             return folder
     return None

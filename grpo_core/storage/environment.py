@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ def software_versions() -> dict[str, str]:
     return versions
 
 
+@cache  # of the code as it was imported; it costs two processes
 def git_commit() -> str | None:
     """Return the commit of the checkout that this package is imported from, `…+changes` if files differ from it."""
     checkout = Path(__file__).parents[2]

@@ -39,7 +39,10 @@ class JsonLines:
         lines = [json.dumps(jsonable(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
         data = memoryview("".join(lines).encode())
         while data:  # os.write may write less than it is given, on a disk that fills up
-            data = data[os.write(self._file, data) :]
+            try:
+                data = data[os.write(self._file, data) :]
+            except OSError as error:  # of a descriptor, so it names no file
+                raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def close(self) -> None:
         """Close the file; a second call does nothing."""

@@ -291,7 +291,9 @@ def _read_saved(path: Path, run: RunConfig, writes: Collection[str]) -> dict[str
         reason = f"cannot be read ({' '.join(str(error).split())})"
     if not present:
         return None
-    if (path / SESSIONS_FILE).exists() or any(path.glob("**/checkpoints/step-*/trainer_state.json")):
+    # two levels and no deeper: the folder may be somebody's home
+    checkpoints = (*path.glob("checkpoints/step-*/trainer_state.json"), *path.glob("*/checkpoints/step-*"))
+    if (path / SESSIONS_FILE).exists() or checkpoints:
         if CONFIG_FILE in run.accept_changes:
             return {}
         raise ConfigError(

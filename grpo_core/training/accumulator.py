@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from grpo_core.distributed import Distributed, gather_rows
+from grpo_core.distributed.watchdog import activity
 
 Kind = Literal["mean", "sum", "max", "min"]
 Values = Tensor | np.ndarray | float
@@ -157,6 +158,7 @@ class PhaseClock:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the time spent inside to a phase."""
+        activity.phase = name  # for the watchdog
         if self.on_device:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()

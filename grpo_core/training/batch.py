@@ -69,6 +69,8 @@ class Experience(NamedTuple):
     groups: Sequence[Group]
     """The N groups that are trained on."""
     scores: Scores
+    positions: Sequence[int]
+    """Of these groups among all that the step trains on, over the ranks."""
     minibatches: Sequence[Minibatch]
     old: Mapping[MicroBatch, OldPass] | None
     """None where the first training pass gives the old log-probs."""
@@ -126,6 +128,16 @@ def step_items(items: Sequence[Item], step: int, count: int, seed: int) -> list[
     return [items[i] for i in permutation(seed, epoch, len(items))[index * count : (index + 1) * count]]
 
 
+def step_positions(count: int, reserve: int, parts: int, dist: Distributed) -> list[int]:
+    """List the prompts of a step that this rank samples, by their index among the `count + reserve`, ascending.
+
+    Each of the `parts` (`algorithm.steps_per_generation`) is divided among the ranks, and the reserve behind them: so
+    every optimiser step has work for every rank, and trains on the same groups whatever the number of ranks.
+    """
+    whole = [*(shard(range(count), part, parts) for part in range(parts)), range(count, count + reserve)]
+    return [position for part in whole for position in shard(part, dist.rank, dist.world_size)]
+
+
 def split_by_tokens(items: Sequence[Item], sizes: Sequence[int], budget: int) -> Iterator[list[Item]]:
     """Split items, in order, into runs whose sizes add up to at most `budget`; a larger item goes alone."""
     run: list[Item] = []
@@ -142,7 +154,7 @@ def split_by_tokens(items: Sequence[Item], sizes: Sequence[int], budget: int) ->
 
 
 def make_minibatches(
-    groups: Sequence[Group], config: GRPOConfig, dist: Distributed, device: torch.device
+    groups: Sequence[Group], positions: Sequence[int], config: GRPOConfig, dist: Distributed, device: torch.device
 ) -> list[Minibatch]:
     """Pack a step's groups: `algorithm.steps_per_generation` minibatches, each within the token budget a micro-batch.
 
@@ -151,6 +163,7 @@ def make_minibatches(
 
     Args:
         groups: this rank's N groups, of equal size.
+        positions: their indices among all groups that the step trains on, over the ranks; ascending.
         device: where the tensors go.
     """
     algorithm = config.algorithm
@@ -162,8 +175,10 @@ def make_minibatches(
     # in Python's integers: the layout below is built on the host as well, and copied once
     lengths = [[len(c.token_ids) for c in group.completions] for group in groups]
     count = algorithm.steps_per_generation
-    # consecutive groups; some minibatches of this rank may be empty, but every rank has as many
-    bounds = [shard(range(len(groups)), i, count) for i in range(count)]
+    # consecutive groups of the whole step, whatever the ranks: some minibatches of this rank may be empty, but every
+    # rank has as many
+    wholes = [shard(range(config.run.prompts_per_step), part, count) for part in range(count)]
+    bounds = [[n for n, position in enumerate(positions) if position in whole] for whole in wholes]
     local = [
         [
             sum(len(lengths[n]) for n in bound),

@@ -6,9 +6,11 @@ a step trains on, `objective.py` the loss, `step_metrics.py` what is logged, `lo
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,9 @@ from grpo_core.algorithm.controllers import Coefficients
 from grpo_core.algorithm.entropy import entropy_histogram, entropy_threshold
 from grpo_core.algorithm.kl import completion_kl
 from grpo_core.config.options import GRPOConfig
-from grpo_core.distributed import Distributed, all_reduce_sum, gather_rows, send_to_main, shard
+from grpo_core.data import refuse_too_long
+from grpo_core.distributed import Distributed, all_reduce_sum, gather_rows, send_to_main
+from grpo_core.distributed.stopping import stoppable, until_stopped
 from grpo_core.policy import Policy, disable_dropout
 from grpo_core.rewards import Reward, Scores, check_reward_weights, score
 from grpo_core.rollout.sampler import GroupSampler
@@ -44,7 +48,9 @@ from grpo_core.training.batch import (
     check_enough_items,
     make_minibatches,
     step_items,
+    step_positions,
 )
+from grpo_core.training.guards import dump_batch
 from grpo_core.training.loop import TrainingLoop, describe_items
 from grpo_core.training.objective import compute_loss
 from grpo_core.training.optim import optimizer_step
@@ -72,8 +78,8 @@ class GRPOTrainer(TrainingLoop):
         describe: adds columns to a completion's row in `completions.jsonl`.
 
     Raises:
-        ValueError: a weight names no reward, β > 0 without a reference, too few prompts for a step, or a token id
-            that the model does not have.
+        ValueError: a weight names no reward, β > 0 without a reference, too few prompts for a step, one that with its
+            completion is longer than the model's positions, or a token id that the model does not have.
     """
 
     phases = ("sample", "reward", "old", "reference", "forward", "backward", "optimizer")
@@ -94,6 +100,8 @@ class GRPOTrainer(TrainingLoop):
     ):
         check_reward_weights(rewards, config.algorithm.reward_weights)
         check_enough_items(len(prompts), config.run.prompts_per_step + config.algorithm.reserve_prompts)
+        sizes = ((prompt.id, len(prompt.token_ids), config.rollout.max_new_tokens) for prompt in prompts)
+        refuse_too_long(sizes, policy.causal_lm.config, "rollout.max_new_tokens")
         if config.algorithm.beta > 0 and policy.reference is None:
             raise ValueError("algorithm.beta is above 0, but the policy keeps no reference: make it with one")
         policy.check_token_ids(prompts)
@@ -101,6 +109,9 @@ class GRPOTrainer(TrainingLoop):
         self.config, self.sampler, self.prompts, self.rewards = config, sampler, prompts, rewards
         self.coefficients = Coefficients(config.algorithm, config.run.max_steps)
         self.describe = describe
+        self.guards.masks_truncated = config.algorithm.mask_truncated_completions
+        algorithm, count = config.algorithm, config.run.prompts_per_step
+        self.positions = step_positions(count, algorithm.reserve_prompts, algorithm.steps_per_generation, self.dist)
         disable_dropout(policy.module)
         policy.module.eval()
 
@@ -111,6 +122,8 @@ class GRPOTrainer(TrainingLoop):
         updates = self.learn(experience)
         # Reported before it is checked: a run that is stopped leaves its completions to look at.
         values = self.report(experience, updates, started)
+        if not math.isfinite(values["grad_norm"]):
+            dump_batch(self.config.run.folder, self.step_index + 1, self.dist.rank, experience, updates)
         if self.step_index == 0 and self.config.run.check_first_step:
             temperature = self.config.rollout.temperature
             algorithm = self.config.algorithm
@@ -131,9 +144,9 @@ class GRPOTrainer(TrainingLoop):
         prompts = self.next_prompts()
         sampled = self.sample(prompts)
         sampled_scores = self.score(sampled)
-        groups, scores = self.select(sampled, sampled_scores)
+        groups, scores, positions = self.select(sampled, sampled_scores)
         # Packed once: old pass, reference pass and every epoch run over the same layouts.
-        minibatches = make_minibatches(groups, self.config, self.dist, self.policy.device)
+        minibatches = make_minibatches(groups, positions, self.config, self.dist, self.policy.device)
         # The first training pass gives the old log-probs for nothing (see `learn`), unless that is too late: a second
         # minibatch is trained on weights that have moved, an entropy quantile is a threshold over the whole step, and a
         # KL in the reward is wanted before there are advantages to train with.
@@ -143,7 +156,7 @@ class GRPOTrainer(TrainingLoop):
         # Before the updates and all at once: a frozen reference is exchanged with the trained parameters in place.
         reference = self.reference_values(minibatches) if algorithm.beta > 0 else None
         advantages = self.advantages(scores, minibatches, old, reference)
-        return Experience(sampled, sampled_scores, groups, scores, minibatches, old, reference, advantages)
+        return Experience(sampled, sampled_scores, groups, scores, positions, minibatches, old, reference, advantages)
 
     def learn(self, experience: Experience) -> list[Update]:
         """Make `algorithm.num_iterations` epochs over the minibatches, an optimiser step each."""
@@ -167,9 +180,7 @@ class GRPOTrainer(TrainingLoop):
         """This rank's share of the step's prompts, and behind it its share of the reserve for dynamic sampling."""
         count, reserve = self.config.run.prompts_per_step, self.config.algorithm.reserve_prompts
         prompts = step_items(self.prompts, self.step_index, count + reserve, self.config.run.seed)
-        # two shards, not one: every rank must have as many prompts before the reserve as it will keep
-        rank, ranks = self.dist.rank, self.dist.world_size
-        return [*shard(prompts[:count], rank, ranks), *shard(prompts[count:], rank, ranks)]
+        return [prompts[position] for position in self.positions]
 
     def sample(self, prompts: Sequence[Prompt]) -> list[Group]:
         """Draw G completions of each prompt from the policy as it is.
@@ -178,7 +189,7 @@ class GRPOTrainer(TrainingLoop):
             ValueError: the sampler gave another number of completions.
         """
         size = self.config.rollout.group_size
-        with self.clock.phase("sample"):
+        with stoppable(self.dist), self.clock.phase("sample"):
             groups = self.sampler.sample(prompts, self.config.rollout, step=self.step_index)
         # A sampler of another make may give what it likes; rewards [N, G] below rely on the size.
         for group in groups:
@@ -191,28 +202,37 @@ class GRPOTrainer(TrainingLoop):
 
     def score(self, groups: Sequence[Group]) -> Scores:
         """Ask every reward about every completion."""
+        algorithm, run = self.config.algorithm, self.config.run
         with self.clock.phase("reward"):
             return score(
                 groups,
                 self.rewards,
-                self.config.algorithm.reward_weights,
+                algorithm.reward_weights,
                 group_size=self.config.rollout.group_size,
                 step=self.step_index,
-                max_steps=self.config.run.max_steps,
+                max_steps=run.max_steps,
+                timeout=run.reward_timeout,
+                each_reward=algorithm.multi_objective_aggregation == "normalize_then_sum",
             )
 
-    def select(self, groups: Sequence[Group], scores: Scores) -> tuple[list[Group], Scores]:
+    def select(self, groups: Sequence[Group], scores: Scores) -> tuple[list[Group], Scores, Sequence[int]]:
         """Choose the groups to train on: all, or with dynamic sampling those with a signal before the others.
 
-        Every rank chooses among its own groups and keeps as many as it would have sampled without a reserve, so that
-        ranks never wait for each other here.
+        The choice is made of the whole step's groups, in one small collective, so it does not depend on the number of
+        ranks. A group is trained on by the rank that sampled it, so ranks may have unequal numbers of them.
+
+        Returns:
+            This rank's groups, their scores, and their positions among all groups that the step trains on.
         """
         if not self.config.algorithm.dynamic_sampling:
-            return list(groups), scores
-        kept = shard(range(self.config.run.prompts_per_step), self.dist.rank, self.dist.world_size)
-        gdpo = self.config.algorithm.multi_objective_aggregation == "normalize_then_sum"
-        chosen = choose_groups(scores.signal(each_reward=gdpo), len(kept))
-        return [groups[i] for i in chosen], scores.select(chosen)
+            return list(groups), scores, self.positions
+        count = self.config.run.prompts_per_step
+        own = torch.zeros(count + self.config.algorithm.reserve_prompts, dtype=torch.int64, device=self.dist.device)
+        own[self.positions] = torch.from_numpy(scores.signal).to(own)
+        chosen = choose_groups(all_reduce_sum(own, self.dist).cpu().numpy() > 0, count).tolist()
+        kept = [n for n, position in enumerate(self.positions) if position in chosen]
+        positions = [chosen.index(self.positions[n]) for n in kept]
+        return [groups[n] for n in kept], scores.select(np.array(kept, dtype=np.int64)), positions
 
     @torch.no_grad()
     def old_passes(self, minibatches: Sequence[Minibatch]) -> Mapping[MicroBatch, OldPass]:
@@ -224,7 +244,7 @@ class GRPOTrainer(TrainingLoop):
                 self.policy.logprobs(
                     batch.layout, batch.prompts, temperature=self.config.rollout.temperature, entropy=True
                 )
-                for batch in batches
+                for batch in until_stopped(batches, self.dist)
             ]
             if quantile == 1:
                 return {batch: OldPass(result.logprob) for batch, result in zip(batches, results, strict=True)}
@@ -241,19 +261,18 @@ class GRPOTrainer(TrainingLoop):
 
     def reference_values(self, minibatches: Sequence[Minibatch]) -> Mapping[MicroBatch, Tensor]:
         """Compute what the KL needs of the reference: log-probs `[R]`, or for the full KL hidden states `[R, H]`."""
+        batches = [batch for minibatch in minibatches for batch in minibatch]
         with self.clock.phase("reference"):
             if self.config.algorithm.kl_estimator == "full":
                 return {
                     batch: self.policy.reference_hidden_states(batch.layout, batch.prompts)
-                    for minibatch in minibatches
-                    for batch in minibatch
+                    for batch in until_stopped(batches, self.dist)
                 }
             return {
                 batch: self.policy.reference_logprobs(
                     batch.layout, batch.prompts, temperature=self.config.rollout.temperature
                 )
-                for minibatch in minibatches
-                for batch in minibatch
+                for batch in until_stopped(batches, self.dist)
             }
 
     def advantages(
@@ -269,9 +288,8 @@ class GRPOTrainer(TrainingLoop):
         """
         algorithm = self.config.algorithm
         if algorithm.multi_objective_aggregation == "normalize_then_sum":
-            weights = [algorithm.reward_weights.get(name, 1.0) for name in scores.names]
-            std = self.step_std(weighted_advantages(scores.by_reward, weights, algorithm.baseline))
-            return combined_advantages(scores.by_reward, weights, algorithm.baseline, batch_std=std)
+            std = self.step_std(weighted_advantages(scores.by_reward, scores.weights, algorithm.baseline))
+            return combined_advantages(scores.by_reward, scores.weights, algorithm.baseline, batch_std=std)
         rewards = scores.total
         if old is not None and reference is not None and algorithm.kl_in == "reward":
             kl = [
@@ -319,7 +337,9 @@ class GRPOTrainer(TrainingLoop):
         beta, entropy_coef = self.coefficients.beta(self.step_index), self.coefficients.entropy
         self.policy.module.train()  # gradient checkpointing works in training mode alone; dropout is off
         passes = []
-        for batch in minibatch:
+        # until the step's first update nothing has moved, so a signal may drop the step; after it the step is finished
+        moved = schedule_step % (algorithm.num_iterations * algorithm.steps_per_generation) > 0
+        for batch in minibatch if moved else until_stopped(minibatch, self.dist):
             reference = None if experience.reference is None else experience.reference[batch]
             with self.clock.phase("forward"):
                 current = self.policy.logprobs(
@@ -360,13 +380,20 @@ class GRPOTrainer(TrainingLoop):
         """
         algorithm, timings = self.config.algorithm, self.sampler.timings
         # through the key-value store, without a collective: rewards may log other names on another rank
-        rows, reward_metrics = completion_rows(experience, self.describe), dict(experience.sampled_scores.metrics)
-        logged = {"rows": rows, "metrics": reward_metrics}
+        sampled = experience.sampled_scores
+        logged = {
+            "rows": completion_rows(experience, self.describe),
+            "metrics": dict(sampled.metrics),
+            # a few are enough to look at; how many there are is a metric
+            "failures": {
+                name: [(experience.sampled[n].id, member, problem) for n, member, problem in failures[:3]]
+                for name, failures in sampled.failures.items()
+            },
+        }
         sent = send_to_main(f"completions/{self.config.run.name}/{self.step_index}", logged, self.dist)
 
-        gdpo = algorithm.multi_objective_aggregation == "normalize_then_sum"
         log_completions(self.metrics, experience.sampled)
-        log_rewards(self.metrics, experience, gdpo)
+        log_rewards(self.metrics, experience)
         log_updates(self.metrics, experience, updates, algorithm)
         self.metrics.max("sampling/seconds/prefill", timings["prefill"])
         self.metrics.max("sampling/seconds/decode", timings["decode"])
@@ -384,7 +411,10 @@ class GRPOTrainer(TrainingLoop):
 
         if sent is not None:  # on the main process, which alone writes
             step = self.step_index + 1
-            self.completions_file.append({"step": step, **row} for rank_log in sent for row in rank_log["rows"])
+            # in the order of the step's groups, whichever rank trained on them; stable, so members keep theirs
+            rows = sorted((row for rank_log in sent for row in rank_log["rows"]), key=itemgetter(0))
+            self.completions_file.append({"step": step, **row} for _, row in rows)
+            self.guards.failures = [rank_log["failures"] for rank_log in sent]
             for name in dict.fromkeys(name for rank_log in sent for name in rank_log["metrics"]):
                 numbers = [number for rank_log in sent for number in rank_log["metrics"].get(name, ())]
                 values.setdefault(name, float(np.mean(numbers)) if numbers else float("nan"))

@@ -47,7 +47,9 @@ def optimizer_step(
 ) -> tuple[Tensor, float]:
     """Sum gradients over ranks, clip, step with the scheduled learning rate, and clear.
 
-    A gradient that is not finite is dropped whole: the parameters stay as they were, and the norm says so.
+    A gradient that is not finite, or 0 throughout, is dropped whole: parameters and moments stay as they were, and the
+    norm says so. With a gradient of 0 Adam would go on in the direction of earlier steps, and weight decay would shrink
+    the weights, in a step in which no completion counts.
 
     Args:
         step: optimiser steps made before, of `max_steps` in the run.
@@ -62,8 +64,8 @@ def optimizer_step(
         group["lr"] = lr
     with_gradient = [p for p in parameters if p.grad is not None]
     norm = nn.utils.clip_grad_norm_(with_gradient, config.max_grad_norm if config.max_grad_norm > 0 else math.inf)
-    # A wait for the device that cannot be saved: a NaN must not reach the weights.
-    if torch.isfinite(norm):
+    # A wait for the device that cannot be saved: a NaN must not reach the weights. All comparisons with NaN are false.
+    if 0 < norm.item() < math.inf:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm, lr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,11 +14,14 @@ import numpy as np
 import torch
 
 from grpo_core.config.options import SFTConfig
+from grpo_core.data import refuse_too_long
 from grpo_core.distributed import Distributed, all_reduce_sum, shard
+from grpo_core.distributed.stopping import until_stopped
 from grpo_core.layout import GroupLayout
 from grpo_core.policy import Policy
 from grpo_core.rng import row_key
 from grpo_core.training.batch import check_enough_items, split_by_tokens, step_items
+from grpo_core.training.guards import dump_once
 from grpo_core.training.loop import TrainingLoop, describe_items
 from grpo_core.training.optim import optimizer_step
 from grpo_core.training.sanity import check_features_on_all_ranks
@@ -43,7 +47,8 @@ class SFTTrainer(TrainingLoop):
     Dropout, if the policy has any, is on, and seeded by step and rank: a resumed run draws what it would have drawn.
 
     Raises:
-        ValueError: fewer examples than a step needs, or a token id that the model does not have.
+        ValueError: fewer examples than a step needs, one that is longer than the model's positions, or a token id that
+            the model does not have.
         FirstStepError: in the first step, where a kind of feature has no effect.
     """
 
@@ -61,6 +66,8 @@ class SFTTrainer(TrainingLoop):
         evaluate: Callable[[], dict[str, float]] | None = None,
     ):
         check_enough_items(len(examples), config.run.prompts_per_step)
+        sizes = ((example.prompt.id, len(example.prompt.token_ids), len(example.target_ids)) for example in examples)
+        refuse_too_long(sizes, policy.causal_lm.config, "its answer")
         policy.check_token_ids((e.prompt for e in examples), (e.target_ids for e in examples))
         super().__init__(policy, config.optim, config.run, dist=dist, save_model=save_model, evaluate=evaluate)
         self.examples = examples
@@ -86,7 +93,8 @@ class SFTTrainer(TrainingLoop):
         self.policy.module.train()
         self.metrics.register("sum", "loss")  # a rank may have no example
         sizes = [len(example.prompt.token_ids) + len(example.target_ids) for example in examples]
-        for micro_batch in split_by_tokens(examples, sizes, self.optim.max_tokens_per_micro_batch):
+        micro_batches = split_by_tokens(examples, sizes, self.optim.max_tokens_per_micro_batch)
+        for micro_batch in until_stopped(micro_batches, self.dist):  # nothing moves before the optimiser step
             prompts = [example.prompt for example in micro_batch]
             layout = GroupLayout.pack(
                 [prompt.token_ids for prompt in prompts],
@@ -109,4 +117,15 @@ class SFTTrainer(TrainingLoop):
         self.metrics.max("step_time", time.perf_counter() - started)
         for name, seconds in self.clock.read().items():
             self.metrics.max(f"time/{name}", seconds)
-        return self.metrics.reduce()
+        values = self.metrics.reduce()
+        if not math.isfinite(values["grad_norm"]):
+            batch = [
+                {
+                    "prompt_id": e.prompt.id,
+                    "prompt_token_ids": list(e.prompt.token_ids),
+                    "target_ids": list(e.target_ids),
+                }
+                for e in examples
+            ]
+            dump_once(self.run.folder, self.step_index, self.dist.rank, {**values, "examples": batch})
+        return values

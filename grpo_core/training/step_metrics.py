@@ -34,28 +34,24 @@ def log_completions(metrics: MetricAccumulator, groups: Sequence[Group]) -> None
     metrics.sum("num_tokens", lengths.sum() + sum(len(group.prompt.token_ids) for group in groups))
 
 
-def log_rewards(metrics: MetricAccumulator, experience: Experience, gdpo: bool) -> None:
-    """Log each reward, their sum, and how many groups teach something.
-
-    Args:
-        gdpo: each reward makes advantages of its own (`normalize_then_sum`), so each may teach something.
-    """
+def log_rewards(metrics: MetricAccumulator, experience: Experience) -> None:
+    """Log each reward, their sum, and how many groups teach something."""
     scores = experience.sampled_scores
-    for name, values in zip(scores.names, scores.by_reward, strict=True):
-        metrics.mean(f"rewards/{name}/mean", values[~np.isnan(values)])
-        metrics.mean(f"rewards/{name}/std", _group_std(values))
+    for name, values in [*zip(scores.names, scores.by_reward, strict=True), ("", scores.total)]:
+        mean, std = (f"rewards/{name}/mean", f"rewards/{name}/std") if name else ("reward", "reward_std")
+        metrics.mean(mean, values[~np.isnan(values)])
+        # within each group that has two judged members
+        judged = [row[~np.isnan(row)] for row in values]
+        metrics.mean(std, np.array([row.std(ddof=1) for row in judged if len(row) > 1]))
+    for name in scores.names:
         metrics.max(f"rewards/{name}/seconds", scores.seconds[name])
-    metrics.mean("reward", scores.total[~np.isnan(scores.total)])
-    metrics.mean("reward_std", _group_std(scores.total))
+        failed = np.zeros(scores.total.shape)
+        for failure in scores.failures[name]:
+            failed[failure.group, failure.member] = 1.0
+        metrics.mean(f"rewards/{name}/failed", failed)
     # of all that was sampled, then of what was trained on: dynamic sampling is between the two
-    metrics.mean("frac_reward_zero_std", (~scores.signal(gdpo)).astype(np.float64))
-    metrics.sum("effective_groups", experience.scores.signal(gdpo).astype(np.float64))
-
-
-def _group_std(rewards: np.ndarray) -> np.ndarray:
-    """Standard deviation within each group that has two judged members, `[≤ N]`."""
-    judged = [row[~np.isnan(row)] for row in rewards]
-    return np.array([row.std(ddof=1) for row in judged if len(row) > 1])
+    metrics.mean("frac_reward_zero_std", (~scores.signal).astype(np.float64))
+    metrics.sum("effective_groups", experience.scores.signal.astype(np.float64))
 
 
 def log_updates(
@@ -126,27 +122,30 @@ def with_rates(values: dict[str, float], phases: Sequence[str]) -> dict[str, flo
 
 def completion_rows(
     experience: Experience, describe: Callable[[Group, int], dict[str, Any]] | None = None
-) -> list[dict[str, Any]]:
-    """A row of `completions.jsonl` for each completion that was trained on.
+) -> list[tuple[int, dict[str, Any]]]:
+    """A row of `completions.jsonl` for each completion that was trained on, behind its group's position in the step.
 
     Args:
         describe: adds columns to a row.
     """
     scores, size = experience.scores, experience.scores.total.shape[1]
     return [
-        {
-            "prompt_id": group.prompt.id,
-            "member": member,
-            "text": completion.text,
-            "finish_reason": completion.finish_reason,
-            "length": len(completion.token_ids),
-            "rewards": {name: float(scores.by_reward[k, n, member]) for k, name in enumerate(scores.names)},
-            "reward": float(scores.total[n, member]),
-            "advantage": float(experience.advantages[n, member]),
-            # a reward may log NumPy's numbers; rows travel between ranks as JSON
-            **{name: jsonable(values[n * size + member]) for name, values in scores.columns.items()},
-            **(describe(group, member) if describe else {}),
-        }
+        (
+            experience.positions[n],
+            {
+                "prompt_id": group.prompt.id,
+                "member": member,
+                "text": completion.text,
+                "finish_reason": completion.finish_reason,
+                "length": len(completion.token_ids),
+                "rewards": {name: float(scores.by_reward[k, n, member]) for k, name in enumerate(scores.names)},
+                "reward": float(scores.total[n, member]),
+                "advantage": float(experience.advantages[n, member]),
+                # a reward may log NumPy's numbers; rows travel between ranks as JSON
+                **{name: jsonable(values[n * size + member]) for name, values in scores.columns.items()},
+                **(describe(group, member) if describe else {}),
+            },
+        )
         for n, group in enumerate(experience.groups)
         for member, completion in enumerate(group.completions)
     ]

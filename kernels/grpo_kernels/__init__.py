@@ -28,7 +28,14 @@ if TYPE_CHECKING:
     from grpo_kernels.lm_head.grpo_loss import linear_grpo_loss, linear_grpo_loss_reference
     from grpo_kernels.lm_head.logprob import LinearLogprob, linear_logprob, linear_logprob_reference
     from grpo_kernels.lm_head.selective_logprob import SelectiveLogprob, selective_logprob, selective_logprob_reference
-    from grpo_kernels.lm_head.token_loss import KLEstimator, cispo_surrogate, clipped_surrogate, kl_estimate
+    from grpo_kernels.lm_head.token_loss import (
+        KLEstimator,
+        cispo_surrogate,
+        clipped_surrogate,
+        importance_weight,
+        kl_estimate,
+        vespo_surrogate,
+    )
     from grpo_kernels.sampling.record_tokens import RowState, record_tokens, record_tokens_reference
     from grpo_kernels.sampling.sample_head import sample_head, sample_head_reference
     from grpo_kernels.sampling.sample_row import SampledTokens, SampleOptions, sample_row, sample_row_reference
@@ -53,6 +60,7 @@ __all__ = [
     "group_decode_attention_reference",
     "grpo_loss",
     "grpo_loss_reference",
+    "importance_weight",
     "kl_estimate",
     "linear_grpo_loss",
     "linear_grpo_loss_reference",
@@ -72,6 +80,7 @@ __all__ = [
     "selective_logprob_reference",
     "silu_mul",
     "silu_mul_reference",
+    "vespo_surrogate",
 ]
 
 _MODULES = {
@@ -86,7 +95,9 @@ _MODULES = {
     "lm_head.grpo_loss": "linear_grpo_loss linear_grpo_loss_reference",
     "lm_head.logprob": "LinearLogprob linear_logprob linear_logprob_reference",
     "lm_head.selective_logprob": "SelectiveLogprob selective_logprob selective_logprob_reference",
-    "lm_head.token_loss": "KLEstimator cispo_surrogate clipped_surrogate kl_estimate",
+    "lm_head.token_loss": (
+        "KLEstimator cispo_surrogate clipped_surrogate importance_weight kl_estimate vespo_surrogate"
+    ),
     "sampling.record_tokens": "RowState record_tokens record_tokens_reference",
     "sampling.sample_head": "sample_head sample_head_reference",
     "sampling.sample_row": "SampleOptions SampledTokens sample_row sample_row_reference",

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from affectgpt.config import R1Config, TaskConfig
     from affectgpt.evaluation import Evaluation
     from affectgpt.pipeline import Stages
+    from grpo_core.config.options import RunConfig
     from grpo_core.distributed import Distributed
 
     Config = TypeVar("Config", bound=TaskConfig)
@@ -43,7 +44,8 @@ EVALUATE = """Score a model on a labelled set: emotion-wheel F, precision and re
 
 affectgpt evaluate --model.path runs/r1/model --data.root MER2025 --data.labels track2_test.csv
 
-The answers are greedy; they and the scores are kept in `runs/<name>/evaluations/evaluation.json`.
+The answers are greedy; they and the scores are kept in `runs/<name>/evaluations/evaluation.json`, those of a second
+evaluation in `evaluation-2.json`.
 """
 
 PREDICT = """Name the emotions of clips, labelled or not: writes `name,openset` rows and the full answers.
@@ -73,7 +75,7 @@ def train(arguments: Sequence[str]) -> None:
         rewards = config.rewards(config.metric.wheel())
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    dist = _start()
+    dist = _start(config.run)
     run = open_run(config, dist, writes=RUN_FILES)  # before models are loaded: the folder may hold another run
     config = run.config
     stages = Stages(config, dist)
@@ -96,7 +98,7 @@ def train(arguments: Sequence[str]) -> None:
         stages.supervised(config.supervised(SFT_CONTINUED, config.run.max_steps, patience=0))
         evaluations[SFT_CONTINUED] = stages.evaluate_test(SFT_CONTINUED)
         stages.load(start)
-    stages.grpo(rewards, config.algorithm, config.optim)
+    trouble = stages.grpo(rewards, config.algorithm, config.optim)
     del rewards  # frees a judge's weights on the GPU before the model is scored
     evaluations[GRPO] = stages.evaluate_test(GRPO)
     if config.controls and stages.test:
@@ -104,25 +106,34 @@ def train(arguments: Sequence[str]) -> None:
         evaluations[SHUFFLED_MEDIA] = stages.evaluate_test(SHUFFLED_MEDIA, swapped)
 
     if dist.main_process:
-        _finish_training(config, stages, {name: scored for name, scored in evaluations.items() if scored})
+        _finish_training(config, stages, {name: scored for name, scored in evaluations.items() if scored}, trouble)
     run.finish()
     distributed.finalize(dist)
 
 
-def _finish_training(config: R1Config, stages: Stages, evaluations: dict[str, Evaluation]) -> None:
-    """Write `summary.json` and `report.html`, and print the scores."""
+def _finish_training(
+    config: R1Config, stages: Stages, evaluations: dict[str, Evaluation], trouble: dict[str, int]
+) -> None:
+    """Write `summary.json` and `report.html`, and print the scores.
+
+    Args:
+        trouble: steps of GRPO in which something went wrong, by what it was.
+    """
     from affectgpt.stages import stage_label
     from grpo_core.storage.files import write_text
 
     summary = {f"{name}_f1": 100 * scored.f1 for name, scored in evaluations.items()} | {"seed": config.run.seed}
+    summary |= trouble
     write_text(config.run.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     report = _write_report(config, stages)
     if evaluations:
-        clips = f"{len(stages.test)} held-out clips (level {config.metric.level}, seed {config.run.seed})"
-        print(f"\nemotion-wheel F on {clips}")
+        clips = f"{_share(len(stages.test), stages.test_total)} held-out clips"
+        print(f"\nemotion-wheel F on {clips} (level {config.metric.level}, seed {config.run.seed})")
         for name, scored in evaluations.items():
             f1, precision, recall = (100 * value for value in (scored.f1, scored.precision, scored.recall))
             print(f"  {stage_label(name).title:34}{f1:6.2f}   P {precision:6.2f}   R {recall:6.2f}")
+    for what, steps in trouble.items():
+        print(f"\n{what.replace('_', ' ')}: {steps} of {config.run.max_steps}")
     if report is not None:
         print(f"\n{report}")
 
@@ -157,9 +168,10 @@ def sft(arguments: Sequence[str]) -> None:
     from affectgpt.stages import RUN_FILES
     from grpo_core import distributed
     from grpo_core.config.options import SFTConfig
+    from grpo_core.report import try_report
     from grpo_core.storage.run_folder import open_run
 
-    dist = _start()
+    dist = _start(config.run)
     run = open_run(config, dist, writes=RUN_FILES)
     config = run.config
     stages = Stages(config, dist)
@@ -170,6 +182,7 @@ def sft(arguments: Sequence[str]) -> None:
         print(f"\n{stages.folder / 'model'}")
         if evaluation:
             print(evaluation.table())
+        try_report(stages.folder)
     run.finish()
     distributed.finalize(dist)
 
@@ -180,16 +193,21 @@ def evaluate(arguments: Sequence[str]) -> None:
 
     config = _read(TaskConfig, "evaluate", arguments, EVALUATE)
 
-    from affectgpt.pipeline import Stages, load_samples
+    from affectgpt.pipeline import Stages, load_samples, prepare_synthetic, to_score
     from grpo_core import distributed
 
-    dist = _start()
+    dist = _start(config.run)
+    config = prepare_synthetic(config, dist)
+    samples = load_samples(config.data)  # before the model: a mistake in a table answers at once
     stages = Stages(config, dist, splits=False)
-    # stages.config, not config: it has the root of synthetic clips filled in
-    prompts = stages.prompts(load_samples(stages.config.data))
-    evaluation = stages.evaluate_test("evaluation", prompts)
+    # an earlier evaluation stays, which may be of another model
+    folder = stages.folder / "evaluations"
+    names = ("evaluation", *(f"evaluation-{number}" for number in range(2, 10_000)))
+    name = next(name for name in names if not (folder / f"{name}.json").exists())
+    evaluation = stages.evaluate_test(name, stages.prompts(to_score(samples)), len(samples))
     if dist.main_process and evaluation:
         print(evaluation.table())
+        print(f"\n{folder / name}.json")
     distributed.finalize(dist)
 
 
@@ -201,14 +219,16 @@ def predict(arguments: Sequence[str]) -> None:
 
     import csv
 
-    from affectgpt.emotion_wheel import parse_labels
-    from affectgpt.pipeline import Stages, answer_greedily, load_samples
+    from affectgpt.emotion_wheel import distinct_labels
+    from affectgpt.pipeline import Stages, answer_greedily, load_samples, prepare_synthetic
     from affectgpt.prompts import answer_text
     from grpo_core import distributed
 
-    dist = _start()
+    dist = _start(config.run)
+    config = prepare_synthetic(config, dist)
+    samples = load_samples(config.data, labelled=False)
     stages = Stages(config, dist, splits=False)
-    prompts = stages.prompts(load_samples(stages.config.data, labelled=False))
+    prompts = stages.prompts(samples, least=0.0)  # answers for what can be read; there is no score to mislead
     _, sampler = stages.policy()
     texts = answer_greedily(sampler, prompts, stages.rollout, dist, progress=True)
     if dist.main_process:
@@ -218,12 +238,12 @@ def predict(arguments: Sequence[str]) -> None:
             writer = csv.writer(table)
             writer.writerow(("name", "openset"))
             for prompt, text in zip(prompts, texts, strict=True):
-                labels = parse_labels(answer_text(text, config.prompt.mode), "tolerant")
+                labels = distinct_labels(answer_text(text, config.prompt.mode))
                 writer.writerow((prompt.id, f"[{', '.join(labels)}]"))
         with config.output.with_suffix(".jsonl").open("w", encoding="utf-8") as lines:
             for prompt, text in zip(prompts, texts, strict=True):
                 lines.write(json.dumps({"name": prompt.id, "answer": text}, ensure_ascii=False) + "\n")
-        print(f"{len(prompts)} clips: {config.output}")
+        print(f"{_share(len(prompts), len(samples))} clips: {config.output}")
     distributed.finalize(dist)
 
 
@@ -334,11 +354,12 @@ def _read(
 
     Raises:
         ConfigError: the config has a mistake.
+        InputError: a folder of the model's cannot hold what it should.
     """
     from affectgpt.configs import CONFIGS
     from grpo_core.config.loader import load_config
 
-    return load_config(
+    config = load_config(
         cls,
         arguments,
         description=description,
@@ -346,12 +367,21 @@ def _read(
         config_folder=CONFIGS,
         program=f"affectgpt {command}",
     )
+    config.model.check_folders()  # before torch is imported: a mistyped folder is answered at once
+    return config
 
 
-def _start() -> Distributed:
-    """Join the other ranks, and let only the main process log notes."""
+def _share(used: int, total: int) -> str:
+    """Write how many of some samples were used."""
+    return f"{used:,}" if used == total else f"{used:,} of {total:,}"
+
+
+def _start(run: RunConfig) -> Distributed:
+    """Join the other ranks, let only the main process log notes, and clean up on the way out at a signal."""
     from grpo_core import distributed
+    from grpo_core.distributed.stopping import exit_on_signals
 
-    dist = distributed.init()
+    exit_on_signals()
+    dist = distributed.init(timeout_seconds=run.rank_timeout, watchdog_seconds=run.watchdog_seconds)
     logging.basicConfig(level=logging.INFO if dist.main_process else logging.ERROR, format="%(message)s")
     return dist

@@ -16,6 +16,8 @@ from affectgpt.rewards import RewardConfig, check_rewards, make_rewards
 from grpo_core.config.fields import ConfigSection, chosen_by, option
 from grpo_core.config.moved import MOVED_KEYS
 from grpo_core.config.options import GRPOConfig, OptimConfig, RolloutConfig, RunConfig, SFTConfig
+from grpo_core.errors import InputError
+from grpo_core.model_folder import check_folder
 
 if TYPE_CHECKING:
     from grpo_core.rewards import Reward
@@ -37,10 +39,11 @@ class DataConfig(ConfigSection, key="data"):
     """Options of the layout."""
     root: Path | None = option(None, free=True)
     """Folder of the dataset (for jsonl, the file). For synthetic, the folder that it is made in, or was made in."""
-    labels: str = "track2_train_ovmerd.csv"
-    """Label table, relative to root; not used by jsonl."""
+    labels: str | None = None
+    """Label table, relative to root. Unset: the layout's own (track2_train_ovmerd.csv in mer2025); for jsonl, root."""
     test_labels: str | None = option(None, free=True)
-    """Label table of held-out samples, which are scored before and after training; unset, nothing is scored."""
+    """Label table of held-out samples, which are scored before and after training; unset, nothing is scored. For jsonl,
+    another jsonl in the same folder."""
     reasons: str | None = None
     """Table of descriptions, relative to root, that think mode learns from."""
     validation_fraction: float = 0.0
@@ -49,11 +52,20 @@ class DataConfig(ConfigSection, key="data"):
     """Cache of encoder outputs, keyed by the files' content and shared by all runs."""
     face_channel_order: Literal["rgb", "bgr"] = "rgb"
     """Channel order of the face files; with the wrong one, skin looks blue."""
+    truncated: Literal["skip", "keep"] = "skip"
+    """Media files whose end is missing: leave the sample out, or use what is there."""
+    min_coverage: float = option(0.8, free=True)
+    """Share of a table's samples that must be usable, for training and for a score; the others are left out and
+    named."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(f"data.validation_fraction is {self.validation_fraction}: set it in [0, 1)")
+        if self.labels is None:
+            self.labels = getattr(self.layout, "usual_labels", None)
+        if not 0 <= self.min_coverage <= 1:
+            raise ValueError(f"data.min_coverage is {self.min_coverage}: set it in [0, 1]")
 
 
 @dataclass
@@ -92,6 +104,21 @@ class ModelConfig(ConfigSection, key="model"):
     """Dropout of fresh adapters in supervised training; GRPO trains without dropout."""
     gradient_checkpointing: bool = option(False, free=True)
     """Recompute activations in the backward pass: less memory, a third more time."""
+
+    def check_folders(self) -> None:
+        """Refuse folders that cannot hold what they are named for, by their file names alone.
+
+        Raises:
+            InputError: naming the option, the folder and the way out.
+        """
+        if self.path is not None and not (self.path / "affectgpt.json").is_file():
+            advice = "give one that AffectGPT.save_pretrained wrote; nothing is downloaded"
+            if (self.path / "config.json").is_file():
+                advice = "if it is a causal LM, give it as model.llm"
+            raise InputError(f"model.path: {self.path} holds no AffectGPT (affectgpt.json): {advice}")
+        for name in ("llm", "visual_encoder", "audio_encoder"):
+            if (folder := getattr(self, name)) is not None:
+                check_folder(folder, f"model.{name}")
 
 
 @dataclass

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from affectgpt import synthetic
-from affectgpt.config import DataConfig, ModelConfig, TaskConfig
-from affectgpt.data.datasets import Sample, SyntheticLayout
-from affectgpt.data.features import extract_features
-from affectgpt.emotion_wheel import EmotionWheel, parse_labels
+from affectgpt.config import DataConfig, ModelConfig, R1Config, TaskConfig
+from affectgpt.data.datasets import Sample, SyntheticLayout, check_emotion_labels
+from affectgpt.data.features import extract_features, lacking
+from affectgpt.emotion_wheel import EmotionWheel, distinct_labels
 from affectgpt.evaluation import Evaluation, score_answers
 from affectgpt.modeling.affectgpt import AffectGPT
 from affectgpt.modeling.encoders import Encoders
@@ -27,7 +28,11 @@ from affectgpt.prompts import (
     stop_strings,
 )
 from grpo_core.config.options import AlgorithmConfig, GRPOConfig, OptimConfig, RolloutConfig, SFTConfig
+from grpo_core.data import check_coverage, length_limit, report_skipped
 from grpo_core.distributed import Distributed, barrier, gather_objects, shard
+from grpo_core.distributed.stopping import stoppable
+from grpo_core.errors import InputError
+from grpo_core.families import check_model
 from grpo_core.policy import Policy
 from grpo_core.reward_adapters import check_columns
 from grpo_core.rewards import Reward
@@ -36,22 +41,44 @@ from grpo_core.rollout.sampler import GroupSampler
 from grpo_core.training.grpo import GRPOTrainer
 from grpo_core.training.sft import Example, SFTTrainer
 from grpo_core.types import Group, Prompt
+from grpo_core.verify import verify_model
+
+logger = logging.getLogger(__name__)
+
+Config = TypeVar("Config", bound=TaskConfig)
 
 
-def load_samples(data: DataConfig, labels: str | None = None, labelled: bool = True) -> list[Sample]:
+def load_samples(
+    data: DataConfig, labels: str | None = None, labelled: bool = True, numbers: bool = False
+) -> list[Sample]:
     """Read the samples of a label table.
 
     Args:
         labels: label table to read instead of `data.labels`.
         labelled: False if the table has names only, as for prediction.
+        numbers: labels may be numbers, as the sentiment reward takes them.
 
     Raises:
-        ValueError: data.root is not set, or the layout's loader refuses a table.
-        FileNotFoundError: the layout's loader misses a file or folder.
+        InputError: data.root is not set, a file or folder is missing, or the layout's loader refuses a table.
     """
     if data.root is None:
-        raise ValueError("data.root is not set: give the folder of the dataset")
-    return data.layout.load(data.root, labels=labels or data.labels, reasons=data.reasons, labelled=labelled)
+        raise InputError("data.root is not set: give the folder of the dataset")
+    if data.format == "jsonl" and data.labels is not None and labels is None and data.root.is_file():
+        raise InputError(
+            f"data.root is the jsonl {data.root}, and data.labels {data.labels!r} names another: leave data.labels "
+            "out (--data.labels none), or give the folder as data.root"
+        )
+    table = labels or data.labels
+    where = str(data.root / table if table else data.root)
+    try:
+        samples = data.layout.load(data.root, labels=table, reasons=data.reasons, labelled=labelled)
+        if labelled and not numbers:
+            check_emotion_labels(samples, where)
+    except (ValueError, OSError) as error:
+        raise InputError(str(error)) from error
+    if not samples:
+        raise InputError(f"{where}: it lists no sample. Give a table with rows.")
+    return samples
 
 
 def split_samples(samples: Sequence[Sample], fraction: float, seed: int) -> tuple[list[Sample], list[Sample]]:
@@ -109,7 +136,8 @@ def answer_greedily(
     # one member: greedy members are all the same; the cut-offs are set to off, since the argmax ignores them
     greedy = replace(rollout, group_size=1, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0)
     share = shard(prompts, dist.rank, dist.world_size)
-    groups = sampler.sample(share, greedy, progress=progress and dist.main_process)
+    with stoppable(dist):  # inside a training loop a signal drops the evaluation, on all ranks at once
+        groups = sampler.sample(share, greedy, progress=progress and dist.main_process)
     # shards are contiguous, so concatenating the ranks' texts gives the order of the prompts
     by_rank = gather_objects([group.completions[0].text for group in groups], dist)
     return [text for texts in by_rank for text in texts]
@@ -125,7 +153,12 @@ class Stages:
 
     Attributes:
         model: the model that the stages train.
-        training, validation, test: prompts of the three splits; clips that could not be read are left out.
+        training, validation, test: prompts of the three splits; samples that cannot be used are left out.
+        test_total: number of test samples, with those left out.
+
+    Raises:
+        InputError: a table is missing or refused.
+        ValueError: too few samples of a split can be used.
     """
 
     def __init__(self, config: TaskConfig, dist: Distributed, splits: bool = True):
@@ -135,19 +168,34 @@ class Stages:
         # completions also end where the prompt's template ends a turn; dict.fromkeys keeps order and drops repeats
         ends = (*config.rollout.stop_strings, *stop_strings(config.prompt.template))
         self.rollout = replace(config.rollout, stop_strings=tuple(dict.fromkeys(ends)))
+        data = config.data
+        training: list[Sample] = []
+        validation: list[Sample] = []
+        test: list[Sample] = []
+        if splits:  # tables first: a mistake in one should not cost the minutes that loading a model takes
+            # numbers train the sentiment reward alone: validation samples would be scored as emotion words
+            sentiment = isinstance(config, R1Config) and "sentiment" in config.reward.names
+            numbers = sentiment and not data.validation_fraction
+            training, validation = split_samples(
+                load_samples(data, numbers=numbers), data.validation_fraction, config.run.seed
+            )
+            test = load_samples(data, data.test_labels) if data.test_labels else []
+            if dist.main_process:
+                _warn_of_overlap([*training, *validation], test)
         torch.manual_seed(config.run.seed)  # directly before: fresh adapters are drawn from the global generator
         self.model = make_model(config.model, dist.device)
+        # before clips are encoded, which may take hours: a language model that would be trained wrongly is refused now
+        check_model(self.model.llm.config, media=True)
+        verify_model(self.model.llm)
         self.training: list[Prompt] = []
         self.validation: list[Prompt] = []
         self.test: list[Prompt] = []
+        self.test_total = len(test)
         if splits:
-            data = config.data
-            training, validation = split_samples(load_samples(data), data.validation_fraction, config.run.seed)
-            test = load_samples(data, data.test_labels) if data.test_labels else []
             encoders = self.encoders()  # loaded once for the three splits, and freed when this returns
-            self.training = self.prompts(training, encoders)
-            self.validation = self.prompts(validation, encoders)
-            self.test = self.prompts(test, encoders)
+            self.training = self.prompts(training, encoders, "training samples")
+            self.validation = self.prompts(to_score(validation), encoders, "validation samples")
+            self.test = self.prompts(to_score(test), encoders, "test samples")
 
     @property
     def folder(self) -> Path:
@@ -159,22 +207,41 @@ class Stages:
         model = self.model.config
         return Encoders.from_pretrained(model.visual_encoder, model.audio_encoder, device=self.dist.device)
 
-    def prompts(self, samples: Sequence[Sample], encoders: Encoders | None = None) -> list[Prompt]:
-        """Make the prompts of samples whose clips can be read, encoding clips that are not in the cache yet."""
+    def prompts(
+        self,
+        samples: Sequence[Sample],
+        encoders: Encoders | None = None,
+        what: str = "samples",
+        least: float | None = None,
+    ) -> list[Prompt]:
+        """Make the prompts of samples that can be used, encoding clips that are not in the cache yet.
+
+        A sample is left out, named and counted if it has a fault, lacks a modality that the prompt shows, has a clip
+        that cannot be read, or a prompt that with its answer is longer than the model's positions.
+
+        Args:
+            what: what the samples are, in the plural.
+            least: share of them that must be usable; None takes `data.min_coverage`.
+
+        Raises:
+            ValueError: less than that share, or none, can be used.
+        """
         if not samples:
             return []
         data, prompt = self.config.data, self.config.prompt
+        # sorted: a set's order of strings differs between processes, and ranks must agree on the order of files
+        modalities = sorted(required_features(prompt.face_or_frame))
         features = extract_features(
-            samples,
+            [_with_fault(sample, modalities, prompt.face_or_frame) for sample in samples],
             encoders or self.encoders(),
             data.cache_dir,
-            # sorted: a set's order of strings differs between processes, and ranks must agree on the order of files
-            modalities=sorted(required_features(prompt.face_or_frame)),
+            modalities=modalities,
             progress=self.dist.main_process,
             face_channel_order=data.face_channel_order,
+            truncated=data.truncated,
             dist=self.dist,
         )
-        return [
+        prompts = [
             build_prompt(
                 sample,
                 features[sample.name],
@@ -185,8 +252,19 @@ class Stages:
                 answer_form=prompt.answer_form,
             )
             for sample in samples
-            if sample.name in features  # others were skipped, with a warning: a clip of theirs cannot be read
+            if sample.name in features  # others were skipped, with a warning
         ]
+        limit, answer = length_limit(self.model.llm.config), self.rollout.max_new_tokens
+        too_long = {
+            made.id: fault
+            for made in prompts
+            if limit and (fault := limit.fault(len(made.token_ids), answer, "rollout.max_new_tokens"))
+        }
+        if self.dist.main_process:
+            report_skipped(too_long, len(samples), what)
+        share = data.min_coverage if least is None else least
+        check_coverage(features.skipped | too_long, len(samples), share, what=what, key="data.min_coverage")
+        return [made for made in prompts if made.id not in too_long]
 
     def load(self, folder: Path | None) -> None:
         """Replace the model by one that an earlier stage saved; None makes fresh adapters again."""
@@ -237,9 +315,19 @@ class Stages:
             )
             for training in self.training
         ]
+        limit = length_limit(self.model.llm.config)
+        too_long = {
+            example.prompt.id: fault
+            for example in examples
+            if limit and (fault := limit.fault(len(example.prompt.token_ids), len(example.target_ids), "its answer"))
+        }
+        if self.dist.main_process:
+            report_skipped(too_long, len(examples), "training samples")
+        share = self.config.data.min_coverage
+        check_coverage(too_long, len(examples), share, what="training samples", key="data.min_coverage")
         SFTTrainer(
             policy,
-            examples,
+            [example for example in examples if example.prompt.id not in too_long],
             config,
             dist=self.dist,
             save_model=self.model.save_pretrained,
@@ -257,12 +345,16 @@ class Stages:
             for prompt in self.training:
                 check_columns(reward, prompt)
 
-    def grpo(self, rewards: Sequence[Reward], algorithm: AlgorithmConfig, optim: OptimConfig) -> None:
-        """Train on the rewards and save the model in the run's folder."""
+    def grpo(self, rewards: Sequence[Reward], algorithm: AlgorithmConfig, optim: OptimConfig) -> dict[str, int]:
+        """Train on the rewards and save the model in the run's folder.
+
+        Returns:
+            Steps in which something went wrong, by what it was; empty after a healthy run.
+        """
         self.check_rewards(rewards)
         # without a KL no reference is kept: a frozen copy of the trained weights would be memory for nothing
         policy, sampler = self.policy(algorithm.reference if algorithm.beta > 0 else None, algorithm.reference_offload)
-        GRPOTrainer(
+        trainer = GRPOTrainer(
             policy,
             sampler,
             self.training,
@@ -272,16 +364,20 @@ class Stages:
             save_model=self.model.save_pretrained,
             evaluate=self.evaluate_validation(sampler),
             describe=self.describe,
-        ).train()
+        )
+        trainer.train()
         self.save(self.folder / "model")
+        return trainer.guards.summary()
 
     def describe(self, group: Group, member: int) -> dict[str, Any]:
         """Return a completion's labels and the ground truth, for `completions.jsonl`."""
         answer = answer_text(group.completions[member].text, self.config.prompt.mode)
-        return {"labels": parse_labels(answer, "tolerant"), "ground_truth": group.prompt.sample.labels}
+        return {"labels": distinct_labels(answer), "ground_truth": group.prompt.sample.labels}
 
-    def score(self, sampler: GroupSampler, prompts: Sequence[Prompt], name: str, split: str) -> Evaluation:
-        """Score the greedy answers of the sampler's policy."""
+    def score(
+        self, sampler: GroupSampler, prompts: Sequence[Prompt], name: str, split: str, total: int | None = None
+    ) -> Evaluation:
+        """Score the greedy answers of the sampler's policy; `total` samples are in the split, None for all of these."""
         return score_answers(
             self.wheel,
             [prompt.sample for prompt in prompts],
@@ -290,19 +386,26 @@ class Stages:
             split=split,
             mode=self.config.prompt.mode,
             level=self.config.metric.level,
+            total=total,
         )
 
-    def evaluate_test(self, name: str, prompts: Sequence[Prompt] | None = None) -> Evaluation | None:
+    def evaluate_test(
+        self, name: str, prompts: Sequence[Prompt] | None = None, total: int | None = None
+    ) -> Evaluation | None:
         """Score the model on the held-out samples, or on `prompts`, and write the answers to `evaluations/<name>.json`.
+
+        Args:
+            total: number of samples of which `prompts` are those that can be used.
 
         Returns:
             The scores; None if there are no prompts.
         """
-        prompts = self.test if prompts is None else prompts
+        if prompts is None:
+            prompts, total = self.test, self.test_total
         if not prompts:
             return None
         _, sampler = self.policy()  # a new one: `load` may have replaced the model
-        evaluation = self.score(sampler, prompts, name, "test")
+        evaluation = self.score(sampler, prompts, name, "test", total)
         if self.dist.main_process:
             evaluation.save(self.folder / "evaluations")
         return evaluation
@@ -314,23 +417,57 @@ class Stages:
         return lambda: {"eval/f1": self.score(sampler, self.validation, "validation", "validation").f1}
 
 
+def to_score(samples: Sequence[Sample]) -> list[Sample]:
+    """Return samples for an evaluation: those without labels with a fault, since there is nothing to compare with."""
+    return [
+        replace(sample, fault=sample.fault or "it has no labels to score against") if sample.labels is None else sample
+        for sample in samples
+    ]
+
+
+def _with_fault(sample: Sample, modalities: Sequence[str], face_or_frame: str) -> Sample:
+    """Return a sample, with a fault if it lacks a modality that prompts show."""
+    if sample.fault is None and (missing := lacking(sample, modalities)):
+        fault = f"it has no {', '.join(missing)}, which prompt.face_or_frame {face_or_frame} shows"
+        return replace(sample, fault=fault)
+    return sample
+
+
+def _warn_of_overlap(training: Sequence[Sample], test: Sequence[Sample]) -> None:
+    """Warn of clips that are trained on and tested on."""
+    trained = {clip for sample in training if (clip := sample.video or sample.audio or sample.image)}
+    both = [sample.name for sample in test if (sample.video or sample.audio or sample.image) in trained]
+    if both:
+        logger.warning("%d of %d test samples are training samples too, such as %s", len(both), len(test), both[0])
+
+
 def synthetic_home(config: TaskConfig) -> Path:
     """Return the folder, one per seed beside the runs, in which synthetic clips and tiny models are made."""
     return config.run.output_dir / "synthetic" / f"seed-{config.run.seed}"
 
 
-def prepare_synthetic(config: TaskConfig, dist: Distributed) -> TaskConfig:
+def synthetic_root(config: TaskConfig) -> Path:
+    """Return the folder of a config's synthetic clips: `data.root`, or one for each seed and number of clips."""
+    if config.data.root is not None or not isinstance(config.data.layout, SyntheticLayout):
+        return config.data.root or Path()
+    train, test = config.data.layout.clips
+    # of other sizes beside it: the clips of a run that is unfinished must not be exchanged under it
+    usual = (train, test) == SyntheticLayout().clips
+    return synthetic_home(config) / ("clips" if usual else f"clips-{train}-{test}")
+
+
+def prepare_synthetic(config: Config, dist: Distributed) -> Config:
     """Make the clips and models of `data.format: synthetic`, and return a config that names them.
 
     Clips are made under `data.root` and, if the config names no model, a tiny LLM and two tiny encoders. If it is
-    unset, the root is a folder beside the runs, one per seed. Files of an earlier run are kept and used. With other
+    unset, the root is that of `synthetic_root`. Files of an earlier run are kept and used. With other
     formats the config is returned unchanged.
     """
     layout = config.data.layout
     if not isinstance(layout, SyntheticLayout):
         return config
     home = synthetic_home(config)
-    root = config.data.root or home / "clips"
+    root = synthetic_root(config)
     wants_models = config.model.path is None and config.model.llm is None
     if dist.main_process:  # the others wait at the barrier, then read the same folder
         train, test = layout.clips

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
+from affectgpt.data.datasets import check_emotion_labels
 from affectgpt.emotion_wheel import parse_labels
 from grpo_core.chat import close_opened, opened_tag, render_chat, turn_end
 
@@ -194,7 +195,12 @@ def build_prompt(
     return Prompt(sample.name, token_ids, used, sample, opened)
 
 
-def target_text(sample: Sample, mode: Mode = "no_think", answer_form: AnswerForm = "list") -> str:
+def target_text(
+    sample: Sample,
+    mode: Mode = "no_think",
+    answer_form: AnswerForm = "list",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> str:
     """Write the answer that supervised training teaches, without its end token.
 
     no_think: `happy, sad`, or upstream's sentence. think: `<think> {reason} </think> <answer> happy, sad </answer>`. An
@@ -203,13 +209,20 @@ def target_text(sample: Sample, mode: Mode = "no_think", answer_form: AnswerForm
     A bare list is the default: every sampled token then belongs to an answer that any parser reads, including the
     metric's strict one, and no reward is spent on a fixed sentence.
 
+    Args:
+        tokenizer: its special tokens in the labels and the reason, which are foreign text, are made harmless as those
+            of a subtitle are.
+
     Raises:
-        ValueError: the sample lacks labels or, in think mode, a reason.
+        ValueError: the sample lacks labels or, in think mode, a reason; or a label is a number.
     """
     if sample.labels is None:
         raise ValueError(f"sample {sample.name!r} has no labels: it cannot be a training target")
+    check_emotion_labels([sample], "training target")
     # dict.fromkeys drops repeats and keeps the table's order, where a set would not
     labels = ", ".join(dict.fromkeys(label.lower() for label in parse_labels(sample.labels, "strict"))) or "neutral"
+    if tokenizer is not None:
+        labels = neutralise(labels, tokenizer)
     if mode == "no_think":
         return _lookup({"list": "{labels}", "sentence": _SENTENCE}, answer_form, "answer form").format(labels=labels)
     check_mode(mode)
@@ -218,6 +231,8 @@ def target_text(sample: Sample, mode: Mode = "no_think", answer_form: AnswerForm
         raise ValueError(f"sample {sample.name!r} has no reason, which think mode learns: use mode no_think")
     # a description is foreign text too: tags in it would end the block, and ### would end the turn
     reason = re.sub(r"#{3,}", "#", re.sub(r"</?(think|answer)>", "", description)).strip()
+    if tokenizer is not None:
+        reason = neutralise(reason, tokenizer)
     return f"<think> {reason} </think> <answer> {labels} </answer>"
 
 
@@ -242,7 +257,7 @@ def build_target(
     end = end_token(tokenizer, template)
     if end is None:
         raise ValueError("the tokenizer has no eos_token: set it in the LLM's tokenizer_config.json")
-    text = target_text(sample, mode, answer_form)
+    text = target_text(sample, mode, answer_form, tokenizer)
     if opened:
         text = text.removeprefix(opened.strip()).lstrip()
     return (*tokenizer(text + "".join(stop_strings(template)), add_special_tokens=False)["input_ids"], end)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from grpo_core.reward_adapters import TrainerState, adapt_reward, check_columns, load_reward
-from grpo_core.rewards import RewardOutput
+from grpo_core.rewards import RewardOutput, ask
 from grpo_core.types import Completion, Group, Prompt
 
 CHAT = [{"role": "user", "content": "hi"}]
@@ -39,6 +39,11 @@ def load(tmp_path, source: str, name: str = "reward"):
     return load_reward(f"{path}:{name}")
 
 
+def values(reward, groups):
+    """What the engine takes from a reward: float64 `[N, G]`."""
+    return ask(reward, groups, len(groups[0].completions)).values
+
+
 # --- ours: groups ------------------------------------------------------------------------------------------------
 
 
@@ -50,10 +55,10 @@ def test_a_function_of_groups_gives_a_table_with_nan_where_it_cannot_judge(tmp_p
             return [[None if c.text == "a0" else len(c.text) for c in group.completions] for group in groups]
         """,
     )
-    values = reward(rows("x", "y"))
+    table = values(reward, rows("x", "y"))
     assert reward.name == "reward"
-    assert values.dtype == np.float64
-    np.testing.assert_array_equal(values, [[np.nan, 3], [2, 3]])
+    assert table.dtype == np.float64
+    np.testing.assert_array_equal(table, [[np.nan, 3], [2, 3]])
 
 
 def test_a_class_is_made_and_keeps_the_name_it_gives_itself(tmp_path):
@@ -92,12 +97,12 @@ def test_a_function_of_one_completion_gets_its_prompt_and_the_columns_it_names(t
             return None if prompt == "y" else completion.count(wanted)
         """,
     )
-    np.testing.assert_array_equal(reward(rows("x", "y", wanted="b", unread=1)), [[0, 2], [np.nan, np.nan]])
+    np.testing.assert_array_equal(values(reward, rows("x", "y", wanted="b", unread=1)), [[0, 2], [np.nan, np.nan]])
 
 
 def test_columns_of_a_dataclass_are_its_fields():
     reward = adapt_reward(lambda completion, labels: labels == completion, "same")
-    assert reward([group(Clip("c", "happy"), "happy", "sad")]).tolist() == [[1, 0]]
+    assert values(reward, [group(Clip("c", "happy"), "happy", "sad")]).tolist() == [[1, 0]]
 
 
 def test_calls_of_an_async_function_wait_together():
@@ -110,7 +115,7 @@ def test_calls_of_an_async_function_wait_together():
         await asyncio.wait_for(gate.wait(), 10)
         return len(completion)
 
-    assert adapt_reward(reward, "slow")(rows("x", "y")).tolist() == [[2, 3], [2, 3]]
+    assert values(adapt_reward(reward, "slow"), rows("x", "y")).tolist() == [[2, 3], [2, 3]]
 
 
 # --- TRL's -------------------------------------------------------------------------------------------------------
@@ -123,8 +128,8 @@ def test_trl_gets_lists_over_all_completions():
         seen.update(prompts=prompts, completions=completions, ids=completion_ids, wanted=wanted, more=kwargs)
         return [1, None, 3.5, True]
 
-    values = adapt_reward(reward, "trl")(rows("x", "y", wanted="w", other=0))
-    np.testing.assert_array_equal(values, [[1, np.nan], [3.5, 1]])
+    table = values(adapt_reward(reward, "trl"), rows("x", "y", wanted="w", other=0))
+    np.testing.assert_array_equal(table, [[1, np.nan], [3.5, 1]])
     assert seen["prompts"] == ["x", "x", "y", "y"]
     assert seen["completions"] == ["a0", "bb0", "a1", "bb1"]
     assert seen["ids"] == [[0, 1, 2], [0, 1, 2, 3]] * 2
@@ -136,7 +141,7 @@ def test_trl_gets_messages_where_the_prompt_is_a_chat():
     def reward(completions, **kwargs):
         return [len(completion[0]["content"]) for completion in completions]
 
-    assert adapt_reward(reward, "trl")(rows(CHAT)).tolist() == [[2, 3]]
+    assert values(adapt_reward(reward, "trl"), rows(CHAT)).tolist() == [[2, 3]]
     seen = []
     adapt_reward(lambda prompts, completions: [seen.append((prompts, completions))] * 2, "trl")(rows(CHAT))
     (prompts, completions), *_ = seen
@@ -145,9 +150,8 @@ def test_trl_gets_messages_where_the_prompt_is_a_chat():
 
 
 def test_a_function_of_kwargs_alone_is_trls():
-    assert adapt_reward(lambda **kwargs: [len(text) for text in kwargs["completions"]], "any")(rows("x")).tolist() == [
-        [2, 3]
-    ]
+    reward = adapt_reward(lambda **kwargs: [len(text) for text in kwargs["completions"]], "any")
+    assert values(reward, rows("x")).tolist() == [[2, 3]]
 
 
 def test_an_async_object_of_trl_is_awaited_on_one_loop_also_beside_a_running_one():
@@ -161,9 +165,9 @@ def test_an_async_object_of_trl_is_awaited_on_one_loop_also_beside_a_running_one
     reward = adapt_reward(Remote, "remote")
 
     async def notebook():
-        return reward(rows("x"))
+        return values(reward, rows("x"))
 
-    assert reward(rows("x")).tolist() == asyncio.run(notebook()).tolist() == [[0.5, 0.5]]
+    assert values(reward, rows("x")).tolist() == asyncio.run(notebook()).tolist() == [[0.5, 0.5]]
     assert len(loops) == 1
 
 
@@ -193,7 +197,7 @@ def test_the_state_says_which_step_is_judged():
     reward = adapt_reward(Curriculum(), "curriculum")
     assert reward.state == TrainerState(0, 0)
     reward.begin_step(5, 20)
-    assert reward(rows("x")).tolist() == [[5.25, 5.25]]
+    assert values(reward, rows("x")).tolist() == [[5.25, 5.25]]
 
 
 def test_rows_of_different_columns_have_none_where_one_lacks_a_column():
@@ -207,7 +211,7 @@ def test_rewards_of_trl_itself_run_unchanged():
     trl_rewards = pytest.importorskip("trl.rewards")
     good = "<think>\nso\n</think>\nanswer"
     reward = adapt_reward(trl_rewards.think_format_reward, "think_format_reward")
-    assert reward([group({"prompt": CHAT}, good, "answer")]).tolist() == [[1, 0]]
+    assert values(reward, [group({"prompt": CHAT}, good, "answer")]).tolist() == [[1, 0]]
 
 
 # --- refusals ----------------------------------------------------------------------------------------------------
@@ -226,15 +230,25 @@ def test_rewards_of_trl_itself_run_unchanged():
         ("{folder}/mine.py:Needs", "constructor needs scale, which: make an object of it in the file"),
         ("{folder}/mine.py:two", r"takes \(x, y\), which is not one of the known signatures: name `groups`"),
         ("builtins:max", "its signature cannot be read"),
-        ("{folder}/broken.py:f", r"broken\.py raises ZeroDivisionError: division by zero"),
+        ("{folder}/broken.py:f", r"broken\.py, line 2, raises ZeroDivisionError: division by zero"),
+        ("{folder}/leaves.py:f", r"leaves\.py, line 1, raises SystemExit: 0"),
+        (
+            "{folder}/mine.py:Fails",
+            r"is a class that cannot be made: KeyError: 'no key' \(.*mine\.py:8, `.*raise KeyError",
+        ),
+        ("rewards_that_break:f", r"rewards_that_break cannot be imported: ZeroDivisionError: .*break\.py:1, `1 / 0`"),
     ],
 )
-def test_a_reward_that_cannot_be_had_is_refused_with_the_fix(tmp_path, spec, message):
+def test_a_reward_that_cannot_be_had_is_refused_with_the_fix(tmp_path, monkeypatch, spec, message):
     (tmp_path / "mine.py").write_text(
         "NUMBER = 3\ndef brevity(completion): return 0\ndef two(x, y): return 0\n"
         "class Needs:\n    def __init__(self, scale, which): pass\n    def __call__(self, groups): return 0\n"
+        "class Fails:\n    def __init__(self): raise KeyError('no key')\n"
     )
-    (tmp_path / "broken.py").write_text("1 / 0\n")
+    (tmp_path / "broken.py").write_text("x = 1\nx / 0\n")
+    (tmp_path / "leaves.py").write_text("raise SystemExit(0)\n")
+    (tmp_path / "rewards_that_break.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError, match=message):
         load_reward(spec.format(folder=tmp_path))
 
@@ -253,22 +267,8 @@ def test_columns_are_checked_before_anything_is_judged():
         check_columns(adapt_reward(lambda completion: 0, "one"), Prompt("p", (1,), sample={1, 2}))
 
 
-@pytest.mark.parametrize(
-    ("reward", "message"),
-    [
-        (lambda completion: "good", "returned 'good' for prompt 'p', completion 0: return a number, or None"),
-        (lambda completion: [1], "returned"),
-        (lambda completions: [1.0], "returned 1 values for 2 completions"),
-        (lambda completions, log_extra: log_extra("x", [1]) or [0, 0], "logged 1 values of 'x' for 2 completions"),
-    ],
-)
-def test_values_that_are_no_numbers_or_too_few_are_refused(reward, message):
-    with pytest.raises(ValueError, match=message):
-        adapt_reward(reward, "mine")(rows("x"))
-
-
 def test_two_rewards_of_one_file_share_what_it_defines(tmp_path):
     source = "made = []\nmade.append(0)\ndef a(completion): return len(made)\ndef b(completion): return len(made)\n"
     first, second = load(tmp_path, source, "a"), load(tmp_path, source, "b")
-    assert first(rows("x")).tolist() == second(rows("x")).tolist() == [[1, 1]]
+    assert values(first, rows("x")).tolist() == values(second, rows("x")).tolist() == [[1, 1]]
     assert first.function.__globals__ is second.function.__globals__

@@ -1,6 +1,7 @@
 """A task small enough to train in seconds: write the token `7` as often as possible."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -38,7 +39,13 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_trainer(
-    folder: Path, *, dist: Distributed | None = None, lora: bool = True, steps: int = 6, **overrides
+    folder: Path,
+    *,
+    dist: Distributed | None = None,
+    lora: bool = True,
+    steps: int = 6,
+    evaluate: Callable[[], dict[str, float]] | None = None,
+    **overrides,
 ) -> GRPOTrainer:
     """A GRPO run on the toy task; `overrides` go to the sections that have them."""
     options = {"prompts_per_step": 4, "group_size": 4, "max_new_tokens": 6, "learning_rate": 1e-2} | overrides
@@ -56,7 +63,7 @@ def make_trainer(
     model = make_lm("qwen2", lora=lora, hidden_size=32)
     policy = Policy(model, reference=config.algorithm.reference if config.algorithm.beta else None)
     sampler = GroupSampler(policy, make_tokenizer(), seed=config.run.seed)
-    return GRPOTrainer(policy, sampler, PROMPTS, [CountSevens()], config, dist=dist)
+    return GRPOTrainer(policy, sampler, PROMPTS, [CountSevens()], config, dist=dist, evaluate=evaluate)
 
 
 def loss_and_gradient(trainer: GRPOTrainer, experience: Experience) -> tuple[float, torch.Tensor]:

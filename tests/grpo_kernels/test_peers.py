@@ -11,9 +11,10 @@ import torch
 from grpo_kernels import linear_grpo_loss
 
 B, L, H, V = 4, 6, 16, 50
-LOSS_TYPES = ("grpo", "dapo", "bnpo", "dr_grpo", "cispo")
+LOSS_TYPES = ("grpo", "dapo", "bnpo", "dr_grpo", "cispo", "vespo")
 EPSILON = {"clip_low": 0.1, "clip_high": 0.3}
 CAP = 1.3
+OPTIONS = {"cispo": {"cispo_cap": CAP}, "vespo": {}}  # of loss types other than clip
 
 
 def batch(seed=0):
@@ -38,12 +39,14 @@ def token_weights(mask, loss_type):
         return mask / (mask.sum(1, keepdim=True) * B)
     if loss_type == "dr_grpo":
         return mask / (B * L)
-    return mask / mask.sum()  # dapo, bnpo and cispo, all tokens of the step in one batch
+    return mask / mask.sum()  # dapo, bnpo, cispo and vespo, all tokens of the step in one batch
 
 
 def ours(data, loss_type, beta, times_ratio, dual_clip, sequence):
     leaves = [x.clone().requires_grad_() for x in (data.hidden, data.weight)]
-    options = {"completion_index": torch.arange(B).repeat_interleave(L), "num_completions": B} if sequence else {}
+    options = OPTIONS.get(loss_type, EPSILON)
+    if sequence or loss_type == "vespo":
+        options = options | {"completion_index": torch.arange(B).repeat_interleave(L), "num_completions": B}
     result = linear_grpo_loss(
         leaves[0].view(-1, H),
         leaves[1],
@@ -52,12 +55,10 @@ def ours(data, loss_type, beta, times_ratio, dual_clip, sequence):
         loss_weight=token_weights(data.mask, loss_type).view(-1),
         old_logprob=data.old.view(-1),
         reference_logprob=data.reference.view(-1) if beta else None,
-        loss_type="cispo" if loss_type == "cispo" else "clip",
+        loss_type=loss_type if loss_type in OPTIONS else "clip",
         beta=beta,
         dual_clip=dual_clip,
-        cispo_cap=CAP,
         kl_times_ratio=times_ratio,
-        **EPSILON,
         **options,
     )
     result.loss.backward()
@@ -72,7 +73,13 @@ def assert_same(loss, gradients, peer_loss, peer_leaves):
 
 
 KLS = ((0.0, False), (0.1, False), (0.1, True))
-CASES = [(t, *kl, dual, False) for t in LOSS_TYPES for kl in KLS for dual in (None, 1.6)]
+CASES = [
+    (name, *kl, dual, False)
+    for name in LOSS_TYPES
+    for kl in KLS
+    for dual in (None, 1.6)
+    if not (name in OPTIONS and dual)  # TRL ignores delta where the loss does not clip
+]
 CASES += [("grpo", 0.1, False, None, True), ("dr_grpo", 0.0, False, None, True)]
 
 
@@ -95,7 +102,16 @@ def test_loss_is_trls(case):
         _metrics=metrics,
         model=SimpleNamespace(training=True),
         accelerator=SimpleNamespace(gather=same, reduce=same, num_processes=1),
-        args=SimpleNamespace(delta=dual_clip, use_bias_correction_kl=times_ratio, steps_per_generation=1),
+        args=SimpleNamespace(
+            delta=dual_clip,
+            use_bias_correction_kl=times_ratio,
+            steps_per_generation=1,
+            vespo_k_pos=2.0,
+            vespo_lambda_pos=3.0,
+            vespo_k_neg=3.0,
+            vespo_lambda_neg=2.0,
+        ),
+        get_gamma_weights=trainer.GRPOTrainer.get_gamma_weights,
         aux_loss_enabled=False,
         top_entropy_quantile=1.0,
         off_policy_mask_threshold=None,
@@ -124,7 +140,7 @@ def test_loss_is_trls(case):
     mask = data.mask.view(-1).bool()
     if beta and not times_ratio:
         assert metrics["train"]["kl"][0] == pytest.approx(float(result.kl[mask].mean()), rel=1e-5)
-    if loss_type != "cispo" and not sequence:
+    if loss_type not in OPTIONS and not sequence:
         assert metrics["train"]["clip_ratio/low_mean"][0] == pytest.approx(
             float(result.clipped_low[mask].float().mean())
         )

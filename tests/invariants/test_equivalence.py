@@ -59,11 +59,14 @@ def copies(trainer: GRPOTrainer, experience: Experience) -> Experience:
     """Every completion as a group of its own, with its own copy of the prompt and its group's verdict."""
     groups = [Group(group.prompt, [completion]) for group in experience.groups for completion in group.completions]
     config = replace(trainer.config, optim=replace(trainer.config.optim, max_tokens_per_micro_batch=10**6))
-    minibatches = make_minibatches(groups, config, trainer.dist, trainer.policy.device)
+    positions = [0] * len(groups)  # all in the step's only minibatch
+    minibatches = make_minibatches(groups, positions, config, trainer.dist, trainer.policy.device)
     scores = replace(experience.scores, total=experience.scores.total.reshape(-1, 1))
     scores = replace(scores, by_reward=scores.by_reward.reshape(len(scores.names), -1, 1))
     advantages = experience.advantages.reshape(-1, 1)
-    return experience._replace(groups=groups, scores=scores, minibatches=minibatches, advantages=advantages)
+    return experience._replace(
+        groups=groups, scores=scores, positions=positions, minibatches=minibatches, advantages=advantages
+    )
 
 
 def step(trainer: GRPOTrainer, experience: Experience) -> tuple[float, float, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,9 @@ from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from grpo_core.algorithm.losses import LOSS_TYPES
 from grpo_core.config.fields import ConfigError
+from grpo_core.errors import run_program
 
 RECIPE = Path(__file__).parents[2] / "recipes/examples/text_grpo.py"
 REWARDS = """
@@ -155,6 +158,27 @@ def test_an_unfinished_run_refuses_another_experiment_and_goes_on_with_its_own(r
     assert {path.name for path in tmp_path.iterdir()} == {"run", "moved"}
 
 
+def test_a_disk_that_fills_up_is_one_line_and_the_same_command_goes_on(recipe, monkeypatch, inputs, tmp_path, capsys):
+    options = {"run.output_dir": str(tmp_path), "run.max_steps": "2", "run.save_steps": "1"}
+    start(recipe, monkeypatch, flags(inputs, **options | {"run.name": "whole"}))
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["text_grpo.py", *flags(inputs, **options)])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = (tmp_path / "whole/model/model.safetensors").stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, limits[1]))  # every larger file fails, as on a full disk
+    try:
+        assert run_program(recipe.main) in (1, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1
+    assert "27" in said[0]  # EFBIG; on a full disk ENOSPC
+    assert not (tmp_path / "run/finished.json").exists()
+    start(recipe, monkeypatch, flags(inputs, **options))
+    files = ("model/model.safetensors", "completions.jsonl")
+    assert all((tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in files)
+
+
 def test_adapters_alone_are_trained_and_saved_with_lora(recipe, monkeypatch, inputs, tmp_path):
     changed = {"run.output_dir": str(tmp_path), "run.max_steps": "2", "run.save_steps": "0", "lora_r": "4"}
     start(recipe, monkeypatch, flags(inputs, **changed))
@@ -172,7 +196,7 @@ def test_an_adapter_folder_is_continued_and_saved_as_one_adapter(recipe, monkeyp
     first = load_file(adapter / "adapter_model.safetensors")
     shutil.rmtree(tmp_path / "second", ignore_errors=True)
     start(recipe, monkeypatch, flags(inputs, model=adapter, **changed, **{"run.name": "second"}))
-    assert f"continuing the adapter in {adapter}, of rank 4" in capsys.readouterr().out
+    assert f"the adapter in {adapter} is continued" in capsys.readouterr().out
     second = load_file(tmp_path / "second" / "model" / "adapter_model.safetensors")
     assert second.keys() == first.keys()
     moved = max(float((second[name] - tensor).abs().max()) for name, tensor in first.items())
@@ -235,8 +259,14 @@ def test_several_rewards_are_weighed_by_name(recipe, monkeypatch, inputs, tmp_pa
     start(recipe, monkeypatch, flags(inputs, reward=specs, **changed))
     completions = [json.loads(line) for line in (tmp_path / "run" / "completions.jsonl").read_text().splitlines()]
     assert {tuple(row["rewards"]) for row in completions} == {("share", "short")}
+    shares = {}
     for row in completions:
-        share = row["text"].count("g") / len(row["text"]) if row["text"] else 0.0  # None: the other reward alone counts
+        if row["text"]:
+            shares.setdefault(row["prompt_id"], []).append(row["text"].count("g") / len(row["text"]))
+    for row in completions:
+        # None for an empty text, which then counts as the mean of what the group's others got
+        others = shares.get(row["prompt_id"], [0.0])
+        share = row["text"].count("g") / len(row["text"]) if row["text"] else sum(others) / len(others)
         # TRL's signature gets a chat's completion as a list of one message
         length = 1 if row["prompt_id"] in "5678" else len(row["text"])
         assert row["rewards"]["short"] == -length
@@ -244,6 +274,7 @@ def test_several_rewards_are_weighed_by_name(recipe, monkeypatch, inputs, tmp_pa
 
 
 def test_a_loss_type_of_a_plug_in_can_be_named(recipe, monkeypatch, inputs, tmp_path):
+    monkeypatch.setattr(LOSS_TYPES, "_entries", dict(LOSS_TYPES._entries))  # what the plug-in adds is undone
     (inputs / "plain.py").write_text(
         "from grpo_core import register_loss\n\n\n"
         '@register_loss("plain", average="token")\n'
@@ -255,6 +286,31 @@ def test_a_loss_type_of_a_plug_in_can_be_named(recipe, monkeypatch, inputs, tmp_
     (row,) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert row["grad_norm"] > 0
     assert row["clip_ratio/region_mean"] == 0
+
+
+def test_prompts_that_cannot_be_used_are_named_and_the_others_go_on(recipe, monkeypatch, inputs, tmp_path, caplog):
+    good = [{"prompt": "abcde"[i:] + "\u2028", "wanted": "g", "chat": False} for i in range(4)]
+    rows = [
+        *good,
+        {"prompt": 5},
+        {"prompt": None},
+        {"prompt": ""},
+        {"prompt": []},
+        {"prompt": [{"role": "user"}]},
+        {"prompt": "a" * 32_763},  # with six tokens more than the model's 32,768 positions
+    ]
+    data = tmp_path / "prompts.jsonl"
+    lines = [json.dumps({"wanted": "g", "chat": False} | row, ensure_ascii=False) for row in rows]
+    data.write_text("\n".join(lines), encoding="utf-8")
+    changed = {"run.output_dir": str(tmp_path), "run.max_steps": "1", "data": str(data), "min_coverage": "0.4"}
+    with caplog.at_level("WARNING"):
+        start(recipe, monkeypatch, flags(inputs, **changed))
+    completions = [json.loads(line) for line in (tmp_path / "run" / "completions.jsonl").read_text().split("\n")[:-1]]
+    assert {row["prompt_id"] for row in completions} == {"1", "2", "3", "4"}
+    skipped = [record.getMessage() for record in caplog.records if record.getMessage().startswith("skipped")]
+    assert [text.split(": ")[0] for text in skipped[:-1]] == [f"skipped {data}, line {n}" for n in range(5, 11)]
+    assert skipped[-1] == "skipped 6 of 10 prompts"
+    assert "config.max_position_embeddings 32768" in skipped[-2]
 
 
 @pytest.mark.parametrize(
@@ -271,7 +327,10 @@ def test_a_loss_type_of_a_plug_in_can_be_named(recipe, monkeypatch, inputs, tmp_
         ({"data": "{inputs}/without_wanted.jsonl"}, "share reads the column 'wanted', which prompt '2' lacks"),
         ({"data": "{inputs}/without_prompt.jsonl"}, "line 2 has no column 'prompt', but wanted, chat"),
         ({"data": "{inputs}/without_object.jsonl"}, "line 1 has no column 'prompt', but 3"),
-        ({"data": "{inputs}/cut_off.jsonl"}, "line 1 is not JSON"),
+        ({"data": "{inputs}/cut_off.jsonl"}, "cut_off.jsonl, line 1: not JSON"),
+        ({"data": "{inputs}/broken.jsonl"}, "broken.jsonl, line 3: not JSON"),
+        ({"data": "{inputs}/table.jsonl"}, "table.jsonl: a parquet file. Convert it to a text file in UTF-8 with one"),
+        ({"data": "{inputs}/numbers.jsonl"}, "only 1 of 3 prompts can be used, .* line 2: prompt is 5, not text"),
     ],
 )
 def test_what_is_missing_is_named_before_anything_is_trained(recipe, monkeypatch, inputs, tmp_path, changed, message):
@@ -280,6 +339,9 @@ def test_what_is_missing_is_named_before_anything_is_trained(recipe, monkeypatch
     (inputs / "without_prompt.jsonl").write_text(whole + '{"wanted": "ab", "chat": false}\n')
     (inputs / "without_object.jsonl").write_text("3\n")
     (inputs / "cut_off.jsonl").write_text(whole[:9])
+    (inputs / "broken.jsonl").write_text(whole + "\n" + whole[:9] + "\n")
+    (inputs / "table.jsonl").write_bytes(b"PAR1\x15\x04")
+    (inputs / "numbers.jsonl").write_text(whole + whole.replace('"ab"', "5") + whole.replace('"ab"', "null"))
     changed = {key: value.format(inputs=inputs) for key, value in changed.items()}
     with pytest.raises((ValueError, OSError), match=message):
         start(recipe, monkeypatch, flags(inputs, **changed, **{"run.output_dir": str(tmp_path)}))
@@ -292,6 +354,19 @@ def test_a_mistake_is_one_line_and_exit_status_2(inputs):
     assert run.returncode == 2
     assert run.stderr.strip().splitlines()[-1].startswith("error: reward ")
     assert "Traceback" not in run.stderr
+
+
+def test_a_bug_in_a_reward_is_one_line_with_the_users_line_and_exit_status_1(
+    recipe, monkeypatch, inputs, tmp_path, capsys
+):
+    (inputs / "buggy.py").write_text("def share(completion, wanted):\n    return open('/no/such/key').read()\n")
+    arguments = flags(inputs, reward=f"{inputs / 'buggy.py'}:share", **{"run.output_dir": str(tmp_path)})
+    monkeypatch.setattr(sys, "argv", ["text_grpo.py", *arguments])
+    assert run_program(recipe.main) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: reward 'share' failed on 100 % of the completions of step 1, such as prompt '")
+    assert f"{inputs / 'buggy.py'}:2, `return open('/no/such/key').read()`" in line
+    assert not (tmp_path / "run" / "model").exists()
 
 
 def test_options_are_refused_with_exit_status_2(recipe, monkeypatch, inputs, capsys):

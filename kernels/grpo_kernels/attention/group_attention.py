@@ -37,7 +37,7 @@ _MATMUL_SCORES = 2**26
 
 
 def group_attention(q: Tensor, k: Tensor, v: Tensor, spans: GroupSpans, *, scale: float | None = None) -> Tensor:
-    """Causal attention over prompts, and over completions with their prompt as prefix; differentiable.
+    """Causal attention over prompts, and over completions with their prompt as prefix; differentiable, once.
 
     Args:
         q: `[T, Hq, D]` packed queries, rotary positions already applied; any strides whose last is 1.
@@ -80,6 +80,10 @@ class _GroupAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if (
+            torch.is_grad_enabled()
+        ):  # part_backward takes `out` and `lse` for constants, and its operators give no graph
+            raise RuntimeError("group_attention has no second derivative: call backward without create_graph")
         (q, k, v, out, lse), spans = ctx.saved_tensors, ctx.spans
         dq, dk, dv = part_backward(grad, q, k, v, out, lse, spans.self_segments, ctx.scale)
         if spans.prompt_segments is not None:

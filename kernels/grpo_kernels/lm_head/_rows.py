@@ -15,6 +15,9 @@ KL and its gradient know the reference by δ alone, which is given as a differen
 close to each other would lose it between the roundings of two logits, and KL between two normalisers. Where one token
 has nearly all of p, d there is a sum of what little the others have, and not the difference of two equal numbers.
 
+A z of −1e30 or less counts as −∞ (masks are written with float32's lowest number too): p = 0, and a target there has
+the log-prob −∞. A row of nothing else has no distribution, and all that is asked of it is NaN.
+
 A gradient narrower than its logits is a GEMM's operand, and takes one of two forms, so that its product is as good as
 its own rounding. A log-prob's has one or two entries that outweigh the rest of a row: `LargeEntries` stay in float32,
 and are 0 in the matrix. Entropy's and KL's have none: they are float16, whose eleven bits suffice, with a power of two
@@ -23,6 +26,7 @@ a row, found from a bound on the row's entries: |g_logp| (1 − p_y) + |g_H| H +
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -46,6 +50,10 @@ BLOCK_BYTES = 1 << 20
 """Rows that plain torch works on at a time: half a core's second-level cache, the other half for a copy."""
 
 
+NO_LOGIT = -1e30
+"""Logits of the softmax that count as −∞: kernels compute with this finite number, whose exponential is 0."""
+
+
 class Transform(NamedTuple):
     """Turns raw logits into those of the softmax: softcap (optional), then temperature."""
 
@@ -57,6 +65,15 @@ class Transform(NamedTuple):
         if self.softcap is not None:
             return logits.div_(self.softcap).tanh_().mul_(self.softcap / self.temperature)
         return logits if self.temperature == 1.0 else logits.div_(self.temperature)
+
+    def softcap_slope(self, logits: Tensor) -> Tensor:
+        """∂ softcap·tanh(x / softcap) / ∂x = 1 − tanh² of raw logits.
+
+        As 4 e / (1 + e)² with e = exp(−2 |x| / softcap): next to the cap 1 − tanh² would cancel.
+        """
+        assert self.softcap is not None
+        decay = torch.exp(logits.abs().mul_(-2.0 / self.softcap))
+        return decay.mul(4.0).div_(decay.add_(1.0).square_())
 
     def difference(self, logits: Tensor, drift: Tensor) -> Tensor:
         """Overwrite `drift` with `self(logits) − self(logits − drift)`, without forming it by subtraction."""
@@ -125,6 +142,7 @@ class TritonRows:
         drift: `[r, V]`, raw logits minus the reference's, for KL. Plain torch works on it in place.
         out: `[r, V]`, where the gradient goes: over the logits by default. It may be a view of their memory in half
             precision, if each of its rows starts where the logits' row does: the gradient is a GEMM's operand then.
+        weight: `[r]`. A row of weight 0 is not read: whatever it holds, its gradient is 0.
     """
 
     def __init__(
@@ -137,9 +155,10 @@ class TritonRows:
         saved: bool = False,
         drift: Tensor | None = None,
         out: Tensor | None = None,
+        weight: Tensor | None = None,
     ):
         self.logits, self.targets, self.transform, self.stats = logits, targets, transform, stats
-        self.saved, self.drift = saved, drift
+        self.saved, self.drift, self.weight = saved, drift, weight
         self.out = logits if out is None else out
 
     def statistics_(self) -> None:
@@ -209,7 +228,7 @@ class TritonRows:
             grad_logprob_ptr=grad_logprob,
             grad_entropy_ptr=grad_entropy,
             grad_kl_ptr=grad_kl,
-            loss_weight_ptr=loss.weight if loss else None,
+            loss_weight_ptr=loss.weight if loss else self.weight,
             advantage_ptr=loss.advantages if loss else None,
             old_logprob_ptr=loss.old_logprob if loss else None,
             reference_logprob_ptr=loss.reference_logprob if loss else None,
@@ -219,7 +238,7 @@ class TritonRows:
             drift_stride=0 if drift is None else drift.stride(0),
             inverse_temperature=1.0 / self.transform.temperature,
             softcap=self.transform.softcap or 1.0,
-            clip_low=config.clip_low if config else 0.0,
+            clip_low=config.lower_range if config else 0.0,
             clip_high=config.clip_high if config else 0.0,
             dual_clip=float("inf") if config is None or config.dual_clip is None else config.dual_clip,
             cispo_cap=config.cispo_cap if config else 0.0,
@@ -235,6 +254,7 @@ class TritonRows:
             UPSTREAM_LOGPROB=grad_logprob is not None,
             UPSTREAM_ENTROPY=grad_entropy is not None,
             UPSTREAM_KL=grad_kl is not None,
+            WEIGHT=self.weight is not None,
             LOSS=loss is not None,
             CISPO=config is not None and config.loss_type == "cispo",
             OLD=loss is not None and loss.old_logprob is not None,
@@ -248,7 +268,8 @@ class TritonRows:
 class TorchRows:
     """`TritonRows` in plain torch: the same arguments and methods.
 
-    Without `out` the logits are overwritten by exp(z − m), and that by the gradient; with `out` a copy is. All
+    Without `out` the logits are overwritten by exp(z − m), and that by the gradient; with `out` a copy is. Under a
+    softcap the raw logits stay until the gradient, which needs its slope there: exp(z − m) may have underflowed. All
     element-wise work goes block by block of rows that stay in a core's cache: a dozen passes over memory would take
     longer than the GEMM.
     """
@@ -263,10 +284,17 @@ class TorchRows:
         saved: bool = False,
         drift: Tensor | None = None,
         out: Tensor | None = None,
+        weight: Tensor | None = None,
     ):
         self.targets = targets.long()[:, None]  # gather and scatter_ take int64 alone
         self.transform, self.stats, self.out = transform, stats, out
         self.exp = logits.to(stats.logprob.dtype, copy=out is not None)  # becomes exp(z − m)
+        if weight is not None:  # 0 · NaN is NaN: a row that does not count becomes one of zeros
+            dead = weight == 0
+            if self.exp.is_cuda:  # without a synchronisation, for a pass over all rows
+                self.exp.masked_fill_(dead[:, None], 0.0)
+            else:
+                self.exp.index_fill_(0, dead.nonzero()[:, 0], 0.0)
         self.drift = drift  # becomes δ
         self.others = self.exp.new_empty(self.exp.shape[0], 1)  # Σ_{v≠y} exp(z − m)
         self.saved, self.ready = saved, False
@@ -286,12 +314,16 @@ class TorchRows:
             stats, targets, x = self.stats.rows(rows), self.targets[rows], self.exp[rows]
             if self.drift is not None:
                 delta = self.transform.difference(x, self.drift[rows])  # before x is overwritten
+            if self.transform.softcap is not None:
+                x = x.clone()
             self.transform(x)
             row_max = x.amax(1, keepdim=True)
+            row_max.masked_fill_(row_max <= NO_LOGIT, torch.nan)
             x.sub_(row_max)
             target_z = x.gather(1, targets)
+            target_z.masked_fill_(target_z <= NO_LOGIT, -torch.inf)
             # a logit of −∞ has p = 0, and 0·z must be 0
-            z = None if shifted is None else torch.clamp(x, min=-1e30, out=shifted[: x.shape[0]])
+            z = None if shifted is None else torch.clamp(x, min=NO_LOGIT, out=shifted[: x.shape[0]])
             x.exp_()
             target_exp = x.gather(1, targets)
             # the target is left out of the sum, not subtracted from it: that is what keeps 1 − p_y exact
@@ -352,11 +384,13 @@ class TorchRows:
     ) -> None:
         """Turn exp(z − m) into s times the gradient in z (in the raw logits, softcap included, but for temperature)."""
         stats, targets, x = self.stats.rows(rows), self.targets[rows], self.exp[rows]
-        z = x.log().clamp_(min=-1e30)  # where exp(z − m) has underflowed, p is 0 and z does not matter
         softcap_slope = None
-        if self.transform.softcap is not None:
-            tanh = (z + stats.row_max[:, None]).mul_(self.transform.temperature / self.transform.softcap)
-            softcap_slope = tanh.square_().neg_().add_(1.0)  # d tanh = 1 − tanh²
+        if self.transform.softcap is None:
+            z = x.log().clamp_(min=NO_LOGIT)  # where exp(z − m) has underflowed, p is 0 and z does not matter
+        else:
+            softcap_slope = self.transform.softcap_slope(x)
+            z = self.transform(x).sub_(stats.row_max[:, None]).clamp(min=NO_LOGIT)
+            x.exp_()
         # ∂/∂z_v = p_v · bracket_v, but at the target: the module's docstring has the terms
         if grad_entropy is None:
             bracket = z.zero_()
@@ -375,14 +409,15 @@ class TorchRows:
             x.mul_(softcap_slope)
 
     def _restore(self, kl: bool) -> None:
-        """exp(z − m), and δ, from saved statistics."""
+        """exp(z − m) (without a softcap), and δ, from saved statistics."""
         for rows in self.blocks:
             if kl:
                 assert self.drift is not None
                 assert self.stats.peak_drift is not None
                 delta = self.transform.difference(self.exp[rows], self.drift[rows])
                 delta.sub_(self.stats.peak_drift[rows, None])
-            self.transform(self.exp[rows]).sub_(self.stats.row_max[rows, None]).exp_()
+            if self.transform.softcap is None:
+                self.transform(self.exp[rows]).sub_(self.stats.row_max[rows, None]).exp_()
         # others = (1 − p_y) · s
         torch.mul(torch.expm1(self.stats.logprob).neg_(), self.stats.log_sum.exp(), out=self.others[:, 0])
 
@@ -441,6 +476,7 @@ def head_rows(
     *,
     saved: bool = False,
     reference_hidden: Tensor | None = None,
+    weight: Tensor | None = None,
 ) -> Iterator[tuple[slice, Rows]]:
     """Yield `(rows, chunk)` over the logits of an LM head; `chunk_bytes` bounds all that is `[r, V]`.
 
@@ -449,6 +485,7 @@ def head_rows(
         bias: `[V]` or None.
         stats: where the statistics of all T rows go; the statistics themselves if `saved`.
         reference_hidden: `[T, H]`, for KL.
+        weight: `[T]`; rows of weight 0 are not read.
 
     All chunks share one buffer: a chunk is done with before the next one is asked for.
     """
@@ -477,6 +514,7 @@ def head_rows(
                 saved=saved,
                 drift=drift,
                 out=head.grad_place(logits) if options.backend == "triton" else None,
+                weight=None if weight is None else weight[rows],
             ),
         )
 
@@ -499,8 +537,12 @@ def logit_rows(
     stats: RowStatistics,
     backend: Backend,
     saved: bool = False,
+    weight: Tensor | None = None,
 ) -> Iterator[tuple[slice, Rows]]:
-    """Yield `(rows, chunk)` over logits `[..., V]`; a chunk's gradient goes to the same place of `out`."""
+    """Yield `(rows, chunk)` over logits `[..., V]`; a chunk's gradient goes to the same place of `out`.
+
+    Rows whose `weight` (`[T]`, over all leading indices) is 0 are not read.
+    """
     start = 0
     for view, out_view in row_views(logits, out):
         size, vocabulary = view.shape
@@ -518,22 +560,40 @@ def logit_rows(
                     stats.rows(rows),
                     saved=saved,
                     out=out_view[piece],
+                    weight=None if weight is None else weight[rows],
                 ),
             )
         start += size
 
 
-def check_logits(logits: Tensor, targets: Tensor) -> Tensor:
+def check_logits(logits: Tensor, targets: Tensor, *, inplace: bool) -> Tensor:
     """Logits `[..., V]` with a last stride of 1, for targets `[...]`.
 
     Raises:
-        ValueError: shapes do not fit. TypeError: logits that are not floating point.
+        ValueError: shapes do not fit, or a gradient is to be written over rows that share memory. TypeError: logits
+            that are not floating point.
     """
     if logits.dim() < 2 or logits.shape[:-1] != targets.shape:
         raise ValueError(f"need logits [..., V] and targets [...], got {list(logits.shape)} and {list(targets.shape)}")
     if logits.dtype not in FLOAT_DTYPES:
         raise TypeError(f"logits must be float16, bfloat16, float32 or float64, got {logits.dtype}")
+    if inplace and shares_memory(logits):
+        raise ValueError(
+            f"inplace=True would write several rows' gradients to one place: logits of shape {list(logits.shape)} and "
+            f"strides {list(logits.stride())} share memory; pass inplace=False, or logits.contiguous()"
+        )
     return logits if logits.stride(-1) == 1 or logits.shape[-1] <= 1 else logits.contiguous()
+
+
+def shares_memory(tensor: Tensor) -> bool:
+    """Whether two indices of a tensor may have one address, as after `expand` or `unfold`."""
+    reach = 0  # how far the dimensions looked at lead from the first element
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False
 
 
 def check_softmax(
@@ -551,16 +611,17 @@ def check_softmax(
     The range of targets is checked where it costs no device synchronisation, or with `validate`.
 
     Raises:
-        ValueError: a temperature, softcap or chunk size that is 0, negative or NaN; targets of a wrong shape or device.
+        ValueError: a temperature, softcap or chunk size that is 0, negative, infinite or NaN; targets of a wrong shape
+            or device.
         TypeError: targets that are not int32 or int64. IndexError: a target outside `[0, V)`, or any target where
             V = 0.
     """
-    if not transform.temperature > 0:
+    if not 0 < transform.temperature < math.inf:
         raise ValueError(
-            f"temperature must be positive, got {transform.temperature}; greedy decoding has no distribution"
+            f"temperature must be positive and finite, got {transform.temperature}; greedy decoding has no distribution"
         )
-    if transform.softcap is not None and not transform.softcap > 0:
-        raise ValueError(f"softcap must be positive or None, got {transform.softcap}")
+    if transform.softcap is not None and not 0 < transform.softcap < math.inf:
+        raise ValueError(f"softcap must be positive and finite, or None, got {transform.softcap}")
     if chunk_bytes is not None and not chunk_bytes > 0:
         raise ValueError(f"chunk_bytes must be positive or None, got {chunk_bytes}")
     if targets.shape != (rows,):

@@ -65,6 +65,7 @@ def softmax_rows_kernel(
     UPSTREAM_LOGPROB: tl.constexpr,
     UPSTREAM_ENTROPY: tl.constexpr,
     UPSTREAM_KL: tl.constexpr,
+    WEIGHT: tl.constexpr,
     LOSS: tl.constexpr,
     CISPO: tl.constexpr,
     OLD: tl.constexpr,
@@ -82,7 +83,7 @@ def softmax_rows_kernel(
     lanes = tl.arange(0, BLOCK)
     y = tl.load(targets + t)
 
-    if LOSS:
+    if LOSS or WEIGHT:
         weight = tl.load(loss_weight_ptr + t)
         if weight == 0.0:  # a row that does not count: defined values, no gradient, and its logits are not read
             tl.store(logprob_ptr + t, 0.0)
@@ -119,12 +120,14 @@ def softmax_rows_kernel(
         shrink = tl.exp(row_max - highest)
         moment = (moment + others * (row_max - highest)) * shrink
         others = others * shrink
-        row_max = highest
+        row_max = tl.where(highest <= -1e30, float("nan"), highest)  # no token is possible: the row has no distribution
         e_y = tl.exp(z_y - row_max)
         log_sum = tl.log(others + e_y)
-        # −log(1 + exp(gap)) in a form that overflows for no gap, exact where the target has nearly all of p
-        gap = tl.log(others) + row_max - z_y
+        # −log(1 + exp(gap)) in a form that overflows for no gap, exact where the target has nearly all of p. The two
+        # logits meet first: the sum with log(others) would be rounded at their offset's size
+        gap = tl.log(others) + (row_max - z_y)
         logprob = -(tl.maximum(gap, 0.0) + log1p(tl.exp(-tl.abs(gap))))
+        logprob = tl.where(z_y <= -1e30, logprob - float("inf"), logprob)  # NaN stays
         entropy = log_sum - (moment + e_y * (z_y - row_max)) / (others + e_y)
         tl.store(logprob_ptr + t, logprob)
         tl.store(row_max_ptr + t, row_max)
@@ -242,9 +245,17 @@ def _slope(
     """The gradient in some raw logits of a row, and their p."""
     row_max, log_sum, entropy, peak, mean, one_minus_p = row
     g_logprob, g_entropy, g_kl = upstream
-    z = transform_logits(raw, inverse_temperature, softcap, SOFTCAP)
+    cap_slope = inverse_temperature
     if SOFTCAP:
+        # `transform_logits`, which shares its terms with the slope of softcap · tanh(x / softcap): that is 1 − tanh² of
+        # the raw logit as 4 e / (1 + e)², because 1 − tanh² would cancel next to the cap
+        decay = tl.exp(-2.0 * tl.abs(raw) / softcap)
+        inverse = 1.0 / (1.0 + decay)
+        z = tl.where(raw < 0, decay - 1.0, 1.0 - decay) * inverse * (softcap * inverse_temperature)
+        cap_slope *= 4.0 * decay * inverse * inverse
         z = tl.where(live, z, -1e30)  # softcap made −softcap of the −∞ that stands for columns past V
+    else:
+        z = transform_logits(raw, inverse_temperature, softcap, SOFTCAP)
     logp = (z - row_max) - log_sum
     bracket = -g_entropy * (logp + entropy)
     if KL:
@@ -252,10 +263,7 @@ def _slope(
     p = tl.exp(logp)
     # at the target, −g p and +g join to g (1 − p), which is not formed by subtraction
     dz = tl.where(at_target, p * bracket + g_logprob * one_minus_p, p * (bracket - g_logprob))
-    if SOFTCAP:
-        tanh_x = z / (softcap * inverse_temperature)
-        dz *= 1.0 - tanh_x * tanh_x  # the slope of softcap · tanh(x / softcap)
-    return dz * inverse_temperature, p
+    return dz * cap_slope, p
 
 
 @triton.jit
@@ -425,31 +433,35 @@ def token_loss_slope(
 ):
     """∂ loss / ∂ logprob of one token; `token_loss.token_loss` has the loss, and autograd of it is the test."""
     if OLD:
-        ratio = tl.exp(logprob - old_logprob)
+        log_ratio = logprob - old_logprob
     else:
-        ratio = tl.exp(logprob - logprob)  # 1, but NaN for the row of a target out of range
+        log_ratio = logprob - logprob  # 0, but NaN for the row of a target out of range
+    bounded = log_ratio > 88.0  # `token_loss.LOG_RATIO_LIMIT`, where the ratio is constant
+    ratio = tl.exp(tl.where(bounded, 88.0, log_ratio))
+    ratio_slope = tl.where(bounded, 0.0, ratio)
     if CISPO:
-        slope = -tl.minimum(ratio, cispo_cap) * advantage
+        slope = -tl.minimum(tl.maximum(ratio, 1.0 - clip_low), cispo_cap) * advantage
     else:
         # where the minimum is attained by a clamped branch the gradient is 0
         positive = advantage > 0
         stopped = (positive & (ratio > 1.0 + clip_high)) | (
             (advantage < 0) & ((ratio < 1.0 - clip_low) | (ratio > dual_clip))
         )
-        slope = tl.where(stopped, 0.0, -ratio * advantage)
+        slope = tl.where(stopped, 0.0, -ratio_slope * advantage)
     if KL > 0:
         d = logprob - reference_logprob
         if KL == 1:
-            kl = d
             kl_slope = 1.0
+            both = 1.0 + d
         elif KL == 2:
-            kl = 0.5 * d * d
             kl_slope = d
+            both = d + 0.5 * d * d
         else:
-            kl = expm1(-d) + d
-            kl_slope = -expm1(-d)
+            kl_bounded = d < -20.0  # `token_loss.KL_LOG_RATIO_LIMIT`: k3 is e²⁰ − 21 from there on
+            kl_slope = tl.where(kl_bounded, 0.0, -expm1(-d))
+            both = tl.where(kl_bounded, 485165174.4, d)  # the exponentials of kl and kl' cancel
         if KL_TIMES_RATIO:
-            kl_slope = (kl_slope + kl) * ratio  # (kl · r)' = kl' r + kl r, as r' = r
+            kl_slope = tl.where(bounded, kl_slope, both) * ratio  # (kl · r)' = (kl' + kl) r, as r' = r
         slope += beta * kl_slope
     return slope
 

@@ -169,14 +169,19 @@ def combine_stats_kernel(
     shrink = tl.exp(shift)
     others = tl.sum(s * shrink, 0)
     e_y = tl.exp(z_y - highest)
-    log_sum = tl.log(others + e_y)
-    gap = tl.log(others) + highest - z_y
-    tl.store(logprob_ptr + t, -(tl.maximum(gap, 0.0) + log1p(tl.exp(-tl.abs(gap)))), t < T)
+    total = others + e_y
+    log_sum = tl.log(total)
+    gap = tl.log(others) + (highest - z_y)
+    logprob = -(tl.maximum(gap, 0.0) + log1p(tl.exp(-tl.abs(gap))))
+    logprob = tl.where(z_y <= -1e30, -float("inf"), logprob)
+    # no token is possible, as in `softmax_rows_kernel`: tiles keep −1e29, whose sums are 0. And NaN stays
+    logprob = tl.where(total > 0.0, logprob, float("nan"))
+    tl.store(logprob_ptr + t, logprob, t < T)
     tl.store(row_max_ptr + t, highest, t < T)
     tl.store(log_sum_ptr + t, log_sum, t < T)
     if ENTROPY:
         moment = tl.sum((q + s * shift) * shrink, 0) + e_y * (z_y - highest)
-        tl.store(entropy_ptr + t, log_sum - moment / (others + e_y), t < T)
+        tl.store(entropy_ptr + t, log_sum - moment / total, t < T)
 
 
 COMBINE = {"BLOCK_T": 16, "BLOCK_TILES": 32}

@@ -13,9 +13,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from grpo_kernels._backend import GRAPH_BREAK, HAS_TRITON, Backend, accumulator_dtype, choose_backend, tl, triton
+from grpo_kernels._backend import (
+    GRAPH_BREAK,
+    HAS_TRITON,
+    SECOND_DERIVATIVE,
+    Backend,
+    accumulator_dtype,
+    choose_backend,
+    tl,
+    triton,
+)
 from grpo_kernels.lm_head._rows import (
     RowGradient,
     Rows,
@@ -33,7 +41,7 @@ Chunks = Iterator[tuple[slice, Rows]]
 class GRPOLoss(NamedTuple):
     """Only `loss` is differentiable; the rest is `[T]`, for metrics and the next epoch.
 
-    Rows of weight 0 have log-prob, entropy and loss 0.
+    Rows of weight 0 hold 0 everywhere, whatever their logits are.
     """
 
     loss: Tensor
@@ -103,8 +111,8 @@ def loss_pass(
         token_loss=by_token,
         logprob=torch.where(live, stats.logprob, 0.0),
         entropy=torch.where(live, stats.entropy, 0.0),
-        ratio=tokens.ratio,
-        kl=tokens.kl,
+        ratio=torch.where(live, tokens.ratio, 0.0),
+        kl=None if tokens.kl is None else torch.where(live, tokens.kl, 0.0),
         clipped_low=tokens.clipped_low & live,
         clipped_high=tokens.clipped_high & live,
     )
@@ -124,8 +132,9 @@ class _WithGradients(torch.autograd.Function):
         return tuple(result)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(SECOND_DERIVATIVE)
         if ctx.gradients is None:
             raise RuntimeError("this loss keeps one gradient, so its backward runs once: call the loss again")
         gradients, ctx.gradients = ctx.gradients, None  # scaled in place and given away: they serve once
@@ -176,10 +185,14 @@ def grpo_loss(
     old_logprob: Tensor | None = None,
     reference_logprob: Tensor | None = None,
     loss_type: LossType = "clip",
-    clip_low: float = 0.2,
+    clip_low: float | None = None,
     clip_high: float = 0.2,
     dual_clip: float | None = None,
     cispo_cap: float = 5.0,
+    vespo_k_pos: float = 2.0,
+    vespo_lambda_pos: float = 3.0,
+    vespo_k_neg: float = 3.0,
+    vespo_lambda_neg: float = 2.0,
     beta: float = 0.0,
     kl_estimator: KLEstimator = "k3",
     kl_times_ratio: bool = False,
@@ -197,7 +210,8 @@ def grpo_loss(
     Args:
         logits: `[..., V]`, any strides; targets, and every per-token tensor, have the leading shape `[...]`.
         inplace: the gradient is written over `logits` at once; they hold it from then on. (A linear layer does not need
-            its output for its backward.) Without it one tensor of the logits' size is allocated.
+            its output for its backward.) Without it one tensor of the logits' size is allocated. Refused where rows
+            share memory, as after `expand`.
         the rest: as in `linear_grpo_loss`.
 
     Returns:
@@ -206,7 +220,7 @@ def grpo_loss(
     Raises:
         ValueError, TypeError, IndexError: arguments that do not fit each other; the message says which and why.
     """
-    logits = check_logits(logits, targets)
+    logits = check_logits(logits, targets, inplace=inplace)
     shape, rows = targets.shape, targets.numel()
     inputs = LossInputs.checked(
         rows,
@@ -218,6 +232,10 @@ def grpo_loss(
             clip_high=clip_high,
             dual_clip=dual_clip,
             cispo_cap=cispo_cap,
+            vespo_k_pos=vespo_k_pos,
+            vespo_lambda_pos=vespo_lambda_pos,
+            vespo_k_neg=vespo_k_neg,
+            vespo_lambda_neg=vespo_lambda_neg,
             beta=beta,
             kl_estimator=kl_estimator,
             kl_times_ratio=kl_times_ratio,
@@ -240,7 +258,7 @@ def grpo_loss(
         values = logits.detach()
         out = torch.empty_like(values) if need and not inplace else values
         result = loss_pass(
-            lambda saved: logit_rows(values, out, flat, transform, stats, backend, saved),
+            lambda saved: logit_rows(values, out, flat, transform, stats, backend, saved, inputs.weight),
             stats,
             inputs,
             add_gradient=(lambda rows, gradient: None) if need else None,  # it lies in `out` already

@@ -39,10 +39,14 @@ def linear_grpo_loss(
     old_logprob: Tensor | None = None,
     reference_logprob: Tensor | None = None,
     loss_type: LossType = "clip",
-    clip_low: float = 0.2,
+    clip_low: float | None = None,
     clip_high: float = 0.2,
     dual_clip: float | None = None,
     cispo_cap: float = 5.0,
+    vespo_k_pos: float = 2.0,
+    vespo_lambda_pos: float = 3.0,
+    vespo_k_neg: float = 3.0,
+    vespo_lambda_neg: float = 2.0,
     beta: float = 0.0,
     kl_estimator: KLEstimator = "k3",
     kl_times_ratio: bool = False,
@@ -69,11 +73,11 @@ def linear_grpo_loss(
             loss scale belongs here too: with an upstream gradient of 1 the backward touches nothing.
         old_logprob: `[T]` under the policy that sampled; None: the policy is on its own samples (ratio 1).
         reference_logprob: `[T]` under the reference; needed if beta is not 0.
-        loss_type: 'clip' or 'cispo'; `token_loss` has the formulas.
-        clip_low, clip_high, dual_clip, cispo_cap, beta, kl_estimator, kl_times_ratio, entropy_coef: as in
-            `LossConfig`.
-        completion_index, num_completions: int64 `[T]` in `[0, num_completions)`: ratios of whole completions (GSPO),
-            over rows of weight ≠ 0.
+        loss_type: 'clip', 'cispo' or 'vespo'; `token_loss` has the formulas.
+        clip_low, clip_high, dual_clip, cispo_cap, vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg, beta,
+            kl_estimator, kl_times_ratio, entropy_coef: as in `LossConfig`.
+        completion_index, num_completions: int64 `[T]` in `[0, num_completions)`: ratios of whole completions (GSPO;
+            vespo needs them), over rows of weight ≠ 0.
         temperature, softcap, bias, chunk_bytes, backend, validate: as in `linear_logprob`.
         live_rows: how many weights are not 0, if the host knows. On a CPU they are counted. On a GPU counting them
             would synchronise: without this number, rows of weight 0 skip the pass but not the GEMMs.
@@ -96,6 +100,10 @@ def linear_grpo_loss(
             clip_high=clip_high,
             dual_clip=dual_clip,
             cispo_cap=cispo_cap,
+            vespo_k_pos=vespo_k_pos,
+            vespo_lambda_pos=vespo_lambda_pos,
+            vespo_k_neg=vespo_k_neg,
+            vespo_lambda_neg=vespo_lambda_neg,
             beta=beta,
             kl_estimator=kl_estimator,
             kl_times_ratio=kl_times_ratio,
@@ -108,9 +116,12 @@ def linear_grpo_loss(
         completion_index=completion_index,
         num_completions=num_completions,
     )
-    live = _live_rows(inputs.weight, live_rows)
+    live, skipped = _live_rows(inputs.weight, live_rows), None
     if live is not None:  # rows of weight 0 go before the first GEMM
         hidden, targets, inputs = hidden[live], targets[live], inputs.rows(live)
+    elif hidden.device.type != "cpu" or bool((inputs.weight == 0).any()):  # a GPU is not asked: it would synchronise
+        # their gradient is 0, but times a state of NaN it would be NaN in the whole weight's
+        skipped, hidden = inputs.weight, torch.where((inputs.weight != 0)[:, None], hidden, 0.0)
     targets = inputs.without_ignored_ids(targets)
     transform = Transform(temperature, softcap)
     check_softmax(
@@ -128,7 +139,7 @@ def linear_grpo_loss(
         stats = RowStatistics.empty(hidden.shape[0], hidden.device, head.accumulator, entropy=True, kl=False)
         gradients = HeadGradients(head, hidden, bias, *needs)  # needs: of hidden, weight and bias, as `inputs` below
         result = loss_pass(
-            lambda saved: head_rows(head, hidden, bias, targets, stats, options, saved=saved),
+            lambda saved: head_rows(head, hidden, bias, targets, stats, options, saved=saved, weight=skipped),
             stats,
             inputs,
             add_gradient=gradients.add if any(needs) else None,

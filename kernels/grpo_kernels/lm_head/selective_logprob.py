@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from grpo_kernels._backend import GRAPH_BREAK, Backend, accumulator_dtype, choose_backend
+from grpo_kernels._backend import GRAPH_BREAK, SECOND_DERIVATIVE, Backend, accumulator_dtype, choose_backend
 from grpo_kernels.lm_head._rows import (
     RowStatistics,
     Transform,
@@ -50,8 +49,9 @@ class _SelectiveLogprob(torch.autograd.Function):
         return stats.logprob, stats.entropy
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(SECOND_DERIVATIVE)
         logits, targets, *saved = ctx.saved_tensors
         if grad_logprob is None and grad_entropy is None:
             return (None,) * 6
@@ -86,7 +86,8 @@ def selective_logprob(
         targets: int64 or int32 `[...]`, each in `[0, V)`.
         temperature, softcap, entropy, backend, validate: as in `linear_logprob`.
         inplace: the backward writes the gradient over `logits`, which hold it from then on. Only for logits that
-            nothing else reads later; autograd refuses where it notices.
+            nothing else reads later; autograd refuses where it notices. Rows that share memory, as after `expand`, are
+            refused here.
 
     Returns:
         `SelectiveLogprob` in float32 (float64 for float64 logits).
@@ -94,7 +95,7 @@ def selective_logprob(
     Raises:
         ValueError, TypeError, IndexError: arguments that do not fit each other; the message says which and why.
     """
-    logits = check_logits(logits, targets)
+    logits = check_logits(logits, targets, inplace=inplace)
     flat = targets.reshape(-1).contiguous()
     transform = Transform(temperature, softcap)
     check_softmax(transform, flat, flat.shape[0], logits.shape[-1], logits.device, validate=validate)

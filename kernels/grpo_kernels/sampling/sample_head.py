@@ -74,7 +74,7 @@ def sample_head_kernel(
     live = v < V
     if BIAS:
         x += tl.load(bias + v, live, other=0.0).to(tl.float32)[:, None]
-    x = tl.where(live[:, None] & ~(x < -1e30), x, -1e30)  # NaN stays
+    x = tl.where(live[:, None] & ~(x <= -1e29), x, -1e30)  # NaN stays
     # of the whole softmax: m, Σ exp x (at temperature 1), Σ exp z and Σ z exp z
     m = tl.max(x, 0)
     shifted = x - m[None, :]
@@ -166,14 +166,24 @@ def combine_samples_kernel(
     most = tl.max(best, 0)
     lead = tl.min(tl.where(best == most, tile, BLOCK), 0)  # of equal ones the first
     x = tl.sum(tl.where(tile == lead, picked, 0.0), 0)
-    tl.store(token_ptr + row, tl.load(winners + row * tiles + lead, lead < tiles, other=0).to(tl.int64))
+    token = tl.load(winners + row * tiles + lead, lead < tiles, other=0).to(tl.int64)
+    # what `SampledTokens` says of rows that are no distribution, or of which no token may be drawn
+    broken = (total != total) | (highest <= -1e29)
+    unknown = broken | (x <= -1e29) | (most == -float("inf"))
+    x = tl.where(x <= -1e29, -float("inf"), x)
     logprob = (x - top) * inverse_temperature - tl.log(total_admitted)
-    if FORCED:  # 2e30: it was no admissible token
+    if FORCED:  # 1e30, or 2e30: it was no admissible token
         logprob = tl.where(most > 1.5e30, -float("inf"), logprob)
-    tl.store(logprob_ptr + row, logprob)
-    tl.store(tempered_ptr + row, (x - highest) * inverse_temperature - tl.log(total))
-    tl.store(raw_ptr + row, x - highest - tl.log(total1))
-    tl.store(entropy_ptr + row, tl.log(total) - moment / total)
+        unknown = broken | (unknown & (most < 5e29))
+        token = tl.where(unknown & (most < 5e29), 0, token)
+    else:
+        token = tl.where(unknown, 0, token)
+    tl.store(token_ptr + row, token)
+    nan = float("nan")
+    tl.store(logprob_ptr + row, tl.where(unknown, nan, logprob))
+    tl.store(tempered_ptr + row, tl.where(unknown, nan, (x - highest) * inverse_temperature - tl.log(total)))
+    tl.store(raw_ptr + row, tl.where(unknown, nan, x - highest - tl.log(total1)))
+    tl.store(entropy_ptr + row, tl.where(broken, nan, tl.log(total) - moment / total))
 
 
 def head_config(batch: int) -> dict[str, int]:

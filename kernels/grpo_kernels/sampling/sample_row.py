@@ -7,8 +7,8 @@ With logits x, x̂ = x after the repetition penalty (x/r if positive, x·r if no
 
 A token is kept by top-k if fewer than k scores are strictly larger; by top-p if the strictly larger ones hold less
 than a share p of what top-k kept; by min-p if its probability is at least that share of the largest one. Tokens of
-equal score are kept or dropped together. Thresholds are found without sorting, by a search over the ordered bits of the
-scores: each pass over the row cuts what is left of the 2³² candidates into nine.
+equal score are kept or dropped together. Logits of −1e29 or less count as −∞. Thresholds are found without sorting, by
+a search over the ordered bits of the scores: each pass over the row cuts what is left of the 2³² candidates into nine.
 
 The row is read twice, and up to eleven times more for each of top-k and top-p (from L2, where a GPU's rows fit).
 """
@@ -27,12 +27,16 @@ from grpo_kernels.sampling.gumbel import gumbel_noise, gumbel_noise_reference
 
 
 class SampledTokens(NamedTuple):
-    """What sampling gives for each of B rows; log-probs and entropy float32, in nats, and at T = 0 those of T = 1."""
+    """What sampling gives for each of B rows; log-probs and entropy float32, in nats, and at T = 0 those of T = 1.
+
+    A row that is no distribution (a NaN or +∞ among its logits, or all −∞) harms no other: its token is 0, or the
+    forced one, and the rest NaN. Where a whole row may not be drawn, the token is 0 likewise, and its log-probs NaN.
+    """
 
     token: Tensor
     """int64 `[B]`"""
     logprob: Tensor
-    """Under the distribution it was drawn from: penalised, tempered, truncated."""
+    """Under the distribution it was drawn from: penalised, tempered, truncated. −∞ for a forced token outside it."""
     tempered_logprob: Tensor
     """Under softmax(x / T) over the whole vocabulary, which is what training recomputes."""
     raw_logprob: Tensor
@@ -61,11 +65,11 @@ class SampleOptions:
 
     def __post_init__(self) -> None:
         for name, good, expected in (
-            ("temperature", self.temperature >= 0, "≥ 0"),
-            ("top_k", self.top_k >= 0, "≥ 0"),
+            ("temperature", 0 <= self.temperature < math.inf, "≥ 0 and finite"),
+            ("top_k", isinstance(self.top_k, int) and self.top_k >= 0, "an integer ≥ 0"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
             ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
-            ("repetition_penalty", self.repetition_penalty > 0, "> 0"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "> 0 and finite"),
         ):
             if not good:
                 raise ValueError(f"{name} must be {expected}, got {getattr(self, name)}")
@@ -102,10 +106,11 @@ def _load_scores(
 ):
     """Logits and scores of tokens v; −∞ is −1e30, as is the score of a token that may not be drawn."""
     x = tl.load(logits + v, live, other=-1e30).to(tl.float32)
-    x = tl.where(x < -1e30, -1e30, x)  # NaN stays
+    x = tl.where(x <= -1e29, -1e30, x)  # NaN stays
     y = x
     if PENALTY:
-        y = tl.where(tl.load(seen + v, live, other=0) != 0, tl.where(x > 0, x / penalty, x * penalty), x)
+        penalised = (tl.load(seen + v, live, other=0) != 0) & (x > -1e29)
+        y = tl.where(penalised, tl.where(x > 0, x / penalty, x * penalty), x)
     if FORBIDDEN:
         y = tl.where(tl.load(forbidden + v, live, other=1) != 0, -1e30, y)
     return x, tl.where(live, y, -1e30) + 0.0  # −0 is 0
@@ -221,6 +226,16 @@ def sample_row_kernel(
     s1 = tl.sum(s1 * tl.exp(m - highest), 0)
     peak = tl.max(best, 0)
     tl.store(entropy_ptr + b, tl.log(s) - q / s)
+    if (s != s) | (highest <= -1e29):  # NaN or +∞ somewhere, or −∞ everywhere
+        token = 0
+        if FORCED:
+            token = tl.maximum(tl.load(forced + b).to(tl.int32), 0)
+        tl.store(token_ptr + b, token)
+        tl.store(logprob_ptr + b, float("nan"))
+        tl.store(tempered_ptr + b, float("nan"))
+        tl.store(raw_ptr + b, float("nan"))
+        tl.store(entropy_ptr + b, float("nan"))
+        return
 
     lowest = tl.full((), -2147483648, tl.int64)  # key of the lowest score that is kept: −2³¹ keeps all
     if TOP_K:
@@ -279,6 +294,9 @@ def sample_row_kernel(
     winning_lane = leads & (winner == token)
     x = tl.sum(tl.where(winning_lane, picked_x, 0.0), 0)
     y = tl.sum(tl.where(winning_lane, picked_y, 0.0), 0)
+    x = tl.where(x <= -1e29, -float("inf"), x)  # of a forced token
+    x = tl.where(most == -float("inf"), float("nan"), x)  # no token may be drawn: nobody won, and `token` is 0
+    y = tl.where(most == -float("inf"), float("nan"), y)
     tl.store(token_ptr + b, token.to(tl.int64))
     logprob = (y - peak) * inverse_temperature - tl.log(tl.sum(total, 0))
     if FORCED:
@@ -311,7 +329,7 @@ def sample_row(
         positions: integer `[B]`, index of the token being drawn in its completion, from 0.
         options: temperature and truncation; the whole softmax at temperature 1 unless given.
         seen: bool `[B, V]`, tokens that the repetition penalty is for.
-        forbidden: bool `[V]`, tokens that are never drawn; at least one is admissible.
+        forbidden: bool `[V]`, tokens that are never drawn.
         forced: integer `[B]`, the token that a row takes whatever the draw, or -1. Its log-probs are reported like a
             drawn one's; `logprob` is −∞ if it could not have been drawn.
         backend: `triton`, `torch`, or None: Triton on CUDA.
@@ -377,6 +395,10 @@ def sample_row_reference(
     """`sample_row` in plain torch, by sorting, in float64: the same tokens, save where two scores race within 1e-5."""
     options = options or SampleOptions()
     x = logits.double()
+    x = x.masked_fill(x <= -1e29, -torch.inf)
+    # amax is NaN, +∞ or −∞ for a row that is no distribution: one of zeros takes its place until the end
+    broken = ~x.amax(-1).isfinite()
+    x = x.masked_fill(broken[:, None], 0.0)
     tempered = torch.log_softmax(x * options.inverse_temperature, -1)
     scores = x
     if seen is not None and options.repetition_penalty != 1:
@@ -384,7 +406,8 @@ def sample_row_reference(
         scores = torch.where(seen, torch.where(x > 0, x / penalty, x * penalty), x)
     if forbidden is not None:
         scores = scores.masked_fill(forbidden, -torch.inf)
-    scores = scores * options.inverse_temperature
+    none = scores.amax(-1) == -torch.inf
+    scores = scores.masked_fill(none[:, None], 0.0) * options.inverse_temperature
     if 0 < options.top_k < scores.shape[1]:
         smallest = scores.topk(options.top_k, -1).values[:, -1:]
         scores = scores.masked_fill(scores < smallest, -torch.inf)
@@ -401,14 +424,17 @@ def sample_row_reference(
     if options.temperature > 0:
         columns = torch.arange(scores.shape[1], device=scores.device)
         race = scores + gumbel_noise_reference(keys[:, None], positions[:, None].long(), columns)
-    token = race.argmax(-1)
+    token = race.argmax(-1).masked_fill_(broken | none, 0)
+    unknown = broken | none
+    kept = torch.log_softmax(scores, -1).masked_fill_(none[:, None], -torch.inf)
     if forced is not None:
         token = torch.where(forced >= 0, forced.long(), token)
+        unknown = broken | (none & (forced < 0))
     logprob, tempered_logprob, raw_logprob = (
-        logprobs.gather(1, token[:, None])[:, 0].float()
-        for logprobs in (torch.log_softmax(scores, -1), tempered, torch.log_softmax(x, -1))
+        logprobs.gather(1, token[:, None])[:, 0].masked_fill_(unknown, torch.nan).float()
+        for logprobs in (kept, tempered, torch.log_softmax(x, -1))
     )
-    entropy = -torch.where(tempered.isneginf(), 0.0, tempered.exp() * tempered).sum(-1)
+    entropy = -torch.where(tempered.isneginf(), 0.0, tempered.exp() * tempered).sum(-1).masked_fill(broken, torch.nan)
     return SampledTokens(token, logprob, tempered_logprob, raw_logprob, entropy.float())
 
 

@@ -1,7 +1,8 @@
 """Read emotion datasets from disk as `Sample`s: MER2025, MER2026, OV-MERD+, a folder of clips, a jsonl, or a plug-in's.
 
-Loading reads tables only. A missing or broken media file is reported and skipped when its features are extracted; a
-missing folder or table, or a table without its columns, is an error here.
+Loading reads tables only. A missing or broken media file is reported and skipped when its features are extracted, as
+is a sample with a `fault`; a missing folder or table, or a table that is wrong, is an error here, with file and line.
+Names and relative paths in a table may not leave the data set's folder; links in it are followed.
 
 A layout is a frozen dataclass registered under the name that `data.format` takes: its fields are its options
 (`data.layout.…`), its `load` reads the samples. docs/data.md shows how to add one. Nothing here imports torch.
@@ -9,19 +10,23 @@ A layout is a frozen dataclass registered under the name that `data.format` take
 
 from __future__ import annotations
 
+import codecs
 import csv
-import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, make_dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
+from affectgpt.emotion_wheel import parse_labels
 from grpo_core.config.fields import ConfigSection
+from grpo_core.data import check_data_file, read_jsonl
 from grpo_core.registry import Registry
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".mov", ".webm")
+AUDIO_SUFFIXES = (".wav", ".mp3", ".flac", ".m4a", ".aac", ".ogg", ".opus", ".wma")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+MER_LABELS = "track2_train_ovmerd.csv"  # MER2025's training table
 NO_LABEL = "neutral"  # for an empty label list, as in upstream's loaders
 
 
@@ -37,6 +42,7 @@ class Sample:
         labels: open-vocabulary emotion labels, as the table spells them, e.g. `[happy, proud]`.
         reason: a description that leads to the labels.
         image: a still picture, for the prompts that take one instead of a video.
+        fault: why the sample cannot be used; it is then skipped and counted, as one with an unreadable clip is.
     """
 
     name: str
@@ -47,11 +53,12 @@ class Sample:
     labels: str | None = None
     reason: str | None = None
     image: Path | None = None
+    fault: str | None = None
 
 
 def load_mer2025(
     root: str | Path,
-    labels: str | Path = "track2_train_ovmerd.csv",
+    labels: str | Path = MER_LABELS,
     *,
     subtitle_language: Literal["english", "chinese"] = "english",
     reasons: str | Path | None = None,
@@ -98,50 +105,56 @@ def load_ovmerd_plus(
     return _load(root, labels, labelled, ("subtitle_eng.csv", "sentence"), reasons, "{name}.npy")
 
 
-def load_folder(root: str | Path, labels: str | Path | None = None) -> list[Sample]:
+def load_folder(root: str | Path, labels: str | Path | None = None, subtitle_encoding: str = "utf-8") -> list[Sample]:
     """Load a folder of clips, in order of name.
 
-    A clip is `{name}.mp4` (or another video), with `{name}.wav`, `{name}.npy` (faces) and `{name}.txt` (subtitle) if
-    they exist. A picture without a video is a sample too.
+    A clip is `{name}.mp4` (or another video), with `{name}.wav` (or another sound), `{name}.npy` (faces) and
+    `{name}.txt` (subtitle) if they exist. A picture without a video is a sample too. Suffixes may be in capitals, and
+    hidden files are passed over. A clip whose name or subtitle cannot be decoded has a `fault`.
 
     Args:
         labels: csv `name,openset`; an absolute path, or relative to root. Clips that it does not name have labels None.
+        subtitle_encoding: of the .txt files; those with a byte-order mark say their own.
 
     Raises:
         FileNotFoundError: root or labels is missing.
-        ValueError: the folder has no clip or two of one name, or the table is bad or names a clip that is missing.
+        ValueError: the folder has no clip or two files of one name and kind, or the table is bad or names a clip that
+            is missing.
     """
     root = _folder(root)
-    videos = _by_stem(root, VIDEO_SUFFIXES)
+    videos, sounds = _by_stem(root, VIDEO_SUFFIXES), _by_stem(root, AUDIO_SUFFIXES)
+    faces, subtitles = _by_stem(root, (".npy",)), _by_stem(root, (".txt",))
     # a picture with the name of a video is its cover or poster, not another sample
     images = {name: path for name, path in _by_stem(root, IMAGE_SUFFIXES).items() if name not in videos}
     if not videos and not images:
         raise ValueError(f"{root}: it holds no clip. A clip is a file that ends in {', '.join(VIDEO_SUFFIXES)}.")
     names = sorted([*videos, *images])  # the order on disk differs between machines, and the split depends on order
-    table: dict[str, dict[str, str]] = {}
+    table: dict[str, _Row] = {}
     if labels is not None:
         table = _read_table(root / labels, ("openset",))
         unknown = sorted(set(table) - set(names))
         if unknown:  # refused, as a mistyped name would lose a label without a word
-            raise ValueError(
-                f"{root / labels}: it labels {unknown[0]!r}, but {root} holds no such clip. Check the names."
-            )
-
-    def beside(name: str, suffix: str) -> Path | None:
-        return path if (path := root / f"{name}{suffix}").is_file() else None
-
+            raise ValueError(f"{table[unknown[0]].where}: it labels {unknown[0]!r}, but {root} holds no such clip.")
     samples = []
     for name in names:
-        subtitle = beside(name, ".txt")
+        fault, subtitle = _name_fault(name), ""
+        if name in subtitles:
+            try:
+                subtitle = _read_subtitle(subtitles[name], subtitle_encoding)
+            except ValueError as error:
+                fault = fault or str(error)
+        row = table.get(name)
         samples.append(
             Sample(
-                name,
+                # bytes that are not UTF-8 are spelled \xe9, so that messages can name the clip
+                name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"),
                 videos.get(name),
-                beside(name, ".wav"),
-                beside(name, ".npy"),
-                subtitle.read_text("utf-8-sig").strip() if subtitle else "",
-                _labels(table[name]["openset"]) if name in table else None,
+                sounds.get(name),
+                faces.get(name),
+                subtitle,
+                _labels(row["openset"], row.where) if row else None,
                 image=images.get(name),
+                fault=fault,
             )
         )
     return samples
@@ -150,41 +163,42 @@ def load_folder(root: str | Path, labels: str | Path | None = None) -> list[Samp
 def load_jsonl(path: str | Path) -> list[Sample]:
     """Load one JSON object per line: `name`, and any of `video, audio, face, image, subtitle, labels, reason`.
 
-    Paths are relative to the jsonl. `labels` is a string, or a list of strings.
+    Paths are absolute, or relative to the jsonl's folder and below it. `labels` is a string, or a list of strings.
 
     Raises:
         FileNotFoundError: the file is missing.
         ValueError: a line is not such an object, or a name appears twice; the message has the line's number.
     """
-    path = _file(path)
-    known = [field.name for field in fields(Sample)]
+    path = Path(path)
+    known = [field.name for field in fields(Sample) if field.name != "fault"]
     samples: list[Sample] = []
-    # utf-8-sig: editors on Windows put a byte-order mark first, which would become part of the first key
-    for number, line in enumerate(path.read_text("utf-8-sig").splitlines(), 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: not JSON ({error}). Write one object per line.") from error
+    seen: dict[str, str] = {}
+    for where, _, row in read_jsonl(path):
         if not isinstance(row, dict) or not isinstance(row.get("name"), str) or not row["name"]:
             raise ValueError(f'{where}: an object with a name is needed, such as {{"name": "a", "video": "a.mp4"}}.')
         if unknown := [key for key in row if key not in known]:
             raise ValueError(f"{where}: unknown key {unknown[0]!r}. Known are {', '.join(known)}.")
         labels = row.get("labels")
         if isinstance(labels, list) and all(isinstance(label, str) for label in labels):
+            if broken := [label for label in labels if "," in label]:
+                raise ValueError(f"{where}: the label {broken[0]!r} holds a comma. Write it as two labels.")
             # as tables spell a list, so that one parser reads both
             row["labels"] = labels = "[" + ", ".join(labels) + "]"
         for key, value in row.items():
             if value is not None and not isinstance(value, str):
                 raise ValueError(f"{where}: {key} is {value!r}; a string is needed.")
-        media = {key: path.parent / row[key] if row.get(key) else None for key in ("video", "audio", "face", "image")}
-        labels = None if labels is None else _labels(labels)
+        _check_name(row["name"], where, seen)
+        media = {}
+        for key in ("video", "audio", "face", "image"):
+            if row.get(key):
+                _check_path(row[key], f"{where}: {key}")
+            media[key] = path.parent / row[key] if row.get(key) else None
+        labels = None if labels is None else _labels(labels, where)
         samples.append(
             Sample(row["name"], **media, subtitle=_text(row.get("subtitle")), labels=labels, reason=row.get("reason"))
         )
-    _unique((sample.name for sample in samples), path)
+    if not samples:
+        raise ValueError(f"{path}: it holds no sample. Write one JSON object per line.")
     return samples
 
 
@@ -194,12 +208,13 @@ def load_jsonl(path: str | Path) -> list[Sample]:
 class Layout(Protocol):
     """A registered layout: an instance holds its options."""
 
-    def load(self, root: Path, *, labels: str, reasons: str | None, labelled: bool) -> list[Sample]:
+    def load(self, root: Path, *, labels: str | None, reasons: str | None, labelled: bool) -> list[Sample]:
         """Read the samples of a label table.
 
         Args:
             root: `data.root`.
-            labels: `data.labels` or `data.test_labels`; a layout without tables ignores it.
+            labels: `data.labels` or `data.test_labels`. Where `data.labels` is not set, it is the class's
+                `usual_labels`, and None if it has no such attribute.
             reasons: `data.reasons`, descriptions that think mode learns from.
             labelled: False for prediction, where the table may have names only.
         """
@@ -245,10 +260,17 @@ class MER2025Layout(ConfigSection, key="data.layout"):
 
     subtitle_language: Literal["english", "chinese"] = "english"
     """Column of the subtitle table."""
+    usual_labels: ClassVar[str] = MER_LABELS
 
-    def load(self, root: Path, *, labels: str, reasons: str | None, labelled: bool) -> list[Sample]:
+    def load(self, root: Path, *, labels: str | None, reasons: str | None, labelled: bool) -> list[Sample]:
         """Load as `load_mer2025`."""
-        return load_mer2025(root, labels, subtitle_language=self.subtitle_language, reasons=reasons, labelled=labelled)
+        return load_mer2025(
+            root,
+            labels or self.usual_labels,
+            subtitle_language=self.subtitle_language,
+            reasons=reasons,
+            labelled=labelled,
+        )
 
 
 @register_layout("mer2026")
@@ -256,24 +278,52 @@ class MER2025Layout(ConfigSection, key="data.layout"):
 class MER2026Layout(MER2025Layout, key="data.layout"):
     """The MER2026 dataset, with folders and tables as in MER2025."""
 
+    usual_labels: ClassVar[str] = "track2_train_human.csv"
+
 
 @register_layout("ovmerd_plus")
-def _load_ovmerd_plus(root: Path, *, labels: str, reasons: str | None, labelled: bool) -> list[Sample]:
+def _load_ovmerd_plus(root: Path, *, labels: str | None, reasons: str | None, labelled: bool) -> list[Sample]:
     """OV-MERD+ of MER-UniBench."""
-    return load_ovmerd_plus(root, labels, reasons=reasons, labelled=labelled)
+    return load_ovmerd_plus(root, labels or "ovlabel.csv", reasons=reasons, labelled=labelled)
 
 
 @register_layout("folder")
-def _load_folder(root: Path, *, labels: str, reasons: str | None, labelled: bool) -> list[Sample]:
+@dataclass(frozen=True)
+class FolderLayout(ConfigSection, key="data.layout"):
     """A folder of clips, with a label table if there are labels."""
-    # without labels no table is needed; `data.labels` still has its default, which is not there
-    return load_folder(root, labels if labelled else None)
+
+    subtitle_encoding: str = "utf-8"
+    """Encoding of the .txt files, such as gbk; those with a byte-order mark say their own."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        try:
+            codecs.lookup(self.subtitle_encoding)
+        except LookupError:
+            raise ValueError(
+                f"data.layout.subtitle_encoding is {self.subtitle_encoding!r}: give one that Python knows, such as "
+                "utf-8, gbk or cp1252"
+            ) from None
+
+    def load(self, root: Path, *, labels: str | None, reasons: str | None, labelled: bool) -> list[Sample]:
+        """Load as `load_folder`."""
+        _refuse_reasons(reasons, "folder")
+        if labelled and labels is None:
+            raise ValueError(f"data.labels is not set: give the label table of {root}, a csv name,openset")
+        if not labelled:  # no table is needed
+            return load_folder(root, None, self.subtitle_encoding)
+        # the table says which clips are meant: training and test clips may lie in one folder
+        samples = load_folder(root, labels, self.subtitle_encoding)
+        return [sample for sample in samples if sample.labels is not None]
 
 
 @register_layout("jsonl")
-def _load_jsonl(root: Path, *, labels: str, reasons: str | None, labelled: bool) -> list[Sample]:
-    """A jsonl that lists clips with their labels; data.root is the file, and no tables are read."""
-    return load_jsonl(root)
+def _load_jsonl(root: Path, *, labels: str | None, reasons: str | None, labelled: bool) -> list[Sample]:
+    """A jsonl that lists clips with their labels; data.root is that file, or the folder of several."""
+    _refuse_reasons(reasons, "jsonl")
+    if root.is_dir() and labels is None:
+        raise ValueError(f"data.root is {root}, a folder: give the jsonl itself, or its name in data.labels")
+    return load_jsonl(root / labels if root.is_dir() and labels else root.parent / (labels or root.name))
 
 
 @register_layout("synthetic")
@@ -283,10 +333,11 @@ class SyntheticLayout(ConfigSection, key="data.layout"):
 
     clips: tuple[int, int] = (400, 450)
     """Numbers of training and held-out clips."""
+    usual_labels: ClassVar[str] = MER_LABELS
 
-    def load(self, root: Path, *, labels: str, reasons: str | None, labelled: bool) -> list[Sample]:
+    def load(self, root: Path, *, labels: str | None, reasons: str | None, labelled: bool) -> list[Sample]:
         """Load as `load_mer2025`, in whose layout `affectgpt.pipeline.prepare_synthetic` makes the clips."""
-        return load_mer2025(root, labels, reasons=reasons, labelled=labelled)
+        return load_mer2025(root, labels or MER_LABELS, reasons=reasons, labelled=labelled)
 
 
 # --- tables and files --------------------------------------------------------------------------------------------
@@ -313,52 +364,160 @@ def _load(
     def path(folder: str, file: str) -> Path | None:
         return root / folder / file if has[folder] else None
 
+    def cell(table: dict[str, _Row], name: str, column: str) -> str:
+        return _text(table[name][column]) if name in table else ""
+
     return [
         Sample(
             name,
             path("video", f"{name}.mp4"),
             path("audio", f"{name}.wav"),
             path("openface_face", face_pattern.format(name=name)),
-            _text(subtitle_rows.get(name, {}).get(column)),
-            _labels(row["openset"]) if labelled else None,
-            _text(reason_rows.get(name, {}).get("reason")) or None,
+            cell(subtitle_rows, name, column),
+            _labels(row["openset"], row.where) if labelled else None,
+            cell(reason_rows, name, "reason") or None,
         )
         for name, row in rows.items()
     ]
 
 
-def _read_table(path: Path, columns: tuple[str, ...]) -> dict[str, dict[str, str]]:
-    """Read a csv with a `name` column and `columns` as name → row, in the file's order."""
-    path = _file(path)
+class _Row(dict[str, str]):
+    """Cells of a table's row by column.
+
+    Attributes:
+        where: file and line, as messages begin.
+    """
+
+    def __init__(self, where: str, cells: Iterable[tuple[str, str]]):
+        super().__init__(cells)
+        self.where = where
+
+
+def _read_table(path: Path, columns: tuple[str, ...]) -> dict[str, _Row]:
+    """Read a csv with a `name` column and `columns` as name → row, in the file's order.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no csv in UTF-8, lacks a column, or has a row with too few or too many cells, a quote that
+            never closes, or a name that is empty, repeated or a path out of the folder; with the line.
+    """
+    check_data_file(path, "a csv in UTF-8")
     wanted = ("name", *columns)
+    rows: dict[str, _Row] = {}
+    seen: dict[str, str] = {}
     with path.open(encoding="utf-8-sig", newline="") as file:  # newline="": cells may hold line breaks
+        # strict: without it a quote that never closes swallows the rest of the file without a word
+        reader = csv.reader(file, strict=True, skipinitialspace=True)
+        begin = 1  # line of the row that is being read
         try:
-            reader = csv.DictReader(file)
-            found = [column.strip() for column in reader.fieldnames or []]
-            if missing := [column for column in wanted if column not in found]:
-                has = ", ".join(found) or "none"
-                raise ValueError(
-                    f"{path}: no column {', '.join(missing)}. It has {has}; wanted are {', '.join(wanted)}."
-                )
-            reader.fieldnames = found
-            # `or ""`: the cells that a short row lacks are None
-            rows = [{column: row[column] or "" for column in wanted} for row in reader]
-        except (UnicodeDecodeError, csv.Error) as error:
+            header = [column.strip() for column in next(reader, [])]
+            for column in wanted:
+                if header.count(column) != 1:
+                    has = ", ".join(header) or "none"
+                    problem = f"no column {column}" if column not in header else f"two columns {column}"
+                    raise ValueError(f"{path}: {problem}. It has {has}; wanted are {', '.join(wanted)}.")
+            begin = reader.line_num + 1
+            for cells in reader:
+                where = f"{path}, line {begin}"
+                begin = reader.line_num + 1
+                if not cells:
+                    continue
+                while len(cells) > len(header) and not cells[-1].strip():
+                    cells.pop()  # the commas of empty columns, as spreadsheets leave them
+                if len(cells) != len(header):
+                    raise ValueError(
+                        f"{where}: {len(cells)} cells, but the header has {len(header)}. Put quotes round a list or a "
+                        'text with commas: a,"[happy, sad]".'
+                    )
+                row = _Row(where, zip(header, cells, strict=True))
+                name = row["name"].strip()
+                if not name:
+                    raise ValueError(f"{where}: a row without a name. Fill it in, or remove the row.")
+                _check_name(name, where, seen)
+                rows[name] = row
+        except UnicodeDecodeError as error:
             raise ValueError(f"{path}: not a csv in UTF-8 ({error}). Save it as one.") from error
-    for row in rows:
-        row["name"] = row["name"].strip()
-        if not row["name"]:
-            raise ValueError(f"{path}: a row without a name, {row}. Fill it in, or remove the row.")
-    _unique((row["name"] for row in rows), path)
-    return {row["name"]: row for row in rows}
+        except csv.Error as error:
+            reason = "its quote never closes" if "end of data" in str(error) else str(error)
+            fix = "Put a cell with commas or quotes in quotes, and double the quotes in it"
+            raise ValueError(f"{path}, line {begin}: {reason}. {fix}.") from error
+    return rows
 
 
-def _unique(names: Iterable[str], path: Path) -> None:
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            raise ValueError(f"{path}: {name!r} appears twice. Names are unique; keep one of the two.")
-        seen.add(name)
+def _check_name(name: str, where: str, seen: dict[str, str]) -> None:
+    """Refuse a name that is not unique, that no file can have, or that leads out of the data set's folder."""
+    if name in seen:
+        raise ValueError(
+            f"{where}: {name!r} appears twice, first in {seen[name]}. Names are unique; keep one of the two."
+        )
+    seen[name] = where.rpartition(", ")[2]
+    if Path(name).is_absolute():
+        raise ValueError(f"{where}: the name {name!r} is an absolute path. Names are those of files in the data set.")
+    _check_path(name, f"{where}: the name")
+    if fault := _name_fault(name):
+        raise ValueError(f"{where}: {fault}.")
+
+
+def _check_path(path: str, what: str) -> None:
+    """Refuse a path that climbs: what lies above the data set's folder is not part of it."""
+    # any `..`, also one that stays inside by its letters: beyond a link it would not
+    if ".." in re.split(r"[/\\]", path):
+        raise ValueError(
+            f"{what} {path!r} climbs out of the data set's folder. Write it without '..': an absolute path in a jsonl, "
+            "or a link in the folder."
+        )
+    if "\0" in path:
+        raise ValueError(f"{what} {path!r} holds a NUL, which no file's name can.")
+
+
+def _name_fault(name: str) -> str | None:
+    """Say why a sample cannot bear a name, which tables, logs and predictions must spell; None if it can."""
+    if any(character < " " or character in "\x7f\x85\u2028\u2029" for character in name):
+        return f"the name {name!a} holds a line break or another control character: rename it"
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return f"the name {name!a} is not UTF-8: rename the file"
+    return None
+
+
+def _read_subtitle(path: Path, encoding: str) -> str:
+    """Read a text file; a byte-order mark tells its encoding, otherwise it is `encoding`.
+
+    Raises:
+        ValueError: it is no regular file, or not in that encoding.
+    """
+    try:
+        check_data_file(path, "a text file")
+    except (ValueError, OSError) as error:
+        if "UTF-16" not in str(error):
+            raise ValueError(str(error).rstrip(".")) from error
+    data = path.read_bytes()
+    for mark, marked in (
+        (codecs.BOM_UTF8, "utf-8-sig"),
+        (codecs.BOM_UTF16_LE, "utf-16"),
+        (codecs.BOM_UTF16_BE, "utf-16"),
+    ):
+        if data.startswith(mark):
+            encoding = marked
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: not {encoding} ({error.reason} at byte {error.start}). Save it as UTF-8, or set "
+            "data.layout.subtitle_encoding"
+        ) from error
+    if "\0" in text:  # every second byte of UTF-16 without a mark
+        raise ValueError(
+            f"{path}: it holds NULs, as UTF-16 does. Save it as UTF-8, or set data.layout.subtitle_encoding"
+        )
+    return text.strip()
+
+
+def _refuse_reasons(reasons: str | None, layout: str) -> None:
+    if reasons is not None:
+        where = "write a reason into each line of the jsonl" if layout == "jsonl" else "list the clips in a jsonl"
+        raise ValueError(f"data.reasons is set, but the layout {layout} has no table of them: {where}")
 
 
 def _text(value: str | None) -> str:
@@ -367,26 +526,55 @@ def _text(value: str | None) -> str:
     return "" if text.lower() == "nan" else text
 
 
-def _labels(value: str) -> str:
-    """Return a label string as written, or `neutral` if it lists nothing."""
-    return value if re.sub(r"[\[\]'\",\s]", "", _text(value)) else NO_LABEL
+def _labels(value: str, where: str) -> str:
+    """Return a label string as written, or `neutral` if it lists nothing.
+
+    Raises:
+        ValueError: a bracket opens and does not close, or the other way round: a list was cut at a comma.
+    """
+    text = _text(value)
+    if text.startswith("[") != text.endswith("]"):
+        raise ValueError(f'{where}: the labels {value!r} are half of a list. Put quotes round it: a,"[happy, sad]".')
+    return value if re.sub(r"[\[\]'\",\s]", "", text) else NO_LABEL
+
+
+def check_emotion_labels(samples: Iterable[Sample], where: str) -> None:
+    """Refuse labels that are numbers, as of sentiment data sets: they would be trained as words, and score 0.
+
+    Args:
+        where: table or folder that the samples come from.
+
+    Raises:
+        ValueError: naming the first such sample.
+    """
+    for sample in samples:
+        for label in parse_labels(sample.labels, "strict"):
+            try:
+                float(label)
+            except ValueError:
+                continue
+            raise ValueError(
+                f"{where}: sample {sample.name!r} has the label {label!r}, a number and not an emotion. Numbers of "
+                "sentiment are for training with reward.names: [sentiment]; give a table of emotion words."
+            )
 
 
 def _by_stem(root: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
-    paths = [path for path in sorted(root.iterdir()) if path.suffix.lower() in suffixes]
-    _unique((path.stem for path in paths), root)
-    return {path.stem: path for path in paths}
+    # hidden files are no clips: macOS keeps a `._a.mp4` beside each file that it copies to a foreign disk
+    paths = [path for path in sorted(root.iterdir()) if path.suffix.lower() in suffixes and path.name[0] != "."]
+    found: dict[str, Path] = {}
+    for path in paths:
+        if other := found.get(path.stem):
+            raise ValueError(
+                f"{root}: {path.stem!r} appears twice, as {other.name} and {path.name}. Names are unique; keep one of "
+                "the two."
+            )
+        found[path.stem] = path
+    return found
 
 
 def _folder(path: str | Path) -> Path:
     path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such folder. Give the dataset's root.")
-    return path
-
-
-def _file(path: str | Path) -> Path:
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file. Check its name and the dataset's root.")
     return path

@@ -6,7 +6,8 @@ cache_dir/{fingerprint}/*.safetensors   features under keys made of content, mod
 ```
 
 A shard appears atomically and under a unique name: a run that is killed anywhere continues after its last shard, and
-several processes may fill one cache. A shard that does not match its checksum is removed and computed again.
+several processes may fill one cache. A shard that does not match its checksum is removed and computed again, and what a
+killed run left half written is removed.
 """
 
 from __future__ import annotations
@@ -15,15 +16,16 @@ import hashlib
 import json
 import logging
 import os
+import socket
 import time
 import uuid
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -39,11 +41,14 @@ from affectgpt.data.media import (
     SAMPLE_RATE,
     ChannelOrder,
     MediaError,
+    TruncatedError,
+    check_regular,
     read_audio,
     read_faces,
     read_frames,
     read_image,
 )
+from grpo_core.data import read_jsonl, report_skipped
 from grpo_core.distributed import Distributed, gather_objects
 
 if TYPE_CHECKING:
@@ -52,7 +57,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MODALITIES = ("frame", "face", "audio", "image")
-RULES = 1  # raise it when media.py reads files differently, so that features of the old rules are not used
+RULES = 2  # raise it when media.py reads files differently, so that features of the old rules are not used
 
 
 class FeatureStore(Mapping[str, dict[str, Tensor]]):
@@ -95,6 +100,19 @@ class _Unit(NamedTuple):
     key: str
     modality: str
     path: Path
+    keep_truncated: bool
+
+    @property
+    def truncated_key(self) -> str:
+        """Key of the features of a file whose end is missing: a run that skips such files must not find them."""
+        return f"{self.key}-truncated"
+
+
+class _Decoded(NamedTuple):
+    """A file as arrays `[rows, …]`, and the key of its features."""
+
+    key: str
+    arrays: np.ndarray
 
 
 def extract_features(
@@ -105,6 +123,7 @@ def extract_features(
     progress: bool = True,
     *,
     face_channel_order: ChannelOrder = "rgb",
+    truncated: Literal["skip", "keep"] = "skip",
     dist: Distributed | None = None,
     threads: int = 2,
     batch: int = 16,
@@ -112,13 +131,15 @@ def extract_features(
 ) -> FeatureStore:
     """Read the features of all samples from the cache, encoding those that it lacks.
 
-    A sample with a file that cannot be read is left out as a whole: reported once, with the reason, and listed in
-    `skipped`. A modality whose path is None is merely absent.
+    A sample with a `fault`, or with a file that cannot be read, is left out as a whole: reported once, with the reason,
+    and listed in `skipped`. A modality whose path is None is merely absent.
 
     Args:
         encoders: None if everything is cached already, in a cache of one pair of encoders.
         modalities: any of `frame, face, audio, image`.
         face_channel_order: order of the channels in the face files, see `read_faces`.
+        truncated: what becomes of files whose end is missing: `skip` takes them for unreadable, `keep` uses what is
+            there and reports them.
         dist: every rank calls this with the same samples; each encodes its share, and all return the same store. With
             None, this process encodes everything without any collective.
         threads: files decoded concurrently.
@@ -137,14 +158,23 @@ def extract_features(
     cache_dir.mkdir(parents=True, exist_ok=True)
     folder = cache_dir / encoders.fingerprint if encoders else _only_folder(cache_dir)
     dist = dist or Distributed()
+    _clean(folder)
     mine = slice(dist.rank, None, dist.world_size)
 
     # file of each modality by sample; then every file once, in an order that is the same on all ranks
-    sources = {sample.name: {m: path for m in modalities if (path := _source(sample, m))} for sample in samples}
+    faults = {sample.name: sample.fault for sample in samples if sample.fault is not None}
+    sources = {
+        sample.name: {m: path for m in modalities if (path := _source(sample, m))}
+        for sample in samples
+        if sample.name not in faults
+    }
     paths = list(dict.fromkeys(path for files in sources.values() for path in files.values()))
     digests, unreadable = (_merge(found, dist) for found in _digest_files(paths[mine], cache_dir, threads))
     needed = {
-        name: [_Unit(_key(m, digests[path], face_channel_order), m, Path(path)) for m, path in files.items()]
+        name: [
+            _Unit(_key(m, digests[path], face_channel_order), m, Path(path), truncated == "keep")
+            for m, path in files.items()
+        ]
         for name, files in sources.items()
         if unreadable.keys().isdisjoint(files.values())
     }
@@ -156,29 +186,49 @@ def extract_features(
     found: dict[str, Path] = {}
     broken: dict[str, str] = {}
     for share in [units[mine], units] if dist.world_size > 1 else [units]:
-        found |= _find(folder, {unit.key for unit in share} - found.keys())
-        missing = [unit for unit in share if unit.key not in found and unit.key not in broken]
+        found |= _find(folder, _wanted(share) - found.keys())
+        missing = [unit for unit in share if _found_key(unit, found) is None and unit.key not in broken]
         decoded = _decode_ahead(missing, face_channel_order, threads, 2 * batch)
         quiet = not (progress and missing and dist.main_process)
         with tqdm(total=len(missing), desc="features", unit="file", disable=quiet) as bar:
             # merged in both rounds, whether or not anything is missing here: every rank makes the same collectives
             broken |= _merge(_encode(decoded, encoders, folder, batch, shard_size, bar), dist)
 
-    skipped: dict[str, str] = {}
+    skipped = dict(faults)
     for name, files in sources.items():
         reasons = [unreadable[path] for path in files.values() if path in unreadable]
         reasons += [broken[unit.key] for unit in needed.get(name, []) if unit.key in broken]
         if reasons:
             skipped[name] = reasons[0]
-    if skipped and dist.main_process:
-        for name, reason in skipped.items():
-            logger.warning("skipped %s: %s", name, reason)
-        logger.warning("skipped %d of %d samples", len(skipped), len(samples))
+    if dist.main_process:
+        report_skipped(skipped, len(samples), "samples")
     if skipped and len(skipped) == len(samples):  # more likely a wrong root than a broken dataset
         raise ValueError(f"none of the {len(samples)} samples is readable. The first: {next(iter(skipped.values()))}")
-    found |= _find(folder, {unit.key for unit in units} - found.keys())
-    keys = {name: {unit.modality: unit.key for unit in some} for name, some in needed.items() if name not in skipped}
+    found |= _find(folder, _wanted(units) - found.keys())
+    keys = {
+        name: {unit.modality: _found_key(unit, found) or unit.key for unit in some}
+        for name, some in needed.items()
+        if name not in skipped
+    }
+    if dist.main_process:
+        for name, some in needed.items():
+            if cut := [unit.path for unit in some if keys.get(name, {}).get(unit.modality) == unit.truncated_key]:
+                logger.warning("kept %s, though the end of %s is missing", name, cut[0])
     return FeatureStore(keys, found, skipped)
+
+
+def _wanted(units: Iterable[_Unit]) -> set[str]:
+    """List the keys under which the features of files may be in the cache."""
+    return {key for unit in units for key in (unit.key, *((unit.truncated_key,) if unit.keep_truncated else ()))}
+
+
+def _found_key(unit: _Unit, found: Mapping[str, Path]) -> str | None:
+    return next((key for key in (unit.key, unit.truncated_key) if key in found), None)
+
+
+def lacking(sample: Sample, modalities: Iterable[str]) -> list[str]:
+    """List the modalities that a sample has no file for."""
+    return [modality for modality in modalities if _source(sample, modality) is None]
 
 
 def _source(sample: Sample, modality: str) -> str | None:
@@ -218,15 +268,14 @@ def _digest_files(paths: list[str], cache_dir: Path, threads: int) -> tuple[dict
     ledger_file = cache_dir / "digests.jsonl"
     ledger: dict[tuple[str, int, int], str] = {}
     if ledger_file.is_file():
-        for line in ledger_file.read_text("utf-8", errors="replace").splitlines():
-            try:
-                path, size, mtime, content = json.loads(line)
+        for _, _, entry in read_jsonl(ledger_file, broken=[]):  # a crash may have cut a line
+            if isinstance(entry, list) and len(entry) == 4:
+                path, size, mtime, content = entry
                 ledger[path, size, mtime] = content
-            except (ValueError, TypeError):  # a line that a crash cut off
-                continue
 
     def digest(path: str) -> tuple[tuple[str, int, int] | None, str]:
         try:
+            check_regular(path)
             stat = os.stat(path)
             entry = (os.path.abspath(path), stat.st_size, stat.st_mtime_ns)
             if entry in ledger:
@@ -256,24 +305,32 @@ def _digest_files(paths: list[str], cache_dir: Path, threads: int) -> tuple[dict
     return digests, unreadable
 
 
-def _decode(unit: _Unit, face_channel_order: ChannelOrder) -> np.ndarray:
+def _decode(unit: _Unit, face_channel_order: ChannelOrder) -> _Decoded:
     if unit.modality == "face":
-        return read_faces(unit.path, face_channel_order)
-    return {"frame": read_frames, "audio": read_audio, "image": read_image}[unit.modality](unit.path)
+        return _Decoded(unit.key, read_faces(unit.path, face_channel_order))
+    if unit.modality == "image":
+        return _Decoded(unit.key, read_image(unit.path))
+    read: Callable[..., np.ndarray] = read_frames if unit.modality == "frame" else read_audio
+    try:
+        return _Decoded(unit.key, read(unit.path))
+    except TruncatedError:
+        if not unit.keep_truncated:
+            raise
+        return _Decoded(unit.truncated_key, read(unit.path, truncated=True))
 
 
 def _decode_ahead(
     units: Iterable[_Unit], face_channel_order: ChannelOrder, threads: int, ahead: int
-) -> Iterator[tuple[_Unit, np.ndarray | MediaError]]:
+) -> Iterator[tuple[_Unit, _Decoded | MediaError]]:
     """Decode in order, in threads, at most `ahead` files before they are taken."""
 
-    def result(future: Future[np.ndarray]) -> np.ndarray | MediaError:
+    def result(future: Future[_Decoded]) -> _Decoded | MediaError:
         try:
             return future.result()
         except MediaError as error:
             return error
 
-    waiting: deque[tuple[_Unit, Future[np.ndarray]]] = deque()
+    waiting: deque[tuple[_Unit, Future[_Decoded]]] = deque()
     pool = ThreadPoolExecutor(threads)
     try:
         for unit in units:
@@ -288,7 +345,7 @@ def _decode_ahead(
 
 
 def _encode(
-    decoded: Iterator[tuple[_Unit, np.ndarray | MediaError]],
+    decoded: Iterator[tuple[_Unit, _Decoded | MediaError]],
     encoders: Encoders | None,
     folder: Path,
     batch: int,
@@ -301,23 +358,24 @@ def _encode(
     try:
         while group := list(islice(decoded, batch)):
             broken |= {unit.key: str(result) for unit, result in group if isinstance(result, MediaError)}
-            arrays = {unit: result for unit, result in group if not isinstance(result, MediaError)}
-            if arrays and encoders is None:
-                path = next(iter(arrays)).path
+            files = [(unit, result) for unit, result in group if not isinstance(result, MediaError)]
+            if files and encoders is None:
+                path = files[0][0].path
                 raise ValueError(f"{path}: its features are not in {folder}; pass encoders to compute them")
             # frames, faces and images go through one encoder, so they share its batches
             for is_audio in (False, True):
-                some = {unit: array for unit, array in arrays.items() if (unit.modality == "audio") == is_audio}
+                some = [(unit, result) for unit, result in files if (unit.modality == "audio") == is_audio]
                 if some:
                     assert encoders is not None  # for the type checker: refused above
                     encode = encoders.encode_audio if is_audio else encoders.encode_frames
-                    rows = encode(np.concatenate(list(some.values())))
+                    rows = encode(np.concatenate([result.arrays for _, result in some]))
                     # before they are written: a cached NaN would come back in every run
                     if not torch.isfinite(rows).all():
-                        files = ", ".join(str(unit.path) for unit in some)
-                        raise ValueError(f"NaN or infinite features among those of {files}; load encoders in float32")
-                    for unit, feature in zip(some, rows.split([len(array) for array in some.values()]), strict=True):
-                        shard[unit.key] = feature.clone()  # safetensors refuses tensors that share memory
+                        names = ", ".join(str(unit.path) for unit, _ in some)
+                        raise ValueError(f"NaN or infinite features among those of {names}; load encoders in float32")
+                    features = rows.split([len(result.arrays) for _, result in some])
+                    for (_, result), feature in zip(some, features, strict=True):
+                        shard[result.key] = feature.clone()  # safetensors refuses tensors that share memory
             if len(shard) >= shard_size:
                 _write(folder, shard)
                 shard = {}
@@ -331,10 +389,42 @@ def _encode(
 def _write(folder: Path, shard: dict[str, Tensor]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     name = uuid.uuid4().hex
-    unfinished = folder / f"{name}.unfinished"
+    # its writer's name is in it, for `_clean`
+    unfinished = folder / f"{name}.{socket.gethostname()}.{os.getpid()}.unfinished"
     save_file(shard, unfinished, metadata={"crc32": _checksum(shard)})
     # no fsync: what a power cut spoils fails its checksum, and is computed again
     os.replace(unfinished, folder / f"{name}.safetensors")
+
+
+def _clean(folder: Path) -> None:
+    """Remove the unfinished shards of builds that were killed.
+
+    One of a process that still runs on this machine is left alone, and so is one younger than a day whose process is
+    elsewhere or unknown: a shard is written within seconds, but clocks of machines that share a folder may differ.
+    """
+    for path in folder.glob("*.unfinished"):
+        host, _, pid = path.stem.partition(".")[2].rpartition(".")  # a host's name may have dots
+        try:
+            if host == socket.gethostname() and pid.isdigit():
+                killed = not _runs(int(pid))
+            else:
+                killed = time.time() - path.stat().st_mtime > 24 * 3600
+            if killed:
+                path.unlink()
+                logger.info("%s: removed, a build that was killed had left it", path)
+        except OSError:  # another process has removed it, or may alone
+            continue
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process of this machine runs."""
+    try:
+        os.kill(pid, 0)  # sends nothing
+    except ProcessLookupError:
+        return False
+    except OSError:  # of another user
+        return True
+    return True
 
 
 def _checksum(shard: Mapping[str, Tensor]) -> str:

@@ -72,6 +72,11 @@ def parse_labels(text: LabelText, parser: str = "strict") -> list[str]:
     return [token for token in map(str.strip, text.replace("'", ",").replace('"', ",").split(",")) if token]
 
 
+def distinct_labels(text: LabelText, parser: str = "tolerant") -> list[str]:
+    """Parse the labels of one text, each once, in order of first appearance: what to show and to write of an answer."""
+    return list(dict.fromkeys(parse_labels(text, parser)))
+
+
 def split_batch(texts: Sequence[str], parser: str) -> list[str]:
     """Split many texts into one list of raw tokens, with `MARK` before each text and at the end.
 

@@ -6,12 +6,15 @@ import argparse
 import sys
 from pathlib import Path
 
+import yaml
+
 from affectgpt.config import R1Config
 from affectgpt.data.datasets import Sample, SyntheticLayout, load_folder, load_mer2025
 from affectgpt.emotion_wheel import EmotionWheel
 from affectgpt.report import write_report
 from grpo_core.config.fields import ConfigError
 from grpo_core.config.loader import load_config
+from grpo_core.report import write_report as write_core_report
 
 
 def main(argv: list[str] | None = None) -> Path:
@@ -30,6 +33,10 @@ def main(argv: list[str] | None = None) -> Path:
     parser.add_argument("--wheel", type=Path, help="published wheel tables, if they have moved since the run")
     options = parser.parse_args(argv)
     try:
+        if is_text_run(options.run_dir):
+            path = write_core_report(options.run_dir)
+            print(path)
+            return path
         config = read_config(options.run_dir / "config.yaml")
         if options.data:
             samples = load_samples(options.data)
@@ -46,6 +53,15 @@ def main(argv: list[str] | None = None) -> Path:
     return path
 
 
+def is_text_run(folder: Path) -> bool:
+    """Whether a run folder is of a program that knows no emotions, by the sections of its config."""
+    try:
+        config = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    return isinstance(config, dict) and "run" in config and "metric" not in config
+
+
 def read_config(path: Path) -> R1Config | None:
     """Read the config that a run saved; None, with a note, if it is missing or not an emotion run's."""
     try:
@@ -57,10 +73,10 @@ def read_config(path: Path) -> R1Config | None:
 
 def run_samples(config: R1Config) -> dict[str, Sample]:
     """Load the samples of a run's tables, training and held-out; what cannot be loaded is left out with a note."""
-    from affectgpt.pipeline import load_samples, synthetic_home  # imports torch
+    from affectgpt.pipeline import load_samples, synthetic_root  # imports torch
 
     if config.data.root is None and isinstance(config.data.layout, SyntheticLayout):
-        config.data.root = synthetic_home(config) / "clips"
+        config.data.root = synthetic_root(config)
     samples: dict[str, Sample] = {}
     for table in (config.data.labels, config.data.test_labels):
         if table:

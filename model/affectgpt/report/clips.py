@@ -143,7 +143,7 @@ def build_clip(pair: Pair, sample: Sample | None, lookup: SectorLookup) -> Clip:
     sectors = lookup.sets(truth)
     answers = []
     for model, answer in (("cold start", pair.before), ("GRPO", pair.after)):
-        labels = [str(label) for label in answer.get("labels") or []]
+        labels = list(dict.fromkeys(map(str, answer.get("labels") or [])))
         text = str(answer.get("answer") or "")
         answers.append(
             Answer(
@@ -185,7 +185,7 @@ def read_thumbnails(sample: Sample | None, count: int = 3, size: int = 148) -> F
 
         from affectgpt.data.media import read_frames
 
-        frames = read_frames(sample.video)
+        frames = read_frames(sample.video, truncated=True)  # a clip that was used is shown
         images = []
         # Without the first and the last frame, where clips fade or cut.
         for index in np.linspace(0, len(frames) - 1, count + 2).round().astype(int)[1:-1]:
@@ -234,7 +234,7 @@ def build_group(rows: Sequence[Mapping[str, Any]], lookup: SectorLookup) -> Comp
         members=[
             Completion(
                 text=str(row.get("text") or ""),
-                labels=[judged(str(label), sectors, lookup) for label in row.get("labels") or []],
+                labels=[judged(label, sectors, lookup) for label in dict.fromkeys(map(str, row.get("labels") or []))],
                 rewards=[(row.get("rewards") or {}).get(name) for name in names],
                 reward=row.get("reward"),
                 advantage=row.get("advantage"),

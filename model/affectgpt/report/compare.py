@@ -66,9 +66,9 @@ class SectorLookup:
 
 def ground_truth_labels(text: Any) -> list[str]:
     """Split a label string of the dataset into labels, by the parser of the metric."""
-    from affectgpt.emotion_wheel import parse_labels
+    from affectgpt.emotion_wheel import distinct_labels
 
-    return parse_labels(text if isinstance(text, str) else "", "strict")
+    return distinct_labels(text if isinstance(text, str) else "", "strict")
 
 
 def sector_counts(evaluations: Mapping[str, Mapping[str, Any]], wheel: EmotionWheel) -> list[SectorCounts]:

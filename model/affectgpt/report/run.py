@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from affectgpt.stages import STAGE_LABELS
+from grpo_core.data import read_jsonl
 
 Row = dict[str, Any]
 
@@ -52,6 +53,7 @@ class Run:
         supervised: step curves of the supervised stages by name, `<stage>/metrics.jsonl`, of those that ran.
         completions: rows of `completions.jsonl`, one per sampled completion.
         evaluations: `evaluations/<name>.json` by name, scores converted from fractions to percent.
+        sessions: rows of `sessions.jsonl`, one per start of the run.
         notes: one sentence for the reader of the report about each file that could not be read.
     """
 
@@ -62,6 +64,7 @@ class Run:
     supervised: dict[str, Curves] = field(default_factory=dict)
     completions: list[Row] = field(default_factory=list)
     evaluations: dict[str, Row] = field(default_factory=dict)
+    sessions: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -89,6 +92,7 @@ def read_run(folder: Path) -> Run:
         if _is_number(row.get("step")) and "prompt_id" in row
     ]
     run.summary = _read_object(folder / "summary.json", run.notes)
+    run.sessions = _read_lines(folder / "sessions.jsonl", run.notes)
     if (folder / "config.yaml").is_file():
         run.config = (folder / "config.yaml").read_text("utf-8", errors="replace")
     for path in sorted((folder / "evaluations").glob("*.json")):
@@ -134,20 +138,11 @@ def _read_lines(path: Path, notes: list[str]) -> list[Row]:
     """Read one JSON object per line. A killed run leaves a half-written last line: dropped without a note."""
     if not path.is_file():
         return []
-    rows, broken = [], 0
-    lines = path.read_text("utf-8", errors="replace").splitlines()
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = _parse(line)
-        except json.JSONDecodeError:
-            broken += number < len(lines)  # the last line does not count
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
+    broken: list[int] = []
+    rows = [value for _, _, value in read_jsonl(path, broken) if isinstance(value, dict)]
     if broken:
-        notes.append(f"{path.parent.name}/{path.name}: {broken} unreadable line{'s' if broken > 1 else ''} skipped.")
+        lines = f"unreadable line{'s' if len(broken) > 1 else ''}"
+        notes.append(f"{path.parent.name}/{path.name}: {len(broken)} {lines} skipped.")
     return rows
 
 

@@ -15,12 +15,14 @@ class Settings:
 
     Attributes:
         facts: plain entries of `summary.json`, and of its `environment` if it has one.
-        versions: software on this machine, if the run recorded none.
+        versions: software of the run's last start, or on this machine if the run recorded none.
+        recorded: whether the run recorded them.
         config: `config.yaml`, empty if there is none.
     """
 
     facts: dict[str, Any]
     versions: dict[str, str]
+    recorded: bool
     config: str
 
 
@@ -31,10 +33,11 @@ def settings_section(run: Run) -> Settings:
         for name, value in run.summary.items()
         if not name.endswith("_f1") and isinstance(value, (str, int, float, bool))
     }
+    recorded = run.sessions[-1].get("versions") if run.sessions else None
+    versions: dict[str, str] = {}
     environment = run.summary.get("environment")
     if isinstance(environment, dict):
         facts |= environment
-        versions = {}
     else:
-        versions = software_versions()
-    return Settings(facts, versions, run.config.strip())
+        versions = recorded if isinstance(recorded, dict) else software_versions()
+    return Settings(facts, versions, isinstance(recorded, dict), run.config.strip())

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from affectgpt.rewards.length import LengthPenalty, check_penalty
-from affectgpt.rewards.perception import Judge, check_judge_folder
+from affectgpt.rewards.perception import Judge
 from affectgpt.rewards.registry import REWARDS, RewardContext
-from grpo_core.config.fields import ConfigSection
+from grpo_core.config.fields import ConfigSection, option
+from grpo_core.model_folder import check_folder
 
 if TYPE_CHECKING:
     from affectgpt.emotion_wheel import EmotionWheel
@@ -54,7 +55,7 @@ class RewardConfig(ConfigSection, key="reward"):
     loads it. See docs/rewards.md."""
     judge_frames: int = 8
     """Number of frames of a video shown to the judge."""
-    judge_batch: int = 4
+    judge_batch: int = option(4, free=True)
     """Pairs of answers in one forward pass of the judge, two rows each."""
     judge_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of the judge's weights; auto is its checkpoint's."""
@@ -111,7 +112,7 @@ def check_rewards(
     if config.judge is not None and not has_judge:
         if not any(REWARDS[name].needs == "judge" for name in built_in):
             raise ValueError("reward.judge is set, but no reward uses it: add perception to reward.names, or unset it")
-        check_judge_folder(config.judge)  # a mistyped path fails now, not when the model is loaded
+        check_folder(config.judge, "reward.judge")  # a mistyped path fails now, not when the model is loaded
     if "overlong" in names and not 1 <= config.overlong_cache <= max_length:
         raise ValueError(
             f"reward.overlong_cache is {config.overlong_cache} tokens of {max_length}: set it between 1 and the "

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from affectgpt.synthetic import face, voice
 from affectgpt.synthetic.emotions import EMOTIONS, IRONIC, PLAIN_FACE, PLAIN_LINES, PLAIN_VOICE, THINGS, TIMES
+from grpo_core.data import read_jsonl
 
 VERSION = 3  # raise it when the same seed gives other clips
 FPS = 10
@@ -195,23 +196,28 @@ def make_dataset(root: str | Path, *, seed: int = 0, train: int = 400, test: int
 
     Writes video/, audio/, openface_face/, subtitle_chieng.csv, track2_train_ovmerd.csv, track3_train_ovmerd.csv,
     track2_test.csv (held out), truth.jsonl (the scripts) and, last, manifest.json. A folder whose manifest has the same
-    seed, sizes and version is left unchanged.
+    seed, sizes and version is left unchanged. An interrupted run's files are made again.
 
     Raises:
-        FileExistsError: the folder holds something else.
+        FileExistsError: the folder holds something else, or another data set, which a run may still need.
     """
     root = Path(root)
     manifest = {"made_by": "affectgpt.synthetic", "version": VERSION, "seed": seed, "train": train, "test": test}
     mark = root / "manifest.json"
-    if mark.is_file() and json.loads(mark.read_text()) == manifest:
-        return root
+    if mark.is_file():
+        found = json.loads(mark.read_text())
+        if found == manifest:
+            return root
+        raise FileExistsError(
+            f"{root} holds a synthetic data set of other seed, sizes or version ({found}): name a new folder"
+        )
     if root.exists() and any(root.iterdir()) and not (root / "truth.jsonl").is_file():
         raise FileExistsError(f"{root} holds files that are not a synthetic data set: name an empty or a new folder")
-    # truth.jsonl without the right manifest: an interrupted run's, or another version's
-    shutil.rmtree(root, ignore_errors=True)
-    root.mkdir(parents=True)
+    root.mkdir(parents=True, exist_ok=True)
     scripts = write_scripts(seed, train, test)
     for folder in ("video", "audio", "openface_face"):
+        # of an interrupted run: truth.jsonl is there, and no manifest
+        shutil.rmtree(root / folder, ignore_errors=True)
         (root / folder).mkdir()
     (root / "truth.jsonl").write_text("".join(json.dumps(asdict(s)) + "\n" for s in scripts))
     _film_all(root, workers)
@@ -237,7 +243,7 @@ def write_scripts(seed: int, train: int, test: int) -> list[Script]:
 
 def read_truth(root: str | Path) -> list[Script]:
     """Read the scripts of a generated data set, training clips first."""
-    rows = (json.loads(line) for line in (Path(root) / "truth.jsonl").read_text().splitlines())
+    rows = (record.value for record in read_jsonl(Path(root) / "truth.jsonl"))
     return [Script(**row | {"labels": tuple(row["labels"]), "seed": tuple(row["seed"])}) for row in rows]
 
 

@@ -30,18 +30,24 @@ def make_tiny_models(folder: str | Path, *, seed: int = 0) -> TinyModels:
     whose manifest has the same seed and version is left unchanged.
 
     Raises:
-        FileExistsError: the folder holds something else.
+        FileExistsError: the folder holds something else, or other tiny models, which a trained adapter may need.
     """
     folder = Path(folder)
     models = TinyModels(folder / "llm", folder / "visual", folder / "audio")
     manifest = {"made_by": "affectgpt.synthetic", "models_version": MODELS_VERSION, "seed": seed}
     mark, began = folder / "manifest.json", folder / "manifest.partial.json"
-    if mark.is_file() and json.loads(mark.read_text()) == manifest:
-        return models
-    if folder.exists() and any(folder.iterdir()) and not (mark.is_file() or began.is_file()):
+    if mark.is_file():
+        found = json.loads(mark.read_text())
+        if found == manifest:
+            return models
+        raise FileExistsError(
+            f"{folder} holds tiny models of another seed or version ({found}): name an empty or a new folder"
+        )
+    if folder.exists() and any(folder.iterdir()) and not began.is_file():
         raise FileExistsError(f"{folder} holds files that are not tiny models: name an empty or a new folder")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    for part in models:  # of an interrupted run
+        shutil.rmtree(part, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
     # marks the folder as ours until the manifest does: an interrupted run's files may be deleted by the next
     began.write_text(json.dumps(manifest))
     command = [sys.executable, "-m", "affectgpt.synthetic", "encoders", str(folder), "--seed", str(seed)]

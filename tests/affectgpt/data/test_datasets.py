@@ -1,10 +1,20 @@
 """Layouts on disk, as published, and what a table may get wrong."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 
-from affectgpt.data.datasets import Sample, load_folder, load_jsonl, load_mer2025, load_mer2026, load_ovmerd_plus
+from affectgpt.data.datasets import (
+    Sample,
+    check_emotion_labels,
+    load_folder,
+    load_jsonl,
+    load_mer2025,
+    load_mer2026,
+    load_ovmerd_plus,
+)
 
 
 def write(path, text):
@@ -104,9 +114,8 @@ def test_tables_that_are_missing_or_wrong_are_named(mer2025):
         load_mer2025(mer2025, "absent.csv")
     for text, words in (
         ("name,labels\na,happy\n", "no column openset. It has name, labels; wanted are name, openset."),
-        ("", "no column name, openset. It has none; wanted are name, openset."),
-        ("name,openset\na,x\nb,y\na,z\n", "'a' appears twice"),
-        ("name,openset\n,x\n", "a row without a name"),
+        ("", "no column name. It has none; wanted are name, openset."),
+        ("name,openset,openset\na,happy,sad\n", "two columns openset. It has name, openset, openset;"),
     ):
         path = write(mer2025 / "bad.csv", text)
         with pytest.raises(ValueError) as caught:  # noqa: PT011 - the words are compared below
@@ -123,6 +132,49 @@ def test_tables_that_are_missing_or_wrong_are_named(mer2025):
         load_mer2025(mer2025)
 
 
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ("a,[happy, sad]\n", "line 2: 3 cells, but the header has 2. Put quotes round a list"),
+        ("b,happy\na\n", "line 3: 1 cells, but the header has 2."),
+        ("b,[happy],extra\n", "line 2: 3 cells, but the header has 2."),
+        ('c,happy\na,"[happy, sad]\nb,[angry]\nc,[calm]\n', "line 3: its quote never closes. Put a cell with commas"),
+        ('a,"[happy]\nb,"[sad]"\n', "line 2: ',' expected after '\"'. Put a cell with commas"),
+        ("a,[happy\n", "line 2: the labels '[happy' are half of a list"),
+        ('a,"happy, sad]"\n', "line 2: the labels 'happy, sad]' are half of a list"),
+        ("a,x\nb,y\na,z\n", "line 4: 'a' appears twice, first in line 2."),
+        ('a,"x\n\n"\n,y\n', "line 5: a row without a name"),
+        ("../../../../etc/hostname,happy\n", "line 2: the name '../../../../etc/hostname' climbs out"),
+        ("x/../../y,happy\n", "line 2: the name 'x/../../y' climbs out"),
+        ("x\\..\\..\\y,happy\n", "climbs out"),
+        ("/etc/hostname,happy\n", "line 2: the name '/etc/hostname' is an absolute path"),
+        ('"a\nb",happy\n', "line 2: the name 'a\\nb' holds a line break"),
+    ],
+)
+def test_a_row_that_is_wrong_is_named_by_file_and_line(mer2025, rows, words):
+    path = write(mer2025 / "bad.csv", "name,openset\n" + rows)
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the words are compared below
+        load_mer2025(mer2025, "bad.csv")
+    assert str(caught.value).startswith(f"{path}, line ")
+    assert words in str(caught.value)
+
+
+def test_a_table_may_hold_what_spreadsheets_write(mer2025):
+    write(mer2025 / "odd.csv", 'name,openset,\r\n\r\n a, "[happy, sad]",\r\nb,calm,,,\r\ndir/c,"say ""ah""",\r\n')
+    samples = load_mer2025(mer2025, "odd.csv")
+    assert [(s.name, s.labels) for s in samples] == [("a", "[happy, sad]"), ("b", "calm"), ("dir/c", 'say "ah"')]
+    assert samples[2].video == mer2025 / "video" / "dir" / "c.mp4"
+
+
+def test_other_formats_and_pipes_are_no_tables(mer2025):
+    (mer2025 / "table.csv").write_bytes(b"PAR1\x15\x04")
+    with pytest.raises(ValueError, match=r"table\.csv: a parquet file\. Convert it to a csv in UTF-8"):
+        load_mer2025(mer2025, "table.csv")
+    os.mkfifo(mer2025 / "pipe.csv")
+    with pytest.raises(ValueError, match=r"pipe\.csv: a pipe or a device, not a file"):
+        load_mer2025(mer2025, "pipe.csv")
+
+
 def test_a_folder_of_clips_with_whatever_lies_beside_them(tmp_path):
     for name in ("b.mp4", "a.MKV", "a.wav", "a.npy", "still.png", "b.jpg", "notes.md"):
         write(tmp_path / name, "")
@@ -134,7 +186,7 @@ def test_a_folder_of_clips_with_whatever_lies_beside_them(tmp_path):
         Sample("still", None, None, None, image=tmp_path / "still.png"),
     ]
     write(tmp_path / "labels.csv", "name,openset\nc,sad\n")
-    with pytest.raises(ValueError, match=r"labels\.csv: it labels 'c', but .* holds no such clip"):
+    with pytest.raises(ValueError, match=r"labels\.csv, line 2: it labels 'c', but .* holds no such clip"):
         load_folder(tmp_path, "labels.csv")
     write(tmp_path / "a.avi", "")
     with pytest.raises(ValueError, match="'a' appears twice"):
@@ -159,10 +211,103 @@ def test_a_jsonl_names_each_part_relative_to_itself(tmp_path):
     ]
 
 
+def test_sounds_in_capitals_are_found_and_hidden_files_are_no_clips(tmp_path):
+    for name in (
+        "a.mp4",
+        "a.WAV",
+        "b.MP4",
+        "b.flac",
+        "b.NPY",
+        "._a.mp4",
+        "._a.wav",
+        ".DS_Store",
+        ".hidden.mp4",
+        "._a.txt",
+    ):
+        write(tmp_path / name, "")
+    write(tmp_path / "b.TXT", "Hm.")
+    assert load_folder(tmp_path) == [
+        Sample("a", tmp_path / "a.mp4", tmp_path / "a.WAV", None),
+        Sample("b", tmp_path / "b.MP4", tmp_path / "b.flac", tmp_path / "b.NPY", "Hm."),
+    ]
+    write(tmp_path / "a.mp3", "")  # which of the two would be heard?
+    with pytest.raises(ValueError, match=r"'a' appears twice, as a\.WAV and a\.mp3"):
+        load_folder(tmp_path)
+
+
+def test_a_subtitle_is_decoded_or_costs_its_clip_alone(tmp_path):
+    contents = {
+        "utf8": "你好".encode(),
+        "marked": "你好".encode("utf-8-sig"),
+        "utf16": "你好".encode("utf-16"),
+        "big": b"\xfe\xff" + "你好".encode("utf-16-be"),
+        "gbk": "你好".encode("gbk"),
+        "unmarked": "hello".encode("utf-16-le"),
+    }
+    for name, content in contents.items():
+        write(tmp_path / f"{name}.mp4", "")
+        (tmp_path / f"{name}.txt").write_bytes(content)
+    write(tmp_path / "pipe.mp4", "")
+    os.mkfifo(tmp_path / "pipe.txt")
+    samples = {sample.name: sample for sample in load_folder(tmp_path)}
+    assert {name for name, sample in samples.items() if sample.subtitle == "你好"} == {"utf8", "marked", "utf16", "big"}
+    faults = {name: sample.fault for name, sample in samples.items() if sample.fault}
+    assert faults.keys() == {"gbk", "unmarked", "pipe"}
+    assert faults["gbk"].startswith(f"{tmp_path / 'gbk.txt'}: not utf-8 (")
+    assert "set data.layout.subtitle_encoding" in faults["gbk"]
+    assert "it holds NULs" in faults["unmarked"]
+    assert "a pipe or a device" in faults["pipe"]
+    chosen = {sample.name: sample for sample in load_folder(tmp_path, subtitle_encoding="gbk")}
+    assert chosen["gbk"].subtitle == chosen["utf16"].subtitle == "你好"
+
+
+def test_a_clip_whose_name_no_table_can_spell_is_at_fault_alone(tmp_path):
+    for name in (b"caf\xe9.mp4", b"caf\xe8.mp4", b"a\nb.mp4", "é.mp4".encode()):
+        Path(os.fsdecode(bytes(tmp_path) + b"/" + name)).touch()
+    faults = {sample.name: sample.fault for sample in load_folder(tmp_path)}
+    assert faults.keys() == {"caf\\xe9", "caf\\xe8", "a\nb", "é"}
+    assert faults["é"] is None
+    assert "is not UTF-8: rename the file" in faults["caf\\xe9"]
+    assert "holds a line break" in faults["a\nb"]
+    json.dumps(list(faults), ensure_ascii=False).encode()
+
+
+def test_numbers_are_no_emotions(mer2025):
+    write(mer2025 / "mosi.csv", "name,openset\na,happy\nb,-1.6\n")
+    samples = load_mer2025(mer2025, "mosi.csv")
+    with pytest.raises(ValueError, match=r"mosi: sample 'b' has the label '-1\.6', a number and not an emotion"):
+        check_emotion_labels(samples, "mosi")
+    check_emotion_labels(samples[:1], "mosi")
+
+
+def test_unicode_separators_in_a_jsonl_are_text(tmp_path):
+    rows = [{"name": f"{code:x}", "subtitle": f"one{chr(code)}two"} for code in (0x2028, 0x85, 0x0C)]
+    path = write(tmp_path / "clips.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows[:2]))
+    assert [sample.subtitle for sample in load_jsonl(path)] == [row["subtitle"] for row in rows[:2]]
+
+
+def test_a_jsonl_may_name_what_lies_beside_it_and_what_its_user_names(tmp_path):
+    outside = write(tmp_path / "elsewhere" / "b.mp4", "")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "linked").symlink_to(tmp_path / "elsewhere")
+    rows = [{"name": "a", "video": str(outside)}, {"name": "b", "video": "linked/b.mp4"}]
+    path = write(tmp_path / "data" / "clips.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    assert [sample.video.read_text() for sample in load_jsonl(path)] == ["", ""]
+    for value in ("../elsewhere/b.mp4", "linked/../../elsewhere/b.mp4"):
+        write(path, json.dumps({"name": "a", "video": value}) + "\n")
+        with pytest.raises(ValueError, match=r"line 1: video '.*' climbs out of the data set's folder"):
+            load_jsonl(path)
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
         ('{"name": "b"', "line 2: not JSON"),
+        ('{"name": "../b"}', "line 2: the name '../b' climbs out"),
+        ('{"name": "b", "labels": ["x, y"]}', "line 2: the label 'x, y' holds a comma"),
+        ('{"name": "b", "labels": "[x"}', "line 2: the labels '[x' are half of a list"),
+        ('{"name": "b", "video": "b\\u0000.mp4"}', "line 2: video 'b\\x00.mp4' holds a NUL"),
+        ('{"name": "b", "fault": "x"}', "line 2: unknown key 'fault'"),
         ('["b"]', "line 2: an object with a name is needed"),
         ('{"video": "b.mp4"}', "line 2: an object with a name is needed"),
         ('{"name": "b", "vidio": "b.mp4"}', "line 2: unknown key 'vidio'. Known are name, video, audio, face"),

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import textwrap
 import time
+import wave
+from dataclasses import replace
 from fractions import Fraction
 
 import av
@@ -204,7 +206,7 @@ def test_unreadable_clips_are_reported_once_skipped_and_counted(tmp_path, sample
         store = extract_features([*samples, *bad], encoders, tmp_path / "cache", progress=False)
     assert list(store) == [sample.name for sample in samples]
     assert list(store.skipped) == ["missing", "corrupt", "mute", "bad_face"]
-    assert store.skipped["missing"].startswith(f"{media / 'missing.mp4'}: No such file")
+    assert store.skipped["missing"].startswith(f"{media / 'missing.mp4'}: no such file")
     assert "corrupt or not a media file" in store.skipped["corrupt"]
     assert "it has no audio stream" in store.skipped["mute"]
     assert "not a readable .npy file" in store.skipped["bad_face"]
@@ -217,6 +219,43 @@ def test_unreadable_clips_are_reported_once_skipped_and_counted(tmp_path, sample
         store["mute"]
     with pytest.raises(ValueError, match=r"none of the 4 samples is readable. The first: .*missing.mp4"):
         extract_features(bad, encoders, tmp_path / "cache", progress=False)
+
+
+def test_a_sample_with_a_fault_and_what_is_no_file_are_skipped(tmp_path, samples, encoders):
+    os.mkfifo(tmp_path / "media" / "pipe.mp4")
+    (tmp_path / "media" / "zeros.mp4").symlink_to("/dev/zero")
+    odd = [
+        replace(samples[0], name="fault", fault="its name is odd"),
+        Sample("pipe", tmp_path / "media" / "pipe.mp4", None, None),
+        Sample("zeros", tmp_path / "media" / "zeros.mp4", None, None),
+    ]
+    store = extract_features([*samples, *odd], encoders, tmp_path / "cache", ("frame",), progress=False)
+    assert list(store) == [sample.name for sample in samples]
+    assert store.skipped.pop("fault") == "its name is odd"
+    assert [": a pipe, a socket or a device, not a file" in reason for reason in store.skipped.values()] == [True, True]
+
+
+def test_a_file_whose_end_is_missing_is_skipped_or_kept_but_never_taken_for_a_whole_one(
+    tmp_path, samples, encoders, reads, caplog
+):
+    with wave.open(str(tmp_path / "media" / "cut.wav"), "wb") as file:
+        file.setparams((1, 2, 16_000, 0, "NONE", ""))
+        file.writeframes(np.arange(64_000, dtype=np.int16).tobytes())
+    cut = tmp_path / "media" / "cut.wav"
+    cut.write_bytes(cut.read_bytes()[:70_000])
+    odd, options = [*samples, Sample("cut", None, cut, None)], {"modalities": ("audio",), "progress": False}
+    for _ in range(2):  # before and after the features of the cut file are in the cache
+        store = extract_features(odd, encoders, tmp_path / "cache", **options)
+        assert list(store.skipped) == ["cut"]
+        assert "its end is missing: the header promises 128,044 bytes, and there are 70,000" in store.skipped["cut"]
+        with caplog.at_level(logging.WARNING):
+            kept = extract_features(odd, encoders, tmp_path / "cache", truncated="keep", **options)
+        assert caplog.records[-1].getMessage() == f"kept cut, though the end of {cut} is missing"
+        assert kept.skipped == {}
+        torch.testing.assert_close(
+            kept["cut"]["audio"], encoders.encode_audio(read_audio(cut, truncated=True)), rtol=1e-4, atol=1e-5
+        )
+    assert reads.count(("audio", "cut.wav")) == 3  # kept: encoded once; skipped: looked at in every run
 
 
 def shards(cache):
@@ -262,6 +301,27 @@ def test_an_interrupt_keeps_what_was_done(tmp_path, samples, encoders, reads, mo
     store = extract_features(samples, encoders, tmp_path / "cache", ("frame",), progress=False)
     assert sorted(reads) == [("frame", "3.mp4"), ("frame", "4.mp4")]
     assert len(store) == 5
+
+
+def test_what_a_killed_build_left_is_removed_but_not_what_a_living_process_writes(tmp_path, samples, encoders):
+    folder = tmp_path / "cache" / encoders.fingerprint
+    folder.mkdir(parents=True)
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        pass
+    here = socket.gethostname()
+    files = {
+        f"a.{here}.{ended.pid}": False,
+        f"b.{here}.{os.getpid()}": True,  # of a living process
+        f"c.elsewhere.org.{ended.pid}": True,  # of another machine, and young
+        f"d.elsewhere.org.{os.getpid()}": False,  # of another machine, and old
+        "e": False,  # as earlier versions named them, and old
+    }
+    for name in files:
+        (folder / f"{name}.unfinished").write_bytes(b"half a shard")
+        if name[0] in "de":
+            os.utime(folder / f"{name}.unfinished", (time.time() - 2 * 24 * 3600,) * 2)
+    extract_features(samples[:1], encoders, tmp_path / "cache", progress=False)
+    assert {path.stem for path in folder.glob("*.unfinished")} == {name for name, stays in files.items() if stays}
 
 
 def test_missing_features_without_encoders_say_what_to_do(tmp_path, samples, encoders):

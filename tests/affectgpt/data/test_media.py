@@ -1,6 +1,7 @@
 """Real files, written by FFmpeg, read back into what the encoders take."""
 
 import itertools
+import os
 import tracemalloc
 import wave
 from fractions import Fraction
@@ -11,7 +12,17 @@ import pytest
 from PIL import Image
 
 from affectgpt.data import media
-from affectgpt.data.media import MediaError, audio_clips, frame_indices, read_audio, read_faces, read_frames, read_image
+from affectgpt.data.media import (
+    MediaError,
+    TruncatedError,
+    audio_clips,
+    frame_indices,
+    read_audio,
+    read_faces,
+    read_frames,
+    read_image,
+    read_waveform,
+)
 
 RATE = 16_000
 
@@ -21,9 +32,12 @@ def gray(index, shape=(48, 64)):
     return np.full((*shape, 3), 10 + 7 * index, np.uint8)
 
 
-def write_video(path, frames, *, codec="libx264", pix_fmt="yuv420p", pts=None, audio=None):
-    """An encoded video of RGB frames; `pts` in frames of 1/25 s; `audio` float [channels, n] at 16 kHz as AAC."""
-    with av.open(str(path), "w") as container:
+def write_video(path, frames, *, codec="libx264", pix_fmt="yuv420p", pts=None, audio=None, starts=(0.0,), options=None):
+    """An encoded video of RGB frames; `pts` in frames of 1/25 s; `audio` float [channels, n] at 16 kHz as AAC.
+
+    The audio is played once from each of `starts`, in seconds.
+    """
+    with av.open(str(path), "w", options=options or {}) as container:
         stream = container.add_stream(codec, rate=25, options={"qp": "0"} if codec == "libx264" else {})
         stream.height, stream.width = frames[0].shape[:2] if len(frames) else (48, 64)
         stream.pix_fmt = pix_fmt
@@ -36,19 +50,21 @@ def write_video(path, frames, *, codec="libx264", pix_fmt="yuv420p", pts=None, a
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
         if sound is not None:
-            frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(audio, np.float32), "fltp", sound.layout)
-            frame.sample_rate, frame.pts = RATE, 0
-            container.mux(sound.encode(frame))
+            for start in starts:
+                frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(audio, np.float32), "fltp", sound.layout)
+                frame.sample_rate, frame.pts, frame.time_base = RATE, round(start * RATE), Fraction(1, RATE)
+                container.mux(sound.encode(frame))
             container.mux(sound.encode())
     return path
 
 
 def write_sound(path, samples, *, rate=RATE, codec="pcm_s16le"):
     """An encoded sound of float samples [channels, n] in -1..1."""
-    layout = {1: "mono", 2: "stereo", 6: "5.1"}[len(samples)]
+    layout = {1: "mono", 2: "stereo", 6: "5.1", 8: "7.1", 16: "hexadecagonal", 24: "22.2"}[len(samples)]
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate, layout=layout)
-        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples, np.float32), "fltp", layout)
+        # packed: PyAV does not reach the planes beyond the eighth
+        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples.T, np.float32).reshape(1, -1), "flt", layout)
         frame.sample_rate, frame.pts = rate, 0
         resampler = av.AudioResampler(stream.format, layout, rate, frame_size=stream.codec_context.frame_size or None)
         for piece in [*resampler.resample(frame), *resampler.resample(None)]:
@@ -104,23 +120,34 @@ def test_frames_are_rgb_and_stretched_to_the_square(tmp_path):
     np.testing.assert_allclose(frames[:, 50, 170], [(0, 0, 0)] * 8, atol=12)
 
 
-@pytest.mark.parametrize("degrees", [90, 180, 270])
-def test_frames_stand_as_the_file_says_they_are_turned(tmp_path, degrees):
+@pytest.mark.parametrize(
+    ("matrix", "corners"),
+    [
+        # where the bright corner (top left) and the gray one (top right) go
+        ((0, 1, -1, 0), ("top right", "bottom right")),  # turned by 90° clockwise
+        ((-1, 0, 0, -1), ("bottom right", "bottom left")),
+        ((0, -1, 1, 0), ("bottom left", "top left")),
+        ((-1, 0, 0, 1), ("top right", "top left")),  # mirrored, as a phone's front camera does
+        ((1, 0, 0, -1), ("bottom left", "bottom right")),
+        ((0, 1, 1, 0), ("top left", "bottom left")),  # mirrored and turned
+        ((0, -1, -1, 0), ("bottom right", "top right")),
+    ],
+)
+def test_frames_stand_as_the_file_says_they_are_turned_and_mirrored(tmp_path, matrix, corners):
     pixels = np.zeros((48, 64, 3), np.uint8)
-    pixels[:24, :32] = 255  # top left
+    pixels[:24, :32], pixels[:24, 32:] = 255, 120
     path = write_video(tmp_path / "a.mp4", [pixels] * 3)
     data = bytearray(path.read_bytes())
-    one = 1 << 16  # a track header's matrix is 16.16 fixed point; clockwise turns
-    matrix = {90: (0, one, -one, 0), 180: (-one, 0, 0, -one), 270: (0, -one, one, 0)}[degrees]
     start = data.index(b"tkhd") + 4 + 40
-    for place, value in zip((0, 4, 12, 16), matrix, strict=True):
-        data[start + place : start + place + 4] = value.to_bytes(4, "big", signed=True)
+    for place, value in zip((0, 4, 12, 16), matrix, strict=True):  # 16.16 fixed point
+        data[start + place : start + place + 4] = (value << 16).to_bytes(4, "big", signed=True)
     path.write_bytes(data)
     frame = read_frames(path)[0, ..., 0]
-    corners = {"top left": frame[50, 50], "top right": frame[50, 170], "bottom right": frame[170, 170]}
-    corners["bottom left"] = frame[170, 50]
-    bright = [name for name, value in corners.items() if value > 128]
-    assert bright == [{90: "top right", 180: "bottom right", 270: "bottom left"}[degrees]]
+    places = {"top left": (50, 50), "top right": (50, 170), "bottom right": (170, 170), "bottom left": (170, 50)}
+    shown = {name: int(frame[place]) for name, place in places.items()}
+    dark = [shown.pop(name) for name in places if name not in corners]
+    assert max(dark) < 20
+    assert [shown[name] for name in corners] == [pytest.approx(255, abs=12), pytest.approx(120, abs=12)]
 
 
 @pytest.mark.parametrize(
@@ -218,10 +245,10 @@ def test_any_rate_and_sample_format_gives_the_same_sound(tmp_path, suffix, codec
         assert (clip[middle] ** 2).mean() == pytest.approx(amplitude**2 / 2, rel=tolerance)
 
 
-@pytest.mark.parametrize("channels", [2, 6])
+@pytest.mark.parametrize("channels", [2, 6, 8, 16, 24])
 def test_channels_are_averaged(tmp_path, channels):
     samples = np.stack([tone(3, frequency=100 * (i + 1), amplitude=0.5)[0] for i in range(channels)])
-    waveform = media.read_waveform(write_sound(tmp_path / "a.wav", samples, codec="pcm_f32le"))
+    waveform = read_waveform(write_sound(tmp_path / "a.wav", samples, codec="pcm_f32le"))
     np.testing.assert_allclose(waveform, samples.mean(axis=0), atol=1e-5)
 
 
@@ -232,6 +259,99 @@ def test_sound_of_an_mp4_is_its_own_track(tmp_path):
     spectrum = np.abs(np.fft.rfft(waveform[4000:36_000]))
     assert spectrum.argmax() * RATE / 32_000 == pytest.approx(200, abs=1)
     assert waveform.std() == pytest.approx(0.5 / np.sqrt(2), rel=0.05)
+
+
+@pytest.mark.parametrize(("suffix", "codec"), [("mp4", "aac"), ("flac", "flac")])
+def test_eight_channels_of_planes_are_averaged(tmp_path, suffix, codec):
+    samples = np.repeat(tone(2), 8, axis=0)
+    waveform = read_waveform(write_sound(tmp_path / f"a.{suffix}", samples, codec=codec))
+    assert np.abs(waveform[2000:30_000]).max() == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_sound_stays_beside_its_picture(tmp_path, suffix):
+    path = write_video(tmp_path / f"a.{suffix}", [gray(0)] * 200, audio=tone(1), starts=(1.5, 5.0))
+    waveform = read_waveform(path)
+    assert len(waveform) == pytest.approx(6 * RATE, abs=2048)
+    loud = [np.abs(waveform[round(second * RATE) :][: RATE // 2]).max() for second in (0.5, 1.75, 3.5, 5.25)]
+    assert loud == [0, pytest.approx(0.5, abs=0.1), pytest.approx(0, abs=0.01), pytest.approx(0.5, abs=0.1)]
+
+
+def test_a_wrong_time_stamp_makes_no_silence(tmp_path):
+    path = write_video(tmp_path / "a.mkv", [gray(0)] * 50, audio=tone(2))
+    data = bytearray(path.read_bytes())
+    place = data.index(b"\x1f\x43\xb6\x75")  # the first cluster; its time stamp is all of its blocks'
+    stamp = data.index(b"\xe7\x81", place) + 2
+    data[stamp] = 0xFF
+    duration = data.index(b"\x44\x89\x88") + 3
+    data[duration : duration + 8] = np.array(100.0, ">f8").tobytes()  # 0.1 s: less than the stamp
+    path.write_bytes(data)
+    assert len(read_waveform(path)) == pytest.approx(2 * RATE, abs=2048)
+
+
+def test_a_long_sound_is_never_in_memory_as_a_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(media, "HELD_SAMPLES", 4 * RATE)
+    sound = 0.1 * np.random.default_rng(0).normal(size=(1, 60 * RATE))
+    path = write_sound(tmp_path / "a.wav", sound)
+    tracemalloc.start()
+    clips = read_audio(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8e6  # eight clips, also in float64; all 60 seconds three times over would be 11.5 MB
+    np.testing.assert_array_equal(clips, audio_clips(read_waveform(path)))
+
+
+def test_only_regular_files_are_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zeros").symlink_to("/dev/zero")
+    for reader, name in itertools.product(
+        (read_frames, read_audio, read_waveform, read_faces, read_image), os.listdir(tmp_path)
+    ):
+        with pytest.raises(MediaError, match=r"a pipe, a socket or a device, not a file\. Put a regular file there"):
+            reader(tmp_path / name)
+    write_sound(tmp_path / "a.wav", tone(1))
+    (tmp_path / "link.wav").symlink_to(tmp_path / "a.wav")
+    assert len(read_waveform(tmp_path / "link.wav")) == RATE
+
+
+def write_cut_files(folder):
+    """(reader, file) of each container that states its length."""
+    noise = np.random.default_rng(0)
+    frames = [noise.integers(0, 255, (48, 64, 3), dtype=np.uint8) for _ in range(50)]
+    # faststart: the index in front, as files for downloads have it
+    film = write_video(folder / "a.mp4", frames, audio=tone(2), options={"movflags": "faststart"})
+    yield from ((read_frames, film), (read_audio, film))
+    yield read_frames, write_video(folder / "a.webm", frames, codec="libvpx-vp9")
+    for suffix in ("mkv", "avi"):
+        yield read_frames, write_video(folder / f"a.{suffix}", frames, audio=tone(2))
+    for suffix, codec in (("wav", "pcm_s16le"), ("flac", "flac"), ("mp3", "libmp3lame"), ("aiff", "pcm_s16be")):
+        sound = tone(2) + 0.1 * noise.normal(size=(1, 2 * RATE))
+        yield read_audio, write_sound(folder / f"a.{suffix}", sound, codec=codec)
+
+
+def test_a_file_whose_end_is_missing_is_refused_or_read_as_far_as_it_goes(tmp_path):
+    for reader, path in write_cut_files(tmp_path):
+        whole = path.read_bytes()
+        expected = reader(path)
+        np.testing.assert_array_equal(reader(path, truncated=True), expected)
+        for tenths in (3, 8):
+            path.write_bytes(whole[: len(whole) * tenths // 10])
+            with pytest.raises(TruncatedError, match=r"its end is missing: .*set data\.truncated to keep"):
+                reader(path)
+            kept = reader(path, truncated=True)
+            assert kept.shape == expected.shape
+            assert (kept != expected).any()
+        path.write_bytes(whole)
+
+
+def test_a_wav_of_unknown_length_is_whole(tmp_path):
+    path = write_sound(tmp_path / "a.wav", tone(1))
+    data = bytearray(path.read_bytes())
+    place = data.index(b"data") + 4
+    for unknown in (0xFFFFFFFF, 0x7FFFFFFF):  # what programs write that write to a pipe
+        data[4:8] = data[place : place + 4] = unknown.to_bytes(4, "little")
+        path.write_bytes(data)
+        assert len(read_waveform(path)) == pytest.approx(RATE, abs=64)
 
 
 def faces_file(path, count=20, **save):
@@ -299,7 +419,7 @@ def broken_files(folder):
             yield reader, path, "not a readable .npy file" if suffix == "npy" else "corrupt or not a media file"
     yield read_audio, silent, "it has no audio stream. Give the sample a wav"
     yield read_frames, sound, "it has no video stream. Give a video file"
-    yield read_frames, folder, "no such file"
+    yield read_frames, folder, "a folder, not a file"
     with wave.open(str(folder / "nothing.wav"), "wb") as file:
         file.setparams((1, 2, RATE, 0, "NONE", ""))
     yield read_audio, folder / "nothing.wav", "the audio stream holds no sound"

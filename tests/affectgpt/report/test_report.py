@@ -182,6 +182,14 @@ def page(run_dir: Path, wheel: EmotionWheel) -> str:
     return write_report(run_dir, samples={}, wheel=wheel).read_text("utf-8")
 
 
+def test_held_out_clips_that_could_not_be_used_are_counted(tmp_path: Path, wheel: EmotionWheel) -> None:
+    folder = write_run(tmp_path / "run", wheel, steps=2, clips=4)
+    for path in (folder / "evaluations").glob("*.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"total": 2610}))
+    page = write_report(folder, samples={}, wheel=wheel).read_text("utf-8")
+    assert page.count("The scores are of 4 of 2,610 held-out clips: the others could not be used.") == 1
+
+
 class Reader(HTMLParser):
     """Checks that elements close in order; collects ids, links, sources and text."""
 
@@ -628,3 +636,22 @@ def test_the_report_of_a_text_run_does_not_speak_of_emotions(tmp_path: Path, whe
     assert "brevity" in page
     for word in ("emotion", "affectgpt", "ground truth", "labels"):
         assert word not in re.sub(r"<style>.*?</style>", "", page, flags=re.S).lower()
+
+
+def test_the_software_is_what_the_run_recorded(tmp_path, wheel):
+    folder = write_run(tmp_path / "run", wheel)
+    (folder / "sessions.jsonl").write_text(
+        json.dumps({"versions": {"torch": "1.1"}}) + "\n" + json.dumps({"versions": {"torch": "9.9.9"}}) + "\n"
+    )
+    page = write_report(folder, samples={}, wheel=wheel).read_text()
+    assert "Software of the run: torch 9.9.9." in page
+    (folder / "sessions.jsonl").unlink()
+    page = write_report(folder, samples={}, wheel=wheel).read_text()
+    assert "Software when this report was written: python" in page
+
+
+def test_a_text_runs_report_does_not_speak_of_emotions(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n')
+    (tmp_path / "config.yaml").write_text("model: tiny\nrun: {name: text}\n")
+    assert main([str(tmp_path)]) == tmp_path / "report.html"
+    assert "motion" not in (tmp_path / "report.html").read_text()

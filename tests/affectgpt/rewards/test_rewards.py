@@ -86,7 +86,7 @@ def test_your_own_rewards_stand_beside_the_built_in_ones(tmp_path):
     mine = f"{tmp_path}/mine.py"
     built_in, hits = make_rewards(["accuracy", f"{mine}:hits"], WHEEL, "no_think", RewardConfig(), max_length=8)
     assert (built_in.name, hits.name) == ("accuracy", "hits")
-    assert hits([group("[happy, proud]", "proud", "sad")]).tolist() == [[1, 0]]
+    assert hits([group("[happy, proud]", "proud", "sad")]).values.tolist() == [[1, 0]]
     with pytest.raises(ValueError, match=r"rewards accuracy and .*mine\.py:accuracy are both called 'accuracy'"):
         make_rewards(["accuracy", f"{mine}:accuracy"], WHEEL, "no_think", RewardConfig(), max_length=8)
 

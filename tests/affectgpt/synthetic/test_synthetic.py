@@ -17,6 +17,7 @@ from affectgpt.emotion_wheel import EmotionWheel, parse_labels
 from affectgpt.synthetic import dataset, face, make_dataset, read_truth, shuffle_media, tiny_encoders, tiny_llm, voice
 from affectgpt.synthetic.ceiling import ceilings
 from affectgpt.synthetic.emotions import EMOTIONS, IRONIC
+from affectgpt.synthetic.tiny_models import make_tiny_models
 
 TRAIN, TEST = 6, 3
 
@@ -49,6 +50,32 @@ def test_a_finished_folder_is_kept_and_a_foreign_one_refused(root, tmp_path):
     with pytest.raises(FileExistsError, match=str(tmp_path)):
         make_dataset(tmp_path)
     assert (tmp_path / "thesis.txt").exists()
+
+
+def test_another_data_set_is_never_made_over_one_that_a_run_may_still_need(root):
+    kept = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+    for other in ({"seed": 4}, {"seed": 3, "test": TEST + 1}):
+        with pytest.raises(FileExistsError, match="holds a synthetic data set of other seed, sizes or version"):
+            make_dataset(root, **{"train": TRAIN, "test": TEST} | other)
+    assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == kept
+
+
+def test_an_interrupted_data_set_is_made_again_beside_what_a_user_put_there(root, tmp_path):
+    (tmp_path / "video").mkdir()
+    (tmp_path / "video/half.mp4").write_text("")
+    (tmp_path / "truth.jsonl").write_text("")
+    (tmp_path / "thesis.txt").write_text("mine")
+    make_dataset(tmp_path, seed=3, train=TRAIN, test=TEST)
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+    assert {path.name for path in (tmp_path / "video").iterdir()} == {path.name for path in (root / "video").iterdir()}
+
+
+def test_other_tiny_models_are_not_made_over_those_that_an_adapter_may_need(tmp_path):
+    (tmp_path / "manifest.json").write_text('{"seed": 1}')
+    (tmp_path / "llm").mkdir()
+    with pytest.raises(FileExistsError, match="holds tiny models of another seed or version"):
+        make_tiny_models(tmp_path, seed=0)
+    assert (tmp_path / "llm").is_dir()
 
 
 def test_the_ordinary_loader_and_decoders_read_every_clip(root):

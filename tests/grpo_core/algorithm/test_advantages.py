@@ -163,3 +163,16 @@ def test_unknown_names_are_refused():
         group_advantages(rewards, baseline="median")
     with pytest.raises(ValueError, match="K weights"):
         combined_advantages(np.zeros((2, 3, 4)), [1.0])
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_spread_of_rounding_is_no_signal(scale):
+    """Of the group's largest |reward| and not of 1: rewards of 1e-9 may differ, and so may those of 1e9."""
+    mean = np.mean([0.6, 0.7, 0.72])
+    rewards = np.array([[mean, mean + 1e-16, mean * (1 + 5e-7)], [mean, mean, mean * (1 + 2e-6)]])
+    for factor in (1e-9, -1.0, 1e9):
+        assert has_signal(rewards * factor).tolist() == [False, True]
+        advantages = group_advantages(rewards * factor, scale)
+        assert (advantages[0] == 0).all()
+        assert (advantages[1] != 0).all()
+    assert has_signal(np.array([[0.0, 1e-12], [0.0, 0.0], [-1e-12, 1e-12]])).tolist() == [True, False, True]

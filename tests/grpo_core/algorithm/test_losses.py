@@ -59,6 +59,7 @@ def written_out(name: str, logprob: list[float], old: list[float], advantages: l
     """(loss, gradient) of `Σ weight · loss` over `LENGTHS`, in Python floats: each derivative by the chain rule."""
     total, gradient = 0.0, [0.0] * len(logprob)
     sequences = {"gspo", "luspo"}
+    whole = {*sequences, "gspo_token", "vespo"}
     start = 0
     for length in LENGTHS:
         tokens = range(start, start + length)
@@ -66,9 +67,13 @@ def written_out(name: str, logprob: list[float], old: list[float], advantages: l
         mean = sum(logprob[t] - old[t] for t in tokens) / length if length else 0.0
         for t in tokens:
             a = advantages[t]
-            r = math.exp(mean if name in sequences or name == "gspo_token" else logprob[t] - old[t])
-            if name == "cispo":
-                weight = min(r, options["cispo_cap"])
+            r = math.exp(mean if name in whole else logprob[t] - old[t])
+            if name == "vespo":
+                w, sign = r**length, "neg" if a < 0 else "pos"
+                weight = w ** options[f"k_{sign}"] * math.exp(options[f"lambda_{sign}"] * (1 - w))
+                loss, by_logprob = -weight * a * logprob[t], -weight * a
+            elif name == "cispo":
+                weight = min(max(r, 1 - options["epsilon_low"]), options["cispo_cap"])
                 loss, by_logprob = -weight * a * logprob[t], -weight * a
             elif name == "sapo":
                 tau = options["temperature_pos" if a > 0 else "temperature_neg"]
@@ -82,7 +87,7 @@ def written_out(name: str, logprob: list[float], old: list[float], advantages: l
                 "grpo": 1 / (len(LENGTHS) * length),
                 "dr_grpo": 1 / (len(LENGTHS) * 30),
                 "luspo": 1 / len(LENGTHS),
-                **dict.fromkeys(("bnpo", "dapo", "cispo"), 1 / sum(LENGTHS)),
+                **dict.fromkeys(("bnpo", "dapo", "cispo", "vespo"), 1 / sum(LENGTHS)),
                 **dict.fromkeys(("gspo", "gspo_token", "sapo"), 1 / (len(LENGTHS) * length)),
             }[name]
             total += w * loss
@@ -95,7 +100,11 @@ def written_out(name: str, logprob: list[float], old: list[float], advantages: l
 def test_loss_and_gradient_are_the_written_out_ones(name):
     logprob, old, advantages = random_completions()
     options = {"epsilon": 0.1, "epsilon_high": 0.15}
-    options = {"cispo": {"cispo_cap": 1.3}, "sapo": {"temperature_pos": 1.0, "temperature_neg": 1.4}}.get(name, options)
+    options = {
+        "cispo": {"cispo_cap": 1.3, "epsilon_low": 0.2},
+        "sapo": {"temperature_pos": 1.0, "temperature_neg": 1.4},
+        "vespo": {"k_pos": 1.5, "lambda_pos": 2.5, "k_neg": 2.0, "lambda_neg": 3.0},
+    }.get(name, options)
     result = surrogate(name, logprob, old, advantages, **options)
     weights = token_weights(torch.tensor(LENGTHS), INDEX, LOSS_TYPES[name].average, **TOTALS).double()
     loss = (weights * result.loss).sum()
@@ -123,6 +132,62 @@ def test_cispo_caps_the_weight_at_the_cap_itself_and_keeps_the_gradient():
     capped = result.ratio > 1.5
     assert capped.any()
     torch.testing.assert_close(logprob.grad[capped], -1.5 * advantages[capped])
+
+
+def test_cispo_raises_small_weights_to_its_lower_clamp_and_has_none_by_default():
+    logprob, old, advantages = random_completions()
+    free, clamped = (surrogate("cispo", logprob, old, advantages, epsilon_low=low) for low in (None, 0.2))
+    low = free.ratio < 0.8
+    assert (low & (advantages < 0)).any()
+    assert not free.clipped_low.any()
+    assert torch.equal(clamped.clipped_low, low & (advantages < 0))
+    assert torch.equal(clamped.loss[~low], free.loss[~low])
+    torch.testing.assert_close(clamped.loss[low], (-0.8 * advantages * logprob)[low])
+    torch.testing.assert_close(free.loss[low], (-free.ratio * advantages * logprob)[low])
+
+
+def test_vespo_weighs_a_completion_by_the_product_of_its_ratios():
+    """φ is largest at w = k / λ; two tokens' ratios of 1.5 make w = 2.25, whatever the length is divided by."""
+    ratios = torch.tensor([1.5, 1.5, 0.5, 0.8], dtype=torch.float64)
+    index = torch.tensor([0, 0, 1, 1])
+    advantages = torch.tensor([1.0, 1.0, -1.0, -1.0], dtype=torch.float64)
+    logprob = torch.full((4,), -1.0, dtype=torch.float64)
+    result = policy_loss(LOSS_TYPES["vespo"](), logprob, logprob - ratios.log(), advantages, index, 2)
+    torch.testing.assert_close(result.ratio, torch.tensor([2.25, 2.25, 0.4, 0.4], dtype=torch.float64))
+    up, down = 2.25**2 * math.exp(3 * (1 - 2.25)), 0.4**3 * math.exp(2 * (1 - 0.4))
+    torch.testing.assert_close(result.loss, torch.tensor([up, up, -down, -down], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("distance", [100.0, 1e4, torch.inf])
+@pytest.mark.parametrize("name", LOSS_TYPES)
+def test_a_ratio_that_float32_cannot_hold_gives_no_nan(name, distance):
+    """exp overflows at 88.7; a clipped token's slope is 0, and 0 times an infinite derivative would be NaN."""
+    logprob = torch.full((6,), -1.0, requires_grad=True)
+    old = torch.full((6,), -1.0 - distance)
+    advantages = torch.tensor([1.0, 1.0, -1.0, -1.0, 0.0, 0.0])
+    options = {"delta": 2.0, "epsilon": 0.1} if hasattr(LOSS_TYPES[name], "clip_range") else {}
+    result = policy_loss(LOSS_TYPES[name](**options), logprob, old, advantages, torch.tensor([0, 0, 1, 1, 2, 2]), 3)
+    result.loss.sum().backward()
+    assert result.loss.isfinite().all()
+    assert result.ratio.isfinite().all()
+    if name == "cispo":  # a capped weight, not a clipped token
+        assert logprob.grad.tolist() == [-5.0, -5.0, 5.0, 5.0, 0.0, 0.0]
+    else:
+        assert logprob.grad.tolist() == [0.0] * 6
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "says"),
+    [
+        ("cispo", {"epsilon_low": 1.5}, "algorithm.loss.epsilon_low is 1.5: set it between 0 and 1"),
+        ("cispo", {"cispo_cap": 0.9}, "algorithm.loss.cispo_cap is 0.9: set it above 1"),
+        ("vespo", {"k_neg": -1.0}, "algorithm.loss.k_neg is -1.0: set it to 0 or more"),
+        ("vespo", {"lambda_pos": 0.0}, "algorithm.loss.lambda_pos is 0.0: set it above 0"),
+    ],
+)
+def test_options_without_a_meaning_are_refused(name, options, says):
+    with pytest.raises(ValueError, match=says):
+        LOSS_TYPES[name](**options)
 
 
 def test_gspo_clips_whole_completions_and_gspo_token_agrees_in_value():

@@ -19,6 +19,7 @@ LENGTHS = torch.tensor([6, 3, 1, 5])
 M, L, MAX_LENGTH = 4, 6, 9
 CLIP = {"clip_low": 0.1, "clip_high": 0.15}
 CAP, TEMPERATURES, BETA = 1.3, (1.0, 1.4), 0.1
+GAMMA = {"k_pos": 1.5, "lambda_pos": 2.5, "k_neg": 2.0, "lambda_neg": 3.0}
 MASK = (torch.arange(L) < LENGTHS[:, None]).long()
 FLAT = MASK.bool()
 
@@ -55,7 +56,12 @@ def trl_loss(batch, loss_type, level, **options):
             steps_per_generation=1,
             sapo_temperature_pos=TEMPERATURES[0],
             sapo_temperature_neg=TEMPERATURES[1],
+            vespo_k_pos=GAMMA["k_pos"],
+            vespo_lambda_pos=GAMMA["lambda_pos"],
+            vespo_k_neg=GAMMA["k_neg"],
+            vespo_lambda_neg=GAMMA["lambda_neg"],
         ),
+        get_gamma_weights=trl.GRPOTrainer.get_gamma_weights,
         aux_loss_enabled=False,
         top_entropy_quantile=1.0,
         off_policy_mask_threshold=options.get("off_policy_threshold"),
@@ -100,6 +106,7 @@ def our_loss(batch, loss_type, level, **options):
     ours = {
         "cispo": {"cispo_cap": CAP},
         "sapo": {"temperature_pos": TEMPERATURES[0], "temperature_neg": TEMPERATURES[1]},
+        "vespo": GAMMA,
     }.get(loss_type, ours)
     loss = policy_loss(LOSS_TYPES[loss_type](**ours), logprob, old, advantages, *completions, ratio_level=level).loss
     if "off_policy_threshold" in options:
@@ -134,6 +141,11 @@ def test_loss_types(batch, loss_type, level, kl, delta):
     assert_same(
         our_loss(batch, loss_type, level, delta=delta, **kl), trl_loss(batch, loss_type, level, delta=delta, **kl)
     )
+
+
+@pytest.mark.parametrize("kl", [{}, {"beta": BETA}], ids=["no KL", "k3"])
+def test_vespo_weighs_whole_completions(batch, kl):
+    assert_same(our_loss(batch, "vespo", None, **kl), trl_loss(batch, "vespo", "token", **kl))
 
 
 def test_gspo_is_grpo_on_the_sequence_level(batch):

@@ -13,15 +13,20 @@ import torch
 
 from grpo_core import distributed
 from grpo_core.distributed import Distributed
+from grpo_core.errors import InputError
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What each of two ranks found, by running two_ranks.py once."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
+    port = free_port()
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
@@ -67,8 +72,8 @@ def test_objects_of_different_sizes_arrive_in_rank_order(ranks):
 
 def test_the_main_process_decides_for_all_and_its_error_is_everyones(ranks):
     main, other = (found["of_main"] for found in ranks)
-    assert main == [{"rank": 0}, ["ConfigError", "rank 0 says no"], ["KeyError", "rank 0 has a bug"]]
-    assert other == [{"rank": 0}, ["ConfigError", "rank 0 says no"], ["RuntimeError", "'rank 0 has a bug'"]]
+    assert main == [{"rank": 0}, ["InputError", "rank 0 says no"], ["KeyError", "rank 0 has a bug"]]
+    assert other == [{"rank": 0}, ["InputError", "rank 0 says no"], ["RuntimeError", "'rank 0 has a bug'"]]
 
 
 def test_disagreement_stops_every_rank_and_names_the_values(ranks):
@@ -110,3 +115,9 @@ def test_shards_are_even_and_join_to_the_whole(n, world_size):
     shards = [distributed.shard(range(n), rank, world_size) for rank in range(world_size)]
     assert [i for part in shards for i in part] == list(range(n))
     assert max(map(len, shards)) - min(map(len, shards)) <= 1
+
+
+def test_a_gpu_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(InputError, match="device is 'cuda', but torch sees no CUDA device"):
+        distributed.init("cuda")

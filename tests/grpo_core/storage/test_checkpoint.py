@@ -1,14 +1,17 @@
 """A checkpoint is whole or not there, and a run continued from one is the run that was never stopped."""
 
 import copy
+import errno
 import json
 import math
 import os
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from grpo_core.storage import checkpoint
@@ -205,6 +208,106 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(manager, name, damag
         bad.write_text(bad.read_text(errors="replace").replace('"step"', '"stop"'))
     with pytest.warns(UserWarning, match=f"damaged checkpoint.*{Path(name).name}"):
         assert manager.latest() == good
+
+
+def test_every_flipped_bit_of_trainer_state_is_noticed_or_changes_nothing(manager):
+    run = Run()
+    run.train(1)
+    run.save(manager, 3)
+    bad = run.save(manager, 4, metric=0.5) / "trainer_state.json"
+    content, manifest = bad.read_bytes(), read_manifest(bad.parent)
+    noticed = 0
+    for place in range(0, len(content), 7):  # an odd stride: digits, names, quotes, spaces, and the digest itself
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << (place % 7)
+        bad.write_bytes(flipped)
+        try:
+            assert read_manifest(bad.parent) == manifest
+        except CheckpointError:
+            noticed += 1
+    assert noticed > 0.8 * len(content) / 7  # the rest are spaces, and the name of the digest
+    bad.write_bytes(content.replace(b'"step": 4', b'"step": 5'))
+    with pytest.warns(UserWarning, match="has changed since it was written"):
+        assert manager.latest().name == "step-000003"
+
+
+def test_a_manifest_without_a_digest_is_read_and_must_be_of_its_folders_step(manager):
+    path = Run().save(manager, 4) / "trainer_state.json"
+    manifest = json.loads(path.read_text())
+    del manifest["sha256"]  # as earlier versions wrote it
+    path.write_text(json.dumps(manifest, indent=1))
+    assert manager.latest() == path.parent
+    path.write_text(json.dumps(manifest | {"step": 5}, indent=1))
+    with pytest.raises(CheckpointError, match="it says step 5"):
+        read_manifest(path.parent)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_stops_and_keeps_them(manager):
+    run = Run()
+    files = [run.save(manager, step) / name for step, name in ((1, "optimizer.safetensors"), (2, "trainer_state.json"))]
+    for file in files:
+        file.write_bytes(file.read_bytes()[:-9])
+    with warnings.catch_warnings(action="ignore"), pytest.raises(CheckpointError) as error:
+        manager.latest()
+    assert str(error.value).startswith(f"none of the 2 checkpoints in {manager.root} is whole")
+    assert all(str(file) in str(error.value) for file in files)
+    assert names(manager) == ["step-000001", "step-000002"]
+
+
+def no_space(*arguments, **options):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def no_space_in_rust(*arguments, **options):
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "failure"),
+    [
+        (checkpoint, "save_file", no_space_in_rust),
+        (Path, "write_text", no_space),
+        (os, "fsync", no_space),
+        (Path, "rename", no_space),
+        (Path, "mkdir", no_space),
+    ],
+)
+def test_a_full_disk_is_one_sentence_and_leaves_the_last_checkpoint_and_no_half_one(
+    manager, monkeypatch, owner, name, failure
+):
+    run = Run()
+    run.train(1)
+    good = run.save(manager, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, failure)
+        with pytest.raises(CheckpointError) as error:
+            run.save(manager, 2)
+    message = str(error.value)
+    assert message.startswith(f"the checkpoint of step 2 cannot be written into {manager.root} (")
+    assert "No space left on device" in message
+    assert "step-000001 is the newest one: make room" in message
+    assert "\n" not in message
+    assert manager.latest() == good
+    assert names(manager) == ["step-000001"]
+
+
+def test_a_file_where_the_folder_should_be_is_one_sentence(tmp_path):
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(CheckpointError, match=r"cannot be written into .*checkpoints \(.*there is no earlier one"):
+        Run().save(CheckpointManager(tmp_path / "checkpoints"), 1)
+
+
+def test_a_kill_while_old_checkpoints_are_deleted_leaves_no_part_of_one(manager, monkeypatch):
+    run = Run()
+    for step in (1, 2):
+        run.save(manager, step)
+    with monkeypatch.context() as patch:
+        # a kill in the middle: the first file of the tree is gone
+        patch.setattr(shutil, "rmtree", lambda path, **options: (path / "trainer_state.json").unlink(missing_ok=True))
+        run.save(manager, 3)
+    assert [folder.name for folder in manager._folders()] == ["step-000002", "step-000003"]
+    run.save(manager, 4)
+    assert names(manager) == ["step-000003", "step-000004"]
 
 
 def test_an_unfinished_folder_is_not_a_checkpoint(manager):

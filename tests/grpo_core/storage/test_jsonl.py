@@ -1,5 +1,8 @@
 """Files of JSON lines can be read wherever they are cut."""
 
+import os
+from pathlib import Path
+
 import pytest
 
 from grpo_core.storage.jsonl import JsonLines
@@ -25,3 +28,13 @@ def test_completions_open_in_pandas(tmp_path):
     frame = pd.read_json(tmp_path / "completions.jsonl", lines=True)
     assert frame.text.tolist() == texts
     assert frame.step.tolist() == [4, 4, 4]
+
+
+def test_a_full_disk_names_the_file():
+    if not Path("/dev/full").exists():
+        return  # a device of Linux
+    writer = JsonLines.__new__(JsonLines)
+    writer.path, writer._file = Path("/dev/full"), os.open("/dev/full", os.O_WRONLY)
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        writer.append([{"step": 1}])
+    writer.close()

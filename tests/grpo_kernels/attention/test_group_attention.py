@@ -106,3 +106,12 @@ def test_bad_input_is_refused():
         group_attention(q[:, :3], k, v, EVEN)
     with pytest.raises(ValueError, match="k and v must be"):
         group_attention(q, k, v[:, :, :4], EVEN)
+
+
+def test_a_second_derivative_is_refused():
+    """Its parts' backward takes the output and the log-sum-exp for constants: it would be silently wrong."""
+    qkv, upstream = make(UNEVEN)
+    out = group_attention(*qkv, UNEVEN)
+    for differentiated in ((out * upstream).sum(), out.square().sum()):  # upstream gradients with and without a graph
+        with pytest.raises(RuntimeError, match="group_attention has no second derivative: call backward without"):
+            torch.autograd.grad(differentiated, qkv, create_graph=True)

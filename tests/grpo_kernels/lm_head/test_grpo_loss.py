@@ -34,7 +34,7 @@ def test_more_rows_than_sixteen_bits_count(chunk_bytes):
 
 
 @pytest.mark.parametrize("chunk_bytes", [None, 3000])
-@pytest.mark.parametrize("loss_type", ["clip", "cispo"])
+@pytest.mark.parametrize("loss_type", ["clip", "cispo", "vespo"])
 def test_ratios_of_completions_are_the_written_out_loss(loss_type, chunk_bytes, backend):
     index = torch.arange(T) // 9
     check(

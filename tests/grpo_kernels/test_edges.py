@@ -25,6 +25,7 @@ from grpo_kernels import (
     silu_mul,
 )
 from grpo_kernels.lm_head import grpo_loss as grpo_loss_module
+from grpo_kernels.testing.interpreter import interpret
 
 INF, NAN, LOWEST = math.inf, math.nan, torch.finfo(torch.float32).min
 V = 131

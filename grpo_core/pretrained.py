@@ -77,6 +77,18 @@ def read_config(folder: str | os.PathLike, key: str) -> PreTrainedConfig:
     return config
 
 
+def read_causal_lm_config(folder: str | os.PathLike, key: str) -> PreTrainedConfig:
+    """Read the config of a causal LM or, of an adapter's folder, that of its base.
+
+    Raises:
+        InputError: as `read_config`, or the adapter's base is not found.
+    """
+    if is_adapter(folder):
+        _, base = read_adapter(folder, key)
+        return read_config(base, f"{key} (base of the adapter {folder})")
+    return read_config(folder, key)
+
+
 def check_weights(folder: str | os.PathLike, key: str, *, pickled: bool = False) -> list[Path]:
     """Check that a model's weight files are all there and whole, by their headers alone; return their paths.
 

@@ -35,6 +35,7 @@ from grpo_core.data import refuse_too_long
 from grpo_core.distributed import Distributed, all_reduce_sum, gather_rows, send_to_main
 from grpo_core.distributed.stopping import stoppable, until_stopped
 from grpo_core.policy import Policy, disable_dropout
+from grpo_core.reward_adapters import check_columns
 from grpo_core.rewards import Reward, Scores, check_reward_weights, score
 from grpo_core.rollout.sampler import GroupSampler
 from grpo_core.storage.jsonl import JsonLines
@@ -59,6 +60,21 @@ from grpo_core.training.step_metrics import completion_rows, log_completions, lo
 from grpo_core.types import Group, Prompt
 
 REFERENCE_FILE = "reference.safetensors"
+
+
+def check_inputs(prompts: Sequence[Prompt], rewards: Sequence[Reward], config: GRPOConfig) -> None:
+    """Refuse prompts and rewards that do not fit each other or the options. The trainer does it too; a program that
+    does it first refuses them before its model is loaded.
+
+    Raises:
+        InputError: a weight names no reward, a reward reads a column that a sample lacks, or there are too few prompts
+            for a step.
+    """
+    check_reward_weights(rewards, config.algorithm.reward_weights)
+    check_enough_items(len(prompts), config.run.prompts_per_step + config.algorithm.reserve_prompts)
+    for reward in rewards:
+        for prompt in prompts:
+            check_columns(reward, prompt)
 
 
 class GRPOTrainer(TrainingLoop):
@@ -98,8 +114,7 @@ class GRPOTrainer(TrainingLoop):
         evaluate: Callable[[], dict[str, float]] | None = None,
         describe: Callable[[Group, int], dict[str, Any]] | None = None,
     ):
-        check_reward_weights(rewards, config.algorithm.reward_weights)
-        check_enough_items(len(prompts), config.run.prompts_per_step + config.algorithm.reserve_prompts)
+        check_inputs(prompts, rewards, config)
         sizes = ((prompt.id, len(prompt.token_ids), config.rollout.max_new_tokens) for prompt in prompts)
         refuse_too_long(sizes, policy.causal_lm.config, "rollout.max_new_tokens")
         if config.algorithm.beta > 0 and policy.reference is None:

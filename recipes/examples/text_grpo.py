@@ -19,19 +19,26 @@ from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import set_seed
 
-from grpo_core import GroupSampler, GRPOConfig, GRPOTrainer, Policy, Prompt, Reward, load_config, load_reward
-from grpo_core.chat import encode_chat, encode_text, turn_end
+from grpo_core import GroupSampler, GRPOConfig, GRPOTrainer, Policy, Reward, load_config, load_reward
+from grpo_core.chat import turn_end
 from grpo_core.config import option
-from grpo_core.data import check_coverage, length_limit, read_jsonl, report_skipped
 from grpo_core.distributed import finalize, init
 from grpo_core.errors import InputError, run_program
 from grpo_core.model_folder import is_adapter
-from grpo_core.pretrained import load_causal_lm, load_tokenizer, read_adapter, save_model, stored_dtype
+from grpo_core.pretrained import (
+    load_causal_lm,
+    load_tokenizer,
+    read_adapter,
+    read_causal_lm_config,
+    save_model,
+    stored_dtype,
+)
 from grpo_core.report import try_report
-from grpo_core.reward_adapters import check_columns
 from grpo_core.storage.run_folder import open_run
+from grpo_core.text_prompts import load_text_prompts
+from grpo_core.training.grpo import check_inputs
 
 
 # A run's options are the fields of a dataclass: GRPOConfig brings the sections algorithm, rollout, optim and run. Each
@@ -59,58 +66,6 @@ class TextConfig(GRPOConfig):
             raise InputError(f"min_coverage is {self.min_coverage}: set it in [0, 1]")
 
 
-def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Prompt], dict[str, str]]:
-    """Make one prompt of each line of a jsonl.
-
-    Returns:
-        The prompts, and the reason by file and line for each line whose prompt cannot be used: it is left out.
-
-    Raises:
-        InputError: a line that is not a JSON object with a `prompt`.
-    """
-    prompts: list[Prompt] = []
-    skipped: dict[str, str] = {}
-    for where, line, row in read_jsonl(path):
-        if not isinstance(row, dict) or "prompt" not in row:
-            columns = ", ".join(row) if isinstance(row, dict) else repr(row)
-            raise InputError(f"{where} has no column 'prompt', but {columns}: add it")
-        if not is_prompt(row["prompt"]):
-            skipped[where] = f"prompt is {row['prompt']!r}, not text or a list of messages with role and content"
-            continue
-        try:
-            prompts.append(make_prompt(line, row, tokenizer))
-        except Exception as error:  # a chat template may refuse a conversation by any error
-            skipped[where] = f"its prompt cannot be tokenized ({type(error).__name__}: {error})"
-    return prompts, skipped
-
-
-def is_prompt(value: object) -> bool:
-    """Whether a value is text or chat messages. Templates print what they do not find as nothing, or as `None`."""
-    if not isinstance(value, list):
-        return isinstance(value, str) and bool(value)
-    return bool(value) and all(
-        isinstance(message, dict)
-        and isinstance(message.get("role"), str)
-        and isinstance(message.get("content"), str | list)
-        for message in value
-    )
-
-
-def make_prompt(number: int, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Prompt:
-    """Tokenize the `prompt` of a row, and keep the row for the rewards.
-
-    Args:
-        number: of the line, from 1. It becomes the prompt's id, which names the group in logs and keys its random
-            numbers: it must be unique, and the same when a run is resumed.
-    """
-    prompt = row["prompt"]
-    if isinstance(prompt, str):
-        return Prompt(str(number), tuple(encode_text(tokenizer, prompt)), sample=row)
-    # What the template opens for the answer (`<think>`) is the prompt's to the model, and the answer's to the rewards.
-    token_ids, opened = encode_chat(tokenizer, prompt)
-    return Prompt(str(number), tuple(token_ids), sample=row, opened=opened)
-
-
 def load_model(config: TextConfig) -> Any:
     """Load the model with what is trained of it: all weights, fresh adapters, or those of an adapter's folder."""
     if is_adapter(config.model):
@@ -133,17 +88,20 @@ def load_model(config: TextConfig) -> Any:
 def main() -> None:
     config = load_config(TextConfig, description=__doc__)
 
+    # Under torchrun, one process per GPU; otherwise this process is all there is.
+    dist = init(timeout_seconds=config.run.rank_timeout, watchdog_seconds=config.run.watchdog_seconds)
     # What is quick to check comes first: a wrong path or column should not cost the minutes that loading a model takes.
     rewards: list[Reward] = [load_reward(spec) for spec in config.reward]
     tokenizer = load_tokenizer(config.model, "model")
-    prompts, skipped = read_prompts(config.data, tokenizer)
-    check_coverage(skipped, len(prompts) + len(skipped), config.min_coverage, what="prompts", key="min_coverage")
-    for reward in rewards:
-        for prompt in prompts:
-            check_columns(reward, prompt)
-
-    # Under torchrun, one process per GPU; otherwise this process is all there is.
-    dist = init(timeout_seconds=config.run.rank_timeout, watchdog_seconds=config.run.watchdog_seconds)
+    prompts = load_text_prompts(
+        config.data,
+        tokenizer,
+        read_causal_lm_config(config.model, "model"),
+        max_new_tokens=config.rollout.max_new_tokens,
+        min_coverage=config.min_coverage,
+        report=dist.main_process,
+    )
+    check_inputs(prompts, rewards, config)
     # Find the run's folder. One that holds another run is refused now, and not after the model is loaded.
     run = open_run(config, dist)
     config = run.config
@@ -163,17 +121,6 @@ def main() -> None:
     # penalty, as the reference is a copy of all trained weights.
     reference: Any = config.algorithm.reference if config.algorithm.beta > 0 else None
     policy = Policy(model, reference=reference, offload=config.algorithm.reference_offload)
-
-    # A prompt that leaves no room for its completion would end the run in the step that draws it.
-    limit, total = length_limit(policy.causal_lm.config), len(prompts) + len(skipped)
-    for prompt in prompts if limit else ():
-        if fault := limit.fault(len(prompt.token_ids), config.rollout.max_new_tokens, "rollout.max_new_tokens"):
-            skipped[f"{config.data}, line {prompt.id}"] = fault
-    prompts = [prompt for prompt in prompts if f"{config.data}, line {prompt.id}" not in skipped]
-    if dist.main_process:
-        report_skipped(skipped, total, "prompts")
-    check_coverage(skipped, total, config.min_coverage, what="prompts", key="min_coverage")
-
     # Prompts by a chat template are answered until its turn ends, which need not be the end of the sequence.
     chat = any(not isinstance(prompt.sample["prompt"], str) for prompt in prompts)
     end = turn_end(tokenizer) if chat else None

@@ -40,7 +40,7 @@ OPTIONS = [  # refused before torch is imported
     Mistake("affectgpt train --config {here}/twice.yaml", ("twice.yaml:2", "appears twice")),
     Mistake("affectgpt train --rollout.group_size 1", ("rollout.group_size is 1", "2 or more")),
     Mistake("affectgpt train --rollout.group_size four", ("rollout.group_size", "'four'", "an integer")),
-    Mistake("affectgpt train --rollout.temperature -1", ("rollout.temperature is -1", "0 (greedy) or above")),
+    Mistake("affectgpt train --rollout.temperature -1", ("rollout.temperature is -1", "0 (greedy)")),
     Mistake("affectgpt train --rollout.top_p 1.5", ("rollout.top_p is 1.5", "at most 1")),
     Mistake("affectgpt train --run.max_steps 0", ("run.max_steps is 0", "1 or more")),
     Mistake("affectgpt train --run.max_steps -3", ("run.max_steps is -3", "1 or more")),
@@ -61,7 +61,7 @@ OPTIONS = [  # refused before torch is imported
 ]
 FILES = [  # refused before a weight is read
     Mistake(f"{TRAIN} --model.path {{here}}/none", ("model.path", "{here}/none", "AffectGPT.save_pretrained")),
-    Mistake(f"{TRAIN} --model.path {{llm}}", ("affectgpt.json", "{llm}", "AffectGPT.save_pretrained")),
+    Mistake(f"{TRAIN} --model.path {{llm}}", ("affectgpt.json", "{llm}", "give it as model.llm")),
     Mistake(TRAIN, ("model.llm is not set", "give model.path")),
     Mistake(f"{TRAIN} {MODEL} --model.llm Qwen/Qwen2.5-7B", ("model.llm", "Qwen/Qwen2.5-7B", "nothing is downloaded")),
     Mistake(f"{TRAIN} {MODEL} --model.llm {{hubert}}", ("model.llm", "{hubert}", "tokenizer")),
@@ -85,8 +85,11 @@ FILES = [  # refused before a weight is read
     Mistake(f"{REWARDED} --model {{here}}/none --data {{here}}/good.jsonl", ("model", "{here}/none", "no folder")),
     Mistake(f"{REWARDED} --model {{cut}} --data {{here}}/good.jsonl", ("{cut}", "cut")),
     Mistake(f"{REWARDED} --model {{llm}} --data {{here}}/none.jsonl", ("{here}/none.jsonl",)),
-    Mistake(f"{REWARDED} --model {{llm}} --data {{here}}", ("{here}", "jsonl")),
-    Mistake(f"{REWARDED} --model {{llm}} --data {{here}}/table.parquet", ("table.parquet", "jsonl")),
+    Mistake(f"{REWARDED} --model {{llm}} --data {{here}}", ("{here}", "a folder, not a file")),
+    Mistake(
+        f"{REWARDED} --model {{llm}} --data {{here}}/table.parquet",
+        ("table.parquet", "a parquet file", "one JSON object per line"),
+    ),
     Mistake(f"{REWARDED} --model {{llm}} --data {{here}}/broken.jsonl", ("broken.jsonl, line 2", "JSON")),
     Mistake(f"{REWARDED} --model {{llm}} --data {{here}}/number.jsonl", ("number.jsonl, line 1", "prompt")),
     Mistake(f"{REWARDED} --model {{llm}} --data {{here}}/empty.jsonl", ("empty.jsonl",)),
@@ -126,6 +129,7 @@ def places(tiny_llm_folder, tiny_clip_folder, tiny_hubert_folder, tmp_path_facto
         "data/twice.csv": 'name,openset\na,"[happy]"\na,"[sad]"\n',
         "data/unclosed.csv": 'name,openset\na,"[happy]\nb,"[sad]"\n',
         "data/track2_train_ovmerd.csv": 'name,openset\na,"[happy]"\nb,"[sad]"\n',
+        "data/track3_train_ovmerd.csv": "name,reason\na,so\nb,so\n",
         "data/subtitle_chieng.csv": "name,chinese,english\na,,x\nb,,y\n",
     }
     for name, text in files.items():

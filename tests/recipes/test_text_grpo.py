@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qw
 from grpo_core.algorithm.losses import LOSS_TYPES
 from grpo_core.config.fields import ConfigError
 from grpo_core.errors import run_program
+from grpo_core.text_prompts import make_text_prompt
 
 RECIPE = Path(__file__).parents[2] / "recipes/examples/text_grpo.py"
 REWARDS = """
@@ -225,13 +226,13 @@ def test_a_bf16_checkpoint_is_written_as_it_came_or_as_asked(recipe, monkeypatch
 def test_a_prompt_knows_its_template_and_its_begin_token(recipe, inputs):
     tokenizer = AutoTokenizer.from_pretrained(inputs / "model")
     tokenizer.chat_template = "{% for m in messages %}x{{ m['content'] }}{% endfor %}y<think>"
-    chat = recipe.make_prompt(1, {"prompt": [{"role": "user", "content": "a"}]}, tokenizer)
+    chat = make_text_prompt("1", {"prompt": [{"role": "user", "content": "a"}]}, tokenizer)
     assert chat.opened == "<think>"
     tokenizer.add_special_tokens({"bos_token": "<pad>"})
     frame = processors.TemplateProcessing(single="<pad> $A", special_tokens=[("<pad>", 0)])
     tokenizer.backend_tokenizer.post_processor = frame
     for text in ("<pad>ab", "ab"):
-        assert recipe.make_prompt(1, {"prompt": text}, tokenizer).token_ids == (0, 2, 3)
+        assert make_text_prompt("1", {"prompt": text}, tokenizer).token_ids == (0, 2, 3)
 
 
 def test_the_end_of_a_turn_ends_completions_of_chats(recipe, monkeypatch, inputs, tmp_path):

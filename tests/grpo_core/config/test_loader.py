@@ -513,7 +513,11 @@ def test_of_another_option_that_is_given_twice_the_last_counts_and_is_named(caps
         (AlgorithmConfig, {"sampler_correction": "tis"}, "algorithm.sampler_correction is 'tis': it wants one of none"),
         (AlgorithmConfig, {"multi_objective_aggregation": "sum"}, "algorithm.multi_objective_aggregation is 'sum'"),
         (AlgorithmConfig, {"scale_rewards": True}, "algorithm.scale_rewards is True: it wants one of group, batch"),
-        (AlgorithmConfig, {"importance_sampling_level": "word"}, "one of token, sequence, sequence_token, sequence_product or none"),
+        (
+            AlgorithmConfig,
+            {"importance_sampling_level": "word"},
+            "one of token, sequence, sequence_token, sequence_product or none",
+        ),
         (AlgorithmConfig, {"reference": "base"}, "algorithm.reference is 'base': it wants one of frozen, adapter_off"),
         (AlgorithmConfig, {"beta_schedule": "step"}, "algorithm.beta_schedule is 'step': it wants one of linear, cos"),
         (AlgorithmConfig, {"kl_estimator": "k4"}, "algorithm.kl_estimator is 'k4': it wants one of k1, k2, k3, full"),

@@ -71,10 +71,10 @@ def check_inputs(prompts: Sequence[Prompt], rewards: Sequence[Reward], config: G
             for a step.
     """
     check_reward_weights(rewards, config.algorithm.reward_weights)
-    check_enough_items(len(prompts), config.run.prompts_per_step + config.algorithm.reserve_prompts)
     for reward in rewards:
         for prompt in prompts:
             check_columns(reward, prompt)
+    check_enough_items(len(prompts), config.run.prompts_per_step + config.algorithm.reserve_prompts)
 
 
 class GRPOTrainer(TrainingLoop):

@@ -1,4 +1,4 @@
-"""Mistakes as users make them: each is one sentence with the name and the way out, status 2, before weights are read."""
+"""Mistakes as users make them: each is one sentence with the name and the way out, status 2, before weights load."""
 
 from __future__ import annotations
 
@@ -130,6 +130,7 @@ def places(tiny_llm_folder, tiny_clip_folder, tiny_hubert_folder, tmp_path_facto
         "data/unclosed.csv": 'name,openset\na,"[happy]\nb,"[sad]"\n',
         "data/track2_train_ovmerd.csv": 'name,openset\na,"[happy]"\nb,"[sad]"\n',
         "data/track3_train_ovmerd.csv": "name,reason\na,so\nb,so\n",
+        "data/track2_test.csv": 'name,openset\na,"[happy]"\n',
         "data/subtitle_chieng.csv": "name,chinese,english\na,,x\nb,,y\n",
     }
     for name, text in files.items():

@@ -41,7 +41,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RECIPES = {"affectgpt_r1": "recipes/affectgpt_r1.py", "text_grpo": "recipes/examples/text_grpo.py"}
 STAGES = {
     "affectgpt_r1": ("cold start", "sampling", "training", "saving", "evaluation", "report", "start"),
-    "text_grpo": ("sampling", "training", "saving", "end", "start"),
+    "text_grpo": ("sampling", "training", "saving", "report", "start"),
 }
 # A step of the cold start is over in milliseconds, so two checkpoints of GRPO are two steps apart and not one.
 AFFECTGPT = {
@@ -185,8 +185,9 @@ def trace_stages(path: Path) -> None:
     """Wrap what a run's stages are made of, each with the name of its stage."""
     import affectgpt.report
     from affectgpt.pipeline import Stages
+    from grpo_core import report
     from grpo_core.storage.checkpoint import CheckpointManager
-    from grpo_core.training import grpo, loop, sft
+    from grpo_core.training import grpo, sft
 
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     counts: dict[str, int] = {}
@@ -216,8 +217,7 @@ def trace_stages(path: Path) -> None:
     wrap(CheckpointManager, "save", "saving")
     wrap(Stages, "score", "evaluation")
     wrap(affectgpt.report, "write_report", "report")
-    # what a recipe does after its last step: the result is written
-    wrap(loop, "require_finite", "end")
+    wrap(report, "try_report", "report")
     write("start", 0, "begin")
 
 
@@ -229,7 +229,7 @@ def start(recipe: str, arguments: Sequence[str], ranks: int, launch: str, log: P
     if launch == "command":
         runner = [str(ROOT / RECIPES[recipe])]
         if trace is not None:
-            runner = [__file__, "--run", recipe, "--trace", str(trace), "--"]
+            runner = [__file__, "traced", recipe, str(trace)]  # no options: torchrun would take some for its own
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
         with log.open("ab") as output:
             process = subprocess.Popen(
@@ -314,7 +314,8 @@ def result(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if "checkpoints/" in name or not path.is_file():
+        # a line a start, and a file a process: what must differ
+        if "checkpoints/" in name or name == "sessions.jsonl" or not path.is_file():
             continue
         if path.suffix == ".jsonl":
             rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -383,7 +384,7 @@ class Case:
             target = self.send(run, signum, draw)
             seconds, hit = time.monotonic() - run.started, stage_now(trace)
             status = run.wait()
-            if any(status):
+            if not (place / "runs" / "run" / "finished.json").exists():
                 break
             shutil.rmtree(place)  # it was over before the signal came
         else:
@@ -527,14 +528,12 @@ def main() -> None:
     parser.add_argument("--recipe", choices=tuple(RECIPES), action="append", help="this one alone; may be repeated")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="where the results go")
-    parser.add_argument("--run", choices=tuple(RECIPES), help=argparse.SUPPRESS)  # how a traced run is started
-    parser.add_argument("--trace", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("arguments", nargs="*", help=argparse.SUPPRESS)
-    args = parser.parse_args()
     sys.path[:1] = map(str, import_paths())  # in place of this folder, in which grpo_core is another package
-    if args.run:
-        run_recipe(args.run, args.arguments, args.trace)
+    if sys.argv[1:2] == ["traced"]:
+        _, _, recipe, trace, *arguments = sys.argv
+        run_recipe(recipe, arguments, Path(trace))
         return
+    args = parser.parse_args()
 
     def show(kill: Kill) -> None:
         print(table([kill]).splitlines()[1], flush=True)

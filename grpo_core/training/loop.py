@@ -43,6 +43,7 @@ from grpo_core.storage.metrics_writer import MetricsWriter
 from grpo_core.training.accumulator import MetricAccumulator, PhaseClock, postfix
 from grpo_core.training.guards import DivergedError, Guards
 from grpo_core.training.optim import make_optimizer
+from grpo_core.verify import verify_model
 
 
 class TrainingLoop:
@@ -81,6 +82,8 @@ class TrainingLoop:
                 "run validation samples",
                 stacklevel=3,
             )
+        # before anything is made of its weights: a model that packed groups are wrong for would be trained on noise
+        verify_model(policy.causal_lm)
         self.policy, self.optim, self.run = policy, optim, run
         self.dist = dist or Distributed()
         self.save_model, self.evaluate = save_model, evaluate

@@ -42,19 +42,23 @@ NOTHING = {
     "unjudged": lambda groups: np.full((len(groups), 4), NAN),
     "masked": lambda groups: np.tile(np.arange(4.0), (len(groups), 1)),  # of completions that were all cut off
 }
-OPTIONS = [
-    *({"loss_type": name} for name in LOSS_TYPES),
+WITH = [
     {"scale_rewards": "batch"},
     {"scale_rewards": "none", "baseline": "leave_one_out"},
     {"multi_objective_aggregation": "normalize_then_sum"},
     {"sampler_correction": "sequence_mask"},
     {"sampler_correction": "token_truncate"},
-    {"loss": {"delta": 2.0}},
     {"top_entropy_quantile": 0.4},
     {"off_policy_mask_threshold": 0.01},
     {"num_iterations": 2, "steps_per_generation": 2},
     {"dynamic_sampling": True, "reserve_prompts": 2},
 ]
+# every loss type and every option, each with another one: they meet in one product of weights
+OPTIONS = [
+    {"loss": {"delta": 2.0}},
+    *({"loss_type": name, **WITH[i % len(WITH)]} for i, name in enumerate(LOSS_TYPES)),
+]
+assert len(LOSS_TYPES) >= len(WITH)
 
 
 def cut_off(trainer):

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from grpo_core.training.grpo import GRPOTrainer
     from grpo_core.training.sft import Example, SFTTrainer
     from grpo_core.types import Completion, Group, Prompt
+    from grpo_core.verify import verify_model
 
 _MODULES = {
     "algorithm.losses": ("LOSS_TYPES", "Surrogate", "register_loss"),
@@ -56,6 +57,7 @@ _MODULES = {
     "training.grpo": ("GRPOTrainer",),
     "training.sft": ("Example", "SFTTrainer"),
     "types": ("Completion", "Group", "Prompt"),
+    "verify": ("verify_model",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -87,6 +89,7 @@ __all__ = [
     "register_family",
     "register_loss",
     "save_config",
+    "verify_model",
 ]
 
 

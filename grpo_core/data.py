@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from grpo_core import families
 from grpo_core.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -174,10 +175,9 @@ def length_limit(config: Any) -> LengthLimit | None:
     for key in ("max_position_embeddings", "n_positions"):
         if (tokens := getattr(config, key, None)) is not None:
             limits.append(LengthLimit(key, tokens))
-    window, layer_types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
-    # Qwen2 configs name a window that no layer uses; a config without layer_types means it for all layers
-    if window is not None and (layer_types is None or "sliding_attention" in layer_types):
-        limits.append(LengthLimit("sliding_window", window))
+    # a window, or a length from which rotations change for all tokens of a pack
+    if (threshold := families.length_limit(config)) is not None:
+        limits.append(LengthLimit(threshold.key.removeprefix("config."), threshold.tokens))
     return min(limits, key=lambda limit: limit.tokens, default=None)
 
 

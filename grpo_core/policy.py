@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from grpo_core.families import check_model, family_names
+from grpo_core.families import ModelRefused, check_model, head_transform, length_limit
 from grpo_core.layout import GroupLayout
 from grpo_core.types import Prompt
 from grpo_kernels import GroupSpans, group_attention, linear_logprob
@@ -22,9 +23,18 @@ from grpo_kernels import GroupSpans, group_attention, linear_logprob
 ATTENTION = "grpo_group"
 """Name under which group attention is registered with transformers."""
 
+_CHANGES_SCORES = {
+    "softcap": "a soft cap",
+    "s_aux": "sinks",
+    "position_bias": "a bias of positions",
+    "indices": "chosen keys",
+    "block_indices": "chosen blocks of keys",
+}
+"""Arguments of transformers' attention interface that change the scores, beside mask, scale and window."""
+
 
 def _attention(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -35,16 +45,22 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Transformers' attention interface: group attention where the caller passes spans, plain SDPA elsewhere."""
+    # what a layer hands over beside the usual (GPT-OSS: its sinks, s_aux; others: a bias, chosen keys) changes the
+    # scores; plain SDPA and group attention would both leave it out without a word, and then agree with each other
+    kind = type(module).__name__
+    changes = [f"{what} ({name})" for name, what in _CHANGES_SCORES.items() if kwargs.get(name) is not None]
+    if changes:
+        raise ModelRefused(module.config, f"{kind} has {', '.join(changes)}, and group attention has not")
     if group_spans is None:
         # the dummy mask of hidden_states without its spans: this layer has lost them, and SDPA would mix the groups. (A
         # single query also has a mask of this shape, in ordinary decoding.)
         if attention_mask is not None and attention_mask.shape == (1, 1, 1, 1) and query.shape[2] > 1:
-            raise NotImplementedError(
-                f"{type(module).__name__} does not hand keyword arguments to its attention, so it cannot run over "
-                f"packed groups: use one of: {family_names()}"
+            raise ModelRefused(
+                module.config,
+                f"{kind} does not hand keyword arguments to its attention, so it cannot run over packed groups",
             )
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    # a window or a soft cap that the layer asks for here would be left out without a word
+    # a window that the layer asks for here would be left out without a word
     window = kwargs.get("sliding_window")
     sequences = zip(group_spans.prompt_lengths, group_spans.completion_lengths, strict=True)
     if window is not None and window < max(prompt + max(lengths, default=0) for prompt, lengths in sequences):
@@ -52,13 +68,16 @@ def _attention(
             f"config.sliding_window is {window} and a sequence is longer: "
             "group attention has no window, use shorter prompts and completions"
         )
-    # check_model knows the config keys of today; a model with a key of its own still passes the value here
-    if kwargs.get("softcap") is not None:
-        raise NotImplementedError("config.attn_logit_softcapping is set: group attention has no soft cap")
+    if not kwargs.get("is_causal", getattr(module, "is_causal", True)):
+        raise ModelRefused(module.config, f"{kind} sees later tokens, and group attention is causal")
+    # values narrower than keys (latent attention, as DeepSeek's): zeros add columns of zeros, which are cut off again
+    width = value.shape[-1]
+    if width < query.shape[-1]:
+        value = F.pad(value, (0, query.shape[-1] - width))
     packed = group_attention(
         query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), group_spans, scale=scaling
     )
-    return packed[None], None
+    return packed[None, ..., :width], None
 
 
 class LogProbs(NamedTuple):
@@ -87,7 +106,7 @@ class Policy:
 
     Raises:
         ValueError: nothing is trainable, an adapter on the LM head, or `adapter_off` without PEFT adapters.
-        NotImplementedError: the model would be trained wrongly; see `grpo_core.families.check_model`.
+        ModelRefused: the model would be trained wrongly; see `grpo_core.families.check_model`.
     """
 
     def __init__(
@@ -100,12 +119,27 @@ class Policy:
     ):
         self.model = model
         self.causal_lm = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
-        check_model(self.causal_lm.config)
+        config = self.causal_lm.config
+        check_model(config, media=embed is not None)
+        # the model's class says so only where no kind of layer does (Granite 4 has models of attention alone)
+        if getattr(self.causal_lm, "_is_stateful", False) and not getattr(config, "layer_types", None):
+            raise ModelRefused(
+                config, "its layers carry a state along the sequence, which would leak between sequences"
+            )
+        if self.causal_lm.base_model is self.causal_lm:
+            raise ModelRefused(config, f"{type(self.causal_lm).__name__} does not name its layers without the head")
+        self.head_transform, self.length_limit = head_transform(config), length_limit(config)
         # here and not at import, which should have no effect on others; to register again changes nothing
         AttentionInterface.register(ATTENTION, _attention)
         AttentionMaskInterface.register(ATTENTION, sdpa_mask)
         # once for all: calls without spans (generate, an encoder's) go to SDPA as before
         self.causal_lm.set_attn_implementation(ATTENTION)
+        if config._attn_implementation != ATTENTION:
+            raise ModelRefused(
+                config,
+                f"{type(self.causal_lm).__name__} does not use transformers' attention interface, so packed sequences "
+                "would see each other",
+            )
         self.module: nn.Module = model if module is None else module
         self._embed = embed
         if not self.named_parameters():
@@ -177,6 +211,15 @@ class Policy:
             layout: the N prompts packed with their completions, on the policy's device.
             prompts: the N prompts.
         """
+        if self.length_limit is not None:
+            key, limit = self.length_limit
+            for n, group in enumerate(layout.spans.completion_lengths):
+                tokens = layout.spans.prompt_lengths[n] + max(group, default=0)
+                if tokens > limit:
+                    raise NotImplementedError(
+                        f"{key} is {limit}, and prompt {prompts[n].id!r} and its completion have {tokens} tokens: "
+                        "beyond it the model computes something else, use shorter prompts and completions"
+                    )
         embedding = self.causal_lm.get_input_embeddings()
         if self._embed is None:
             # one lookup for prompts and completions: the gradient of each lookup is as large as the whole table
@@ -227,7 +270,10 @@ class Policy:
                 head.weight,
                 layout.target_ids,
                 bias=head.bias,
-                temperature=temperature,
+                # a scale of the logits, in float32: hidden states times the scale would be rounded once more. (No known
+                # model has both a scale and a cap, which would come between the two.)
+                temperature=temperature / self.head_transform.scale,
+                softcap=self.head_transform.softcap,
                 entropy=entropy,
                 reference_hidden=reference_hidden,
             )
@@ -301,8 +347,17 @@ class Policy:
             self._frozen[name].copy_(trained)
 
 
+# further names of rates: GPT-2's and OPT's, and noise on what a router of experts reads. (Not every name with jitter in
+# it: PhiMoE has a threshold of such a name, which counts in evaluation too.)
+_NOISE = ("pdrop", "layerdrop", "input_jitter_noise", "moe_jitter_eps")
+
+
 def disable_dropout(module: nn.Module) -> None:
     """Set every dropout rate to 0: with dropout, the ratio of a policy to itself would not be 1."""
     for child in module.modules():
         if isinstance(child, nn.Dropout):
             child.p = 0.0
+        # many models keep a rate as a number and call F.dropout with it (OPT), or skip whole layers (layerdrop)
+        for name, value in list(vars(child).items()):
+            if isinstance(value, float) and ("dropout" in name or name.endswith(_NOISE)):
+                setattr(child, name, 0.0)

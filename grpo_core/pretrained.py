@@ -29,47 +29,15 @@ from transformers import (
 )
 
 from grpo_core.errors import InputError
+from grpo_core.model_folder import ADAPTER_CONFIG, AS_SAVED, check_folder, is_adapter
 
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 """Arguments for every `from_pretrained`: no network, no code from the folder. Left out, transformers asks at a terminal
 whether to run the code, and runs it after a "y"."""
 
-ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
-_AS_SAVED = "give the folder of a model as save_pretrained writes it"
 _COPY = "copy the folder again, whole"
-
-
-def check_folder(folder: str | os.PathLike, key: str) -> Path:
-    """Check that a folder holds a whole model's config.json, and return it as a path.
-
-    Args:
-        key: the option that names the folder, for messages.
-
-    Raises:
-        InputError: it is missing, a file, a name on the Hugging Face Hub, an adapter, or without config.json.
-    """
-    path = Path(folder)
-    if not path.exists():
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)) and not path.parent.exists():
-            raise InputError(
-                f"{key}: there is no folder {folder}, and nothing is downloaded: if it is a name on the Hugging Face "
-                f"Hub, run `hf download {folder} --local-dir DIR` first, and give DIR"
-            )
-        raise InputError(f"{key}: there is no folder {folder}: {_AS_SAVED}; if it was moved, give its new path")
-    if not path.is_dir():
-        raise InputError(f"{key}: {folder} is a file: {_AS_SAVED}")
-    if (path / "config.json").is_file():
-        return path
-    if (path / ADAPTER_CONFIG).is_file():
-        raise InputError(
-            f"{key}: {folder} holds an adapter, not a whole model: give the model that it was merged into "
-            "(merge_and_unload, then save_pretrained), or its base"
-        )
-    snapshots = sorted((path / "snapshots").glob("*/config.json"))
-    advice = f"give {snapshots[-1].parent}" if snapshots else _AS_SAVED  # a folder of the Hub's cache
-    raise InputError(f"{key}: {folder} has no config.json: {advice}")
 
 
 def read_config(folder: str | os.PathLike, key: str) -> PreTrainedConfig:
@@ -141,7 +109,7 @@ def check_weights(folder: str | os.PathLike, key: str, *, pickled: bool = False)
             f"{key}: {path} has its weights in {others[0]}, but only safetensors are read: load it once with "
             "transformers, and save it again with save_pretrained"
         )
-    raise InputError(f"{key}: {path} has no weights (model.safetensors): {_AS_SAVED}")
+    raise InputError(f"{key}: {path} has no weights (model.safetensors): {AS_SAVED}")
 
 
 def check_weight_file(file: Path, key: str) -> None:
@@ -223,7 +191,7 @@ def load_model(
         if "conversion of the weights" in reason:  # transformers names the tensors in its log only
             reason = "tensors that are joined when they are loaded, such as a layer's experts, are missing or misshapen"
         raise InputError(
-            f"{key}: {path}, a model of type {config.model_type!r}, does not load ({reason}): {_AS_SAVED}"
+            f"{key}: {path}, a model of type {config.model_type!r}, does not load ({reason}): {AS_SAVED}"
         ) from error
     if info["mismatched_keys"]:
         name, found, needed = min(info["mismatched_keys"], key=lambda item: item[0])
@@ -308,12 +276,6 @@ def load_causal_lm(folder: str | os.PathLike, key: str, **options: Any) -> PreTr
             f"{key}: {path / _ADAPTER_WEIGHTS} lacks {len(missing)} tensors of its adapter, first {missing[0]}: {_COPY}"
         )
     return adapted
-
-
-def is_adapter(folder: str | os.PathLike) -> bool:
-    """Whether a folder holds an adapter in PEFT's format, and no whole model."""
-    path = Path(folder)
-    return (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file()
 
 
 def read_adapter(folder: str | os.PathLike, key: str) -> tuple[PeftConfig, Path]:

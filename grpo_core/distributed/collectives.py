@@ -21,7 +21,6 @@ import torch
 import torch.distributed as c10d
 from torch import Tensor
 
-from grpo_core.config.fields import ConfigError
 from grpo_core.distributed.watchdog import Watchdog, activity
 from grpo_core.errors import InputError
 
@@ -279,7 +278,7 @@ def run_on_main(function: Callable[[], Item], dist: Distributed) -> Item:
         raise raised
     if "error" in answer:
         # those that a program reports in one line; the traceback of any other is the main process's
-        reported = next((cls for cls in (ConfigError, ValueError, OSError) if cls.__name__ in answer["kinds"]), None)
+        reported = next((cls for cls in (InputError, ValueError, OSError) if cls.__name__ in answer["kinds"]), None)
         raise (reported or RuntimeError)(answer["error"])
     value: Item = answer["value"]
     return value

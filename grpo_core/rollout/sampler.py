@@ -18,11 +18,13 @@ from grpo_core import rng
 from grpo_core.chat import turn_end
 from grpo_core.config.options import RolloutConfig
 from grpo_core.distributed.stopping import poll
+from grpo_core.families import text_config
 from grpo_core.policy import Policy
 from grpo_core.rollout.backends import Decoder, make_decoder
 from grpo_core.rollout.cache import fill_holes
 from grpo_core.rollout.sampling import PendingTokens, SamplingBackend, SamplingParams, StopConditions, Tokenizer
 from grpo_core.types import Completion, FinishReason, Group, Prompt
+from grpo_core.verify import verify_model
 
 
 class GroupSampler:
@@ -49,7 +51,7 @@ class GroupSampler:
             the counts `prompt_tokens`, `completion_tokens`, `steps` and `slots` (groups decoded at a time).
 
     Raises:
-        NotImplementedError: the model would be sampled wrongly; see `grpo_core.families.check_model`.
+        ModelRefused: the model would be sampled wrongly; see `grpo_core.verify`.
     """
 
     def __init__(
@@ -66,7 +68,9 @@ class GroupSampler:
         self.forbidden_tokens, self.end_tokens = tuple(forbidden_tokens), tuple(end_tokens)
         self.memory_budget = memory_budget
         self.model = policy.causal_lm
+        self.text_config = text_config(self.model.config)
         self.decoder: Decoder = make_decoder(self.model)
+        verify_model(self.model)
         self.timings: dict[str, float] = {}
         # kept between calls: with stop strings, one is made by decoding the whole vocabulary
         self._stop_conditions: dict[tuple[str, ...], StopConditions] = {}
@@ -163,24 +167,24 @@ class GroupSampler:
         Lengths are checked first: a prompt that is too long should not cost a rollout.
 
         Raises:
-            ValueError: the longest prompt and `new_tokens` are more than the model has positions for, or than its
-                attention window, which would cut them; or embeddings that do not fit their prompt's tokens.
+            ValueError: the longest prompt and `new_tokens` are more than the model has positions for, or than it is
+                right for (an attention window, a rotation that changes); or embeddings that do not fit their prompt's
+                tokens.
         """
-        config, longest = self.model.config, max(len(prompt.token_ids) for prompt in prompts)
+        longest = max(len(prompt.token_ids) for prompt in prompts)
         total = longest + new_tokens
         asked = (
             f"the longest prompt has {longest} tokens and rollout.max_new_tokens is {new_tokens}: {total} is more than"
         )
         for key in ("max_position_embeddings", "n_positions"):
-            limit = getattr(config, key, None)
+            limit = getattr(self.text_config, key, None)
             if limit is not None and total > limit:
                 raise ValueError(f"{asked} config.{key} {limit}; shorten the prompt or lower rollout.max_new_tokens")
-        window, layer_types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
-        # Qwen2 configs name a window that no layer uses; a config without layer_types means it for all layers
-        if window is not None and total > window and (layer_types is None or "sliding_attention" in layer_types):
+        if self.policy.length_limit is not None and total > self.policy.length_limit.tokens:
+            key, limit = self.policy.length_limit
             raise ValueError(
-                f"{asked} config.sliding_window {window}, and group attention has no window; shorten the prompt, lower "
-                "rollout.max_new_tokens, or set config.sliding_window to None"
+                f"{asked} {key} {limit}, beyond which the model computes something else; shorten the prompt or lower "
+                "rollout.max_new_tokens"
             )
         embeds = list(self.policy.embed(prompts))
         if len(embeds) != len(prompts):

@@ -109,8 +109,9 @@ class StopConditions:
         ends = sorted(token for token in named if token is not None)
         ids = known_token_ids(tokenizer)
         head_rows = model.get_output_embeddings().weight.shape[0]
+        vocabulary = model.config.get_text_config().vocab_size  # of a composite config, the language model's
         # the largest of sizes that may all differ: heads are padded, tokenizers are extended, and their ids have holes
-        size = max(model.config.vocab_size, head_rows, *(ids[-1:] or [0]), *(ends[-1:] or [0])) + 1
+        size = max(vocabulary, head_rows, *(ids[-1:] or [0]), *(ends[-1:] or [0])) + 1
         self.no_tokens = np.setdiff1d(np.arange(head_rows), np.array(ids, dtype=np.int64))
         self.end_tokens = np.zeros(size, dtype=bool)
         self.end_tokens[ends] = True

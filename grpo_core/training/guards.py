@@ -81,11 +81,11 @@ class Guards:
         self.failures = ()
 
     def _check_failures(self, step: int, values: Mapping[str, float]) -> None:
-        for name in _rewards(values):
-            share = values[f"rewards/{name}/failed"]
+        shares = {name: values[f"rewards/{name}/failed"] for name in _rewards(values)}
+        self.counts.failed_rewards += any(share > 0 for share in shares.values())
+        for name, share in shares.items():
             if not share > 0:
                 continue
-            self.counts.failed_rewards += 1
             text = f"reward {name!r} failed on {100 * share:.3g} % of the completions of step {step}"
             if some := [failure for of_rank in self.failures for failure in of_rank.get(name, ())]:
                 prompt, member, problem = some[0]
@@ -211,7 +211,9 @@ class Guards:
 def _rewards(values: Mapping[str, float]) -> list[str]:
     """Names of the rewards whose metrics these are."""
     prefix, suffix = "rewards/", "/failed"
-    return [key[len(prefix) : -len(suffix)] for key in values if key.startswith(prefix) and key.endswith(suffix)]
+    names = [key[len(prefix) : -len(suffix)] for key in values if key.startswith(prefix) and key.endswith(suffix)]
+    # a reward may log a metric of such a name, which the main process alone has
+    return [name for name in names if f"{prefix}{name}/seconds" in values]
 
 
 def dump_batch(folder: Path, step: int, rank: int, experience: Experience, updates: Sequence[Update]) -> None:

@@ -29,6 +29,7 @@ from grpo_core.distributed import (
 )
 from grpo_core.distributed.stopping import StepDropped, Stopped, listen, requested, say
 from grpo_core.distributed.watchdog import activity
+from grpo_core.errors import TrainingStopped
 from grpo_core.policy import Policy
 from grpo_core.storage.checkpoint import (
     TRAINED_FILE,
@@ -42,6 +43,7 @@ from grpo_core.storage.metrics_writer import MetricsWriter
 from grpo_core.training.accumulator import MetricAccumulator, PhaseClock, postfix
 from grpo_core.training.guards import DivergedError, Guards
 from grpo_core.training.optim import make_optimizer
+from grpo_core.verify import verify_model
 
 
 class TrainingLoop:
@@ -80,6 +82,8 @@ class TrainingLoop:
                 "run validation samples",
                 stacklevel=3,
             )
+        # before anything is made of its weights: a model that packed groups are wrong for would be trained on noise
+        verify_model(policy.causal_lm)
         self.policy, self.optim, self.run = policy, optim, run
         self.dist = dist or Distributed()
         self.save_model, self.evaluate = save_model, evaluate
@@ -114,6 +118,7 @@ class TrainingLoop:
             Stopped: a signal asked to stop. A step that had not moved the weights was dropped, any other one finished,
                 and the run is saved as it was before or after it.
             DivergedError: the policy's weights or logits, or the last steps' gradients, are not finite.
+            TrainingStopped: a guard's limit is reached; the run is saved first.
         """
         run, main = self.run, self.dist.main_process
         signum, saved_at = 0, time.monotonic()
@@ -147,7 +152,12 @@ class TrainingLoop:
                         bar.set_postfix(postfix(values, (*self.shown, run.metric_for_best_model)))
                         bar.update()
                     # After its metrics are written, so that a run that is stopped shows why; before anything is saved.
-                    self.guards.check(self.step_index, values)
+                    try:
+                        self.guards.check(self.step_index, values)
+                    except TrainingStopped:  # on every rank alike
+                        # The steps so far are good, unless gradients are not finite, of which `save` writes nothing.
+                        self.save()
+                        raise
                     if not self.steps_without_gradient:
                         metric = self.follow_best(values)
                     # One clock for all ranks, rank 0's; and a signal of any rank.

@@ -74,7 +74,9 @@ def compute_loss(
             # Multiplied by the ratio, k3's gradient is that of the reverse KL on samples of an older policy too.
             ratio = None
             if algorithm.unbiased_kl:
-                ratio = importance_ratio(current.logprob, old.logprob, index, count, algorithm.ratio_level)
+                # By the token's own where the loss takes the product of a whole completion, which has no bound.
+                level = "token" if algorithm.ratio_level == "sequence_product" else algorithm.ratio_level
+                ratio = importance_ratio(current.logprob, old.logprob, index, count, level)
             kl = kl_penalty(current.logprob, reference_logprob, algorithm.kl_estimator, ratio)
         token_loss = token_loss + beta * kl
 

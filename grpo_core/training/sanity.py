@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from grpo_core.config.options import AlgorithmConfig
-from grpo_core.distributed import Distributed, gather_objects
+from grpo_core.distributed import Distributed, all_reduce_sum, gather_objects
 from grpo_core.errors import TrainingStopped
 from grpo_core.layout import GroupLayout
 from grpo_core.policy import Policy
+from grpo_core.rollout.backends.transformers import TransformersDecoder
 from grpo_core.rollout.sampler import GroupSampler
 from grpo_core.types import Group
 
@@ -23,7 +24,12 @@ log = logging.getLogger(__name__)
 
 # Nats a token, in the mean, by which sampler and trainer may differ: rounding alone stays well below.
 _MISMATCH = {torch.float64: 1e-4, torch.float32: 1e-3}
-_MISMATCH_HALF = 0.2
+
+HALF_PRECISION_FACTOR = 3.0
+"""In half precision the limit is this many times the mean difference of the model's own forward to itself, with and
+without a cache: that is what rounding alone leaves there, and it grows with depth and vocabulary."""
+
+_MEMBERS, _TOKENS = 4, 128  # of the first group, that difference is measured on: some seconds for a model of 7B
 
 
 class FirstStepError(TrainingStopped):
@@ -39,7 +45,7 @@ def check_first_step(
     dist: Distributed | None = None,
     sampler: GroupSampler | None = None,
 ) -> None:
-    """Check what a run's first step gave.
+    """Check what a run's first step gave. On every rank, as it makes collectives; all ranks raise, or none.
 
     Args:
         values: the step's metrics, over all ranks.
@@ -58,7 +64,8 @@ def check_first_step(
             f"the first gradient is not finite (norm {norm}): look for NaN in the weights or the features, and train "
             "in bfloat16 or float32"
         )
-    limit = _MISMATCH.get(policy.dtype, _MISMATCH_HALF)
+    # looked up here: most runs need no measurement
+    limit = _MISMATCH.get(policy.dtype) or mismatch_limit(policy, groups, temperature, dist or Distributed())
     difference = values["sampling/sampling_logp_difference/mean"]
     if math.isnan(difference):  # of which every comparison below is false
         raise FirstStepError(
@@ -104,6 +111,75 @@ def check_features_on_all_ranks(policy: Policy, group: Group | None, temperature
         found = str(error)
     if messages := [message for message in gather_objects(found, dist) if message is not None]:
         raise FirstStepError(messages[0])
+
+
+@torch.no_grad()
+def mismatch_limit(policy: Policy, groups: Sequence[Group], temperature: float, dist: Distributed) -> float:
+    """Measure by how many nats a token, in the mean, sampler and trainer may differ in half precision.
+
+    The same number on every rank. Measured, because a fixed number that a deep model of a large vocabulary needs would
+    let pass what is wrong in another.
+
+    Args:
+        groups: this rank's; the first is measured.
+    """
+    difference, tokens = 0.0, 0
+    if groups:
+        deltas = cache_differences(policy, groups[0], temperature)
+        difference, tokens = float(deltas.sum()), len(deltas)
+    # float64: NCCL and gloo both sum it, and ranks must get one number
+    total = all_reduce_sum(torch.tensor([difference, tokens], dtype=torch.float64, device=dist.device), dist)
+    mean = float(total[0]) / max(float(total[1]), 1.0)
+    # not below float32's limit: a tiny model may round to the same numbers in both ways
+    return max(HALF_PRECISION_FACTOR * mean, _MISMATCH[torch.float32])
+
+
+@torch.no_grad()
+def cache_differences(policy: Policy, group: Group, temperature: float) -> Tensor:
+    """Compare `model(...)` with itself, without and with its own cache, on a group's completions.
+
+    Nothing of ours is in it but the embeddings: prompt and completion in one forward, against the prompt in one and the
+    completion token by token. At most `_MEMBERS` completions, and of each the first `_TOKENS`.
+
+    Returns:
+        Absolute differences of the tokens' log-probs, in nats, float64 `[tokens]`.
+    """
+    completions = [
+        completion.token_ids[:_TOKENS] for completion in group.completions[:_MEMBERS] if completion.token_ids
+    ]
+    if not completions:
+        return torch.zeros(0, dtype=torch.float64)
+    model = policy.causal_lm
+    (prompt,) = policy.embed([group.prompt])
+    prompt = prompt.to(policy.device, policy.dtype)
+    longest = max(map(len, completions))
+    # shorter completions are filled up: what follows a token does not change it, and only their own are compared
+    padded = torch.tensor([[*ids, *[ids[-1]] * (longest - len(ids))] for ids in completions], device=policy.device)
+
+    def chosen(logits: Tensor, targets: Tensor) -> Tensor:
+        return (logits.double() / max(temperature, 1e-6)).log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+
+    embedded = model.get_input_embeddings()(padded)
+    whole = torch.stack(
+        [
+            # one at a time: logits of all would be [members, tokens, V]
+            chosen(
+                model(inputs_embeds=torch.cat((prompt, row))[None], use_cache=False, logits_to_keep=longest + 1).logits[
+                    0, :-1
+                ],
+                ids,
+            )
+            for row, ids in zip(embedded, padded, strict=True)
+        ]
+    )
+    decoder = TransformersDecoder(model)
+    decoder.group_size = len(completions)
+    first = decoder.prefill([prompt]).expand(len(completions), -1)
+    stepwise = [chosen(first, padded[:, 0])]
+    for column in range(longest - 1):
+        stepwise.append(chosen(decoder.step(padded[:, column]), padded[:, column + 1]))
+    own = torch.tensor([[column < len(ids) for column in range(longest)] for ids in completions])
+    return (whole - torch.stack(stepwise, dim=1)).abs().cpu()[own]
 
 
 @torch.no_grad()

@@ -22,11 +22,13 @@ __all__ = [
     "FLOAT_DTYPES",
     "GRAPH_BREAK",
     "HAS_TRITON",
+    "SECOND_DERIVATIVE",
     "Backend",
     "TensorDescriptor",
     "accumulator_dtype",
     "choose_backend",
     "interpreted",
+    "refuse_gradient",
     "tl",
     "triton",
 ]
@@ -37,6 +39,9 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 GRAPH_BREAK = "grpo_kernels' heads run outside the graph: call them in a function compiled without fullgraph=True"
 """The reason `torch.compiler.disable` is given; torch prints it where `fullgraph=True` forbids a graph break."""
+
+SECOND_DERIVATIVE = "grpo_kernels' losses and log-probs have no second derivative: call backward without create_graph"
+"""What backward passes raise where gradients are recorded: they would be constants, and what needs them wrong."""
 
 
 def interpreted() -> bool:
@@ -66,6 +71,18 @@ def choose_backend(device: torch.device, backend: Backend | None, dtype: torch.d
             "on a CPU call it inside grpo_kernels.testing.interpreter.interpret(), or with TRITON_INTERPRET=1"
         )
     return backend
+
+
+def refuse_gradient(operation: str, *inputs: Tensor | None) -> None:
+    """Refuse inputs that autograd follows: a kernel without a backward would give it a constant, in silence.
+
+    Raises:
+        ValueError: gradients are recorded, and an input needs one.
+    """
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        raise ValueError(
+            f"{operation} has no gradient on Triton: call it under torch.no_grad(), or with backend='torch'"
+        )
 
 
 def accumulator_dtype(*tensors: Tensor) -> torch.dtype:

@@ -24,21 +24,26 @@ def refuse_module_run(package: str, folder: str, command: Sequence[str] | None =
     if asked != package and not asked.startswith(f"{package}."):
         return
     source = os.path.join(folder, *asked.split(".")[1:])
-    if not os.path.isfile(f"{source}.py"):
-        return  # a package, with or without a __main__.py, or nothing
-    with open(f"{source}.py", encoding="utf-8") as file:
-        if os.path.basename(source) == "__main__" or "\nif __name__ ==" in file.read():
-            return
+    if not os.path.isfile(f"{source}.py") or _is_program(f"{source}.py"):
+        return  # a program; or a package, with or without a __main__.py; or nothing
+    files = [os.path.join(place, name) for place, _, names in os.walk(folder) for name in names if name.endswith(".py")]
     programs = sorted(
-        ".".join([package, *os.path.relpath(place, folder).split(os.sep)]).removesuffix("..")
-        for place, _, files in os.walk(folder)
-        if "__main__.py" in files
+        ".".join([package, *os.path.relpath(file, folder).removesuffix(".py").split(os.sep)]).removesuffix(".__main__")
+        for file in files
+        if _is_program(file)
     )
     way_out = (
         f"the programs here are {', '.join(f'python -m {name}' for name in programs)}" if programs else "import it"
     )
     print(f"error: {asked} is a module to import and no program, so nothing was done: {way_out}", file=sys.stderr)
     sys.exit(2)
+
+
+def _is_program(file: str) -> bool:
+    if os.path.basename(file) == "__main__.py":
+        return True
+    with open(file, encoding="utf-8") as source:
+        return "\nif __name__ ==" in source.read()
 
 
 def _asked_module(command: Sequence[str]) -> str:

@@ -193,7 +193,7 @@ def evaluate(arguments: Sequence[str]) -> None:
 
     config = _read(TaskConfig, "evaluate", arguments, EVALUATE)
 
-    from affectgpt.pipeline import Stages, load_samples, prepare_synthetic
+    from affectgpt.pipeline import Stages, load_samples, prepare_synthetic, to_score
     from grpo_core import distributed
 
     dist = _start(config.run)
@@ -204,7 +204,7 @@ def evaluate(arguments: Sequence[str]) -> None:
     folder = stages.folder / "evaluations"
     names = ("evaluation", *(f"evaluation-{number}" for number in range(2, 10_000)))
     name = next(name for name in names if not (folder / f"{name}.json").exists())
-    evaluation = stages.evaluate_test(name, stages.prompts(samples), len(samples))
+    evaluation = stages.evaluate_test(name, stages.prompts(to_score(samples)), len(samples))
     if dist.main_process and evaluation:
         print(evaluation.table())
         print(f"\n{folder / name}.json")
@@ -354,11 +354,12 @@ def _read(
 
     Raises:
         ConfigError: the config has a mistake.
+        InputError: a folder of the model's cannot hold what it should.
     """
     from affectgpt.configs import CONFIGS
     from grpo_core.config.loader import load_config
 
-    return load_config(
+    config = load_config(
         cls,
         arguments,
         description=description,
@@ -366,6 +367,8 @@ def _read(
         config_folder=CONFIGS,
         program=f"affectgpt {command}",
     )
+    config.model.check_folders()  # before torch is imported: a mistyped folder is answered at once
+    return config
 
 
 def _share(used: int, total: int) -> str:

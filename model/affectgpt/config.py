@@ -16,6 +16,8 @@ from affectgpt.rewards import RewardConfig, check_rewards, make_rewards
 from grpo_core.config.fields import ConfigSection, chosen_by, option
 from grpo_core.config.moved import MOVED_KEYS
 from grpo_core.config.options import GRPOConfig, OptimConfig, RolloutConfig, RunConfig, SFTConfig
+from grpo_core.errors import InputError
+from grpo_core.model_folder import check_folder
 
 if TYPE_CHECKING:
     from grpo_core.rewards import Reward
@@ -60,6 +62,8 @@ class DataConfig(ConfigSection, key="data"):
         super().__post_init__()
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(f"data.validation_fraction is {self.validation_fraction}: set it in [0, 1)")
+        if self.labels is None:
+            self.labels = getattr(self.layout, "usual_labels", None)
         if not 0 <= self.min_coverage <= 1:
             raise ValueError(f"data.min_coverage is {self.min_coverage}: set it in [0, 1]")
 
@@ -100,6 +104,21 @@ class ModelConfig(ConfigSection, key="model"):
     """Dropout of fresh adapters in supervised training; GRPO trains without dropout."""
     gradient_checkpointing: bool = option(False, free=True)
     """Recompute activations in the backward pass: less memory, a third more time."""
+
+    def check_folders(self) -> None:
+        """Refuse folders that cannot hold what they are named for, by their file names alone.
+
+        Raises:
+            InputError: naming the option, the folder and the way out.
+        """
+        if self.path is not None and not (self.path / "affectgpt.json").is_file():
+            advice = "give one that AffectGPT.save_pretrained wrote; nothing is downloaded"
+            if (self.path / "config.json").is_file():
+                advice = "if it is a causal LM, give it as model.llm"
+            raise InputError(f"model.path: {self.path} holds no AffectGPT (affectgpt.json): {advice}")
+        for name in ("llm", "visual_encoder", "audio_encoder"):
+            if (folder := getattr(self, name)) is not None:
+                check_folder(folder, f"model.{name}")
 
 
 @dataclass

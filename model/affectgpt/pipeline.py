@@ -32,6 +32,7 @@ from grpo_core.data import check_coverage, length_limit, report_skipped
 from grpo_core.distributed import Distributed, barrier, gather_objects, shard
 from grpo_core.distributed.stopping import stoppable
 from grpo_core.errors import InputError
+from grpo_core.families import check_model
 from grpo_core.policy import Policy
 from grpo_core.reward_adapters import check_columns
 from grpo_core.rewards import Reward
@@ -40,6 +41,7 @@ from grpo_core.rollout.sampler import GroupSampler
 from grpo_core.training.grpo import GRPOTrainer
 from grpo_core.training.sft import Example, SFTTrainer
 from grpo_core.types import Group, Prompt
+from grpo_core.verify import verify_model
 
 logger = logging.getLogger(__name__)
 
@@ -67,12 +69,15 @@ def load_samples(
             "out (--data.labels none), or give the folder as data.root"
         )
     table = labels or data.labels
+    where = str(data.root / table if table else data.root)
     try:
         samples = data.layout.load(data.root, labels=table, reasons=data.reasons, labelled=labelled)
         if labelled and not numbers:
-            check_emotion_labels(samples, str(data.root / table if table else data.root))
+            check_emotion_labels(samples, where)
     except (ValueError, OSError) as error:
         raise InputError(str(error)) from error
+    if not samples:
+        raise InputError(f"{where}: it lists no sample. Give a table with rows.")
     return samples
 
 
@@ -179,6 +184,9 @@ class Stages:
                 _warn_of_overlap([*training, *validation], test)
         torch.manual_seed(config.run.seed)  # directly before: fresh adapters are drawn from the global generator
         self.model = make_model(config.model, dist.device)
+        # before clips are encoded, which may take hours: a language model that would be trained wrongly is refused now
+        check_model(self.model.llm.config, media=True)
+        verify_model(self.model.llm)
         self.training: list[Prompt] = []
         self.validation: list[Prompt] = []
         self.test: list[Prompt] = []
@@ -186,8 +194,8 @@ class Stages:
         if splits:
             encoders = self.encoders()  # loaded once for the three splits, and freed when this returns
             self.training = self.prompts(training, encoders, "training samples")
-            self.validation = self.prompts(validation, encoders, "validation samples")
-            self.test = self.prompts(test, encoders, "test samples")
+            self.validation = self.prompts(to_score(validation), encoders, "validation samples")
+            self.test = self.prompts(to_score(test), encoders, "test samples")
 
     @property
     def folder(self) -> Path:
@@ -407,6 +415,14 @@ class Stages:
         if not self.validation:
             return None
         return lambda: {"eval/f1": self.score(sampler, self.validation, "validation", "validation").f1}
+
+
+def to_score(samples: Sequence[Sample]) -> list[Sample]:
+    """Return samples for an evaluation: those without labels with a fault, since there is nothing to compare with."""
+    return [
+        replace(sample, fault=sample.fault or "it has no labels to score against") if sample.labels is None else sample
+        for sample in samples
+    ]
 
 
 def _with_fault(sample: Sample, modalities: Sequence[str], face_or_frame: str) -> Sample:

@@ -27,7 +27,8 @@ from grpo_core.config import option
 from grpo_core.data import check_coverage, length_limit, read_jsonl, report_skipped
 from grpo_core.distributed import finalize, init
 from grpo_core.errors import InputError, run_program
-from grpo_core.pretrained import is_adapter, load_causal_lm, load_tokenizer, read_adapter, save_model, stored_dtype
+from grpo_core.model_folder import is_adapter
+from grpo_core.pretrained import load_causal_lm, load_tokenizer, read_adapter, save_model, stored_dtype
 from grpo_core.report import try_report
 from grpo_core.reward_adapters import check_columns
 from grpo_core.storage.run_folder import open_run
@@ -112,13 +113,20 @@ def make_prompt(number: int, row: dict[str, Any], tokenizer: PreTrainedTokenizer
 
 def load_model(config: TextConfig) -> Any:
     """Load the model with what is trained of it: all weights, fresh adapters, or those of an adapter's folder."""
+    if is_adapter(config.model):
+        rank = getattr(read_adapter(config.model, "model")[0], "r", 0)
+        if config.lora_r not in (0, rank):
+            raise InputError(
+                f"lora_r is {config.lora_r}, but {config.model} holds an adapter of rank {rank}, which is continued: "
+                "leave lora_r out, or merge the adapter into its base and give that"
+            )
+        return load_causal_lm(config.model, "model")
     # Trained weights are float32: an update of 1e-6 would vanish in bfloat16. A frozen base may be in half precision.
-    adapters = bool(config.lora_r) or is_adapter(config.model)
-    model: Any = load_causal_lm(config.model, "model", dtype="auto" if adapters else "float32")
-    if config.lora_r and not isinstance(model, PeftModel):
+    model: Any = load_causal_lm(config.model, "model", dtype="auto" if config.lora_r else "float32")
+    if config.lora_r:
         # all-linear leaves the head alone, whose weight the fused log-probs read as it is
-        fresh = LoraConfig(r=config.lora_r, lora_alpha=2 * config.lora_r, target_modules="all-linear")
-        model = get_peft_model(model, fresh)
+        adapters = LoraConfig(r=config.lora_r, lora_alpha=2 * config.lora_r, target_modules="all-linear")
+        model = get_peft_model(model, adapters)
     return model
 
 
@@ -128,19 +136,6 @@ def main() -> None:
     # What is quick to check comes first: a wrong path or column should not cost the minutes that loading a model takes.
     rewards: list[Reward] = [load_reward(spec) for spec in config.reward]
     tokenizer = load_tokenizer(config.model, "model")
-    dtype = None  # of the model's file
-    if is_adapter(config.model):
-        rank = getattr(read_adapter(config.model, "model")[0], "r", 0)
-        if config.lora_r not in (0, rank):
-            raise InputError(
-                f"lora_r is {config.lora_r}, but {config.model} holds an adapter of rank {rank}, which is continued: "
-                "leave lora_r out, or merge the adapter into its base and give that"
-            )
-        print(f"continuing the adapter in {config.model}, of rank {rank}")
-    elif not config.lora_r:
-        dtype = (
-            stored_dtype(config.model, "model") if config.save_dtype == "auto" else getattr(torch, config.save_dtype)
-        )
     prompts, skipped = read_prompts(config.data, tokenizer)
     check_coverage(skipped, len(prompts) + len(skipped), config.min_coverage, what="prompts", key="min_coverage")
     for reward in rewards:
@@ -157,6 +152,12 @@ def main() -> None:
 
     model = load_model(config)
     model.to(dist.device)
+    if dist.main_process and is_adapter(config.model):
+        print(f"the adapter in {config.model} is continued")
+    # Of a model that is trained whole, the file has the dtype that it came in; adapters are saved as they are.
+    auto = config.save_dtype == "auto" and not isinstance(model, PeftModel)
+    dtype = stored_dtype(config.model, "model") if auto else getattr(torch, config.save_dtype, None)
+    save = partial(save_model, model, dtype=dtype)
 
     # The policy computes log-probs of whole groups, each prompt once. It keeps a reference only if there is a KL
     # penalty, as the reference is a copy of all trained weights.
@@ -173,12 +174,11 @@ def main() -> None:
         report_skipped(skipped, total, "prompts")
     check_coverage(skipped, total, config.min_coverage, what="prompts", key="min_coverage")
 
-    # The sampler draws from the same weights: there is no second engine to keep in step.
     # Prompts by a chat template are answered until its turn ends, which need not be the end of the sequence.
     chat = any(not isinstance(prompt.sample["prompt"], str) for prompt in prompts)
     end = turn_end(tokenizer) if chat else None
+    # The sampler draws from the same weights: there is no second engine to keep in step.
     sampler = GroupSampler(policy, tokenizer, seed=config.run.seed, end_tokens=() if end is None else (end,))
-    save = partial(save_model, model, dtype=dtype)
     trainer = GRPOTrainer(policy, sampler, prompts, rewards, config, dist=dist, save_model=save)
     # Everything is loaded, so the folder may become this run's: config, command and versions are written to it.
     run.begin()

@@ -60,6 +60,37 @@ def test_a_mistyped_key_is_refused_before_torch_is_imported():
     assert done.stderr.startswith("error: unknown key 'optim.learning_rat'")
 
 
+def test_a_mistyped_model_folder_is_refused_before_torch_is_imported(tmp_path):
+    code = f"import sys\nfrom affectgpt.cli import main\nprint(main(sys.argv[1:]), *({HEAVY} & sys.modules.keys()))"
+    done = python(code, "train", "--model.llm", "Qwen/Qwen2.5-7B", "--run.output_dir", str(tmp_path / "runs"))
+    assert done.stdout.split() == ["2"]
+    assert done.stderr.startswith("error: model.llm: there is no folder Qwen/Qwen2.5-7B, and nothing is downloaded")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "sft", "evaluate", "predict"])
+def test_every_command_names_a_folder_that_holds_no_model(command, tmp_path, tiny_llm_folder, capsys):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    for option, folder, words in (
+        ("model.path", tmp_path / "gone", "gone holds no AffectGPT (affectgpt.json): give one that"),
+        (
+            "model.path",
+            tiny_llm_folder,
+            "holds no AffectGPT (affectgpt.json): if it is a causal LM, give it as model.llm",
+        ),
+        ("model.llm", tmp_path / "adapter", "holds an adapter, not a whole model"),
+        ("model.visual_encoder", tmp_path, "has no config.json"),
+        ("model.audio_encoder", tmp_path / "gone", "there is no folder"),
+    ):
+        assert main([command, f"--{option}", str(folder), "--run.output_dir", str(tmp_path / "runs")]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {option}: ")
+        assert words in error
+        assert error.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
 def test_importing_the_package_needs_nothing_and_every_public_name_is_there():
     done = python(f"import affectgpt, sys\nprint(*({HEAVY | {'numpy'}} & sys.modules.keys()))")
     assert done.stdout.split() == []
@@ -147,7 +178,8 @@ def test_layouts_load_what_their_functions_load_and_know_whether_labels_are_want
     (tmp_path / "labels.csv").write_text("name,openset\na,happy\n")
     options = ["--data.format", "folder", "--data.root", str(tmp_path), "--data.labels", "labels.csv"]
     data = load_config(TaskConfig, options).data
-    assert load_samples(data) == load_folder(tmp_path, "labels.csv")
+    # the table says which clips are meant: a test set may lie in the folder of the training set
+    assert load_samples(data) == load_folder(tmp_path, "labels.csv")[:1]
     assert [sample.labels for sample in load_samples(data, labelled=False)] == [None, None]
 
 

@@ -69,12 +69,14 @@ def test_samples_that_cannot_be_used_are_named_and_counted_and_the_others_go_on(
     rows[2]["subtitle"] = "Well, well. " * 900  # beyond the model's 2,048 positions
     rows[5]["audio"] = None
     root = write_jsonl(tmp_path / "train.jsonl", rows)
+    write_jsonl(tmp_path / "test.jsonl", [row | ({"labels": None} if row["name"] == "5" else {}) for row in rows])
     with caplog.at_level(logging.WARNING):
-        made = stages(root, test_labels="train.jsonl")
+        made = stages(root, test_labels="test.jsonl")
     assert [prompt.id for prompt in made.training] == [prompt.id for prompt in made.test] == list("01346789")
     messages = "\n".join(record.getMessage() for record in caplog.records)
     assert "skipped 5: it has no audio, which prompt.face_or_frame audio_text shows" in messages
     assert "skipped 2: its prompt has" in messages
+    assert "skipped 5: it has no labels to score against" in messages
     assert "config.max_position_embeddings 2048" in messages
     assert "9 of 10 test samples are training samples too, such as 0" in messages
     evaluation = made.evaluate_test("x")
@@ -120,6 +122,15 @@ def test_a_jsonl_is_tested_on_the_jsonl_that_is_named_for_it(tmp_path):
     ):
         with pytest.raises(InputError, match=re.escape(words)):
             load_samples(DataConfig(format="jsonl", **wrong))
+
+
+def test_a_table_without_rows_is_refused(tmp_path):
+    (tmp_path / "a.mp4").touch()
+    (tmp_path / "labels.csv").write_text("name,openset\n")
+    with pytest.raises(InputError, match=r"labels\.csv: it lists no sample"):
+        load_samples(DataConfig(format="folder", root=tmp_path, labels="labels.csv"))
+    with pytest.raises(InputError, match=r"data\.labels is not set: give the label table"):
+        load_samples(DataConfig(format="folder", root=tmp_path))
 
 
 def test_numbers_of_sentiment_are_refused_but_for_the_sentiment_reward(tmp_path):

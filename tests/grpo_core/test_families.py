@@ -8,16 +8,22 @@ import sys
 import pytest
 import torch
 from torch import nn
-from transformers import Cohere2Config, Cohere2ForCausalLM, LlamaConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import (
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
 
 from grpo_core import families
 from grpo_core.config.options import RolloutConfig
 from grpo_core.families import Family, family_names, get_family, register_family
 from grpo_core.layout import GroupLayout
 from grpo_core.policy import Policy
+from grpo_core.rollout.backends import make_decoder
 from grpo_core.rollout.backends.torch import TorchDecoder
 from grpo_core.rollout.backends.transformers import TransformersDecoder
 from grpo_core.rollout.backends.triton import TritonDecoder
@@ -75,7 +81,7 @@ class Attend(nn.Module):
     def forward(self, x, rotations, mask, **kwargs):
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
         q, k = apply_rotary_pos_emb(q, k, *rotations)
-        attention = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         return self.wo(attention(self, q, k, v, mask, scaling=self.head_dim**-0.5, **kwargs)[0].flatten(2))
 
 
@@ -119,7 +125,7 @@ class NovaModel(NovaPreTrained):
 
 
 class NovaForCausalLM(NovaPreTrained):
-    """Llama under other names: it has none of Llama's attributes, and no path for sampling through its own forward."""
+    """Llama under other names: it has none of Llama's attributes, and its own forward has no cache to sample with."""
 
     def __init__(self, config: NovaConfig):
         super().__init__(config)
@@ -129,6 +135,13 @@ class NovaForCausalLM(NovaPreTrained):
 
     def get_output_embeddings(self):
         return self.unembed
+
+    def forward(self, input_ids, use_cache=False):
+        """One sequence alone: what the comparison needs."""
+        positions = torch.arange(input_ids.shape[1])[None]
+        mask = torch.full((len(positions[0]), len(positions[0])), -torch.inf).triu(1)[None, None]
+        x = self.trunk(self.trunk.table(input_ids), positions, mask, use_cache).last_hidden_state
+        return CausalLMOutputWithPast(logits=self.unembed(x))
 
 
 def llama_name(name: str) -> str:
@@ -199,7 +212,7 @@ def test_a_registered_family_is_sampled_by_kernels_as_the_same_llama():
 
 def test_a_family_that_is_not_registered_is_left_to_transformers_and_refused_by_the_fused_decoders():
     _, nova = make_pair()
-    assert isinstance(GroupSampler(Policy(nova), CharTokenizer()).decoder, TransformersDecoder)
+    assert isinstance(make_decoder(nova), TransformersDecoder)
     with pytest.raises(ValueError, match=r"'nova' is not known: use one of: qwen2, qwen3, llama, mistral; or add it"):
         TorchDecoder(nova)
 
@@ -209,9 +222,9 @@ def test_messages_list_what_is_registered():
     assert family_names() == "qwen2, qwen3, llama, mistral, nova"
     with pytest.raises(ValueError, match="use one of: qwen2, qwen3, llama, mistral, nova"):
         get_family("supernova")
-    config = Cohere2Config(**SIZES | {"num_hidden_layers": 1}, logit_scale=0.25)
-    with pytest.raises(NotImplementedError, match=r"config\.logit_scale is 0\.25.*use one of: .*mistral, nova"):
-        Policy(Cohere2ForCausalLM(config))
+    config = Gemma2Config(**SIZES | {"num_hidden_layers": 1}, head_dim=8)
+    with pytest.raises(NotImplementedError, match=r"config\.attn_logit_softcapping is 50.*use one of: .*mistral, nova"):
+        Policy(Gemma2ForCausalLM(config))
 
 
 @pytest.mark.usefixtures("registered")
@@ -244,7 +257,7 @@ def test_a_layer_that_keeps_the_groups_from_its_attention_is_refused():
     nova.trunk.stack["blocks"][1].__class__ = Deaf
     prompts = make_prompts((4,))
     layout = GroupLayout.pack([prompts[0].token_ids], [[[4, 5], [6]]])
-    with pytest.raises(NotImplementedError, match=r"Attend does not hand .*: use one of: qwen2, qwen3, llama, mistral"):
+    with pytest.raises(NotImplementedError, match=r"Attend does not hand .*; use one of: qwen2, qwen3, llama, mistral"):
         Policy(nova).logprobs(layout, prompts)
 
 

@@ -74,6 +74,10 @@ def test_the_distribution_has_the_packages_version():
 
 WITHOUT_TRITON = """
 import sys
+import warnings
+
+warnings.simplefilter("ignore")  # torch's, that it found no numpy
+sys.modules["numpy"] = None  # as if it were not installed
 
 class Hidden:
     def find_spec(self, name, path=None, target=None):
@@ -115,6 +119,21 @@ except ValueError as error:
 """
 
 
-def test_without_triton_everything_imports_and_runs_on_torch():
+def test_without_numpy_every_operation_loads():
+    program = """
+import sys, warnings
+warnings.simplefilter("ignore")
+sys.modules["numpy"] = None
+import grpo_kernels as k
+for name in k.__all__:
+    getattr(k, name)
+from grpo_kernels.sampling.sample_row import sample_row_kernel
+from grpo_kernels.testing.sm90 import compile_sm90  # which compiles, and interprets nothing
+print("triton" in sys.modules, sys.modules["numpy"])
+"""
+    assert run(program) == ["True", "None"]
+
+
+def test_without_triton_and_numpy_everything_imports_and_runs_on_torch():
     said = " ".join(run(WITHOUT_TRITON))
     assert said == "backend='triton' needs Triton, which is not installed here: use backend='torch' or None"

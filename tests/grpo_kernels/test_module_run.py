@@ -25,9 +25,10 @@ def run(package, *command: str) -> None:
 
 
 def test_every_module_is_a_program_or_refused(capsys):
-    programs = [name for _, name in MODULES if name.endswith(".__main__")]
-    assert sorted(programs) == [f"affectgpt{room}.__main__" for room in ("", ".emotion_wheel", ".report", ".synthetic")]
-    assert ("affectgpt.modeling.official") in {name for _, name in MODULES}
+    mains = [name for _, name in MODULES if name.endswith(".__main__")]
+    assert sorted(mains) == [f"affectgpt{room}.__main__" for room in ("", ".emotion_wheel", ".report", ".synthetic")]
+    programs = [*mains, "grpo_core.report"]  # a module with a guard
+    assert "affectgpt.modeling.official" in {name for _, name in MODULES}
     for package, name in MODULES:
         if name in programs:
             run(package, "-m", name)
@@ -62,6 +63,12 @@ def test_other_commands_are_left_alone(command):
 def test_all_ways_to_ask_for_a_module_are_seen(command):
     with pytest.raises(SystemExit):
         run(affectgpt, *command)
+
+
+def test_the_message_lists_what_can_be_run(capsys):
+    with pytest.raises(SystemExit):
+        run(grpo_core, "-m", "grpo_core.policy")
+    assert capsys.readouterr().err.endswith("the programs here are python -m grpo_core.report\n")
 
 
 def test_the_interpreter_is_stopped_before_anything_is_imported():

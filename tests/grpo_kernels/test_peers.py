@@ -78,8 +78,7 @@ CASES = [
     for name in LOSS_TYPES
     for kl in KLS
     for dual in (None, 1.6)
-    # TRL ignores delta where the loss does not clip; and its vespo multiplies the KL by each token's own ratio
-    if not (name in OPTIONS and dual) and not (name == "vespo" and kl[1])
+    if not (name in OPTIONS and dual)  # TRL ignores delta where the loss does not clip
 ]
 CASES += [("grpo", 0.1, False, None, True), ("dr_grpo", 0.0, False, None, True)]
 

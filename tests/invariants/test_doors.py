@@ -51,10 +51,11 @@ class Tempered:
     def __call__(self, logprob, ratio, advantages):
         return -self.slope * ratio * advantages
 """
-# Llama's computation under other attribute names; its forward wants positions, which generation would not pass
+# Llama's computation under other attribute names; its own forward has no cache: only the fused decoder can sample it
 FAMILY = """
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from grpo_core.families import Family, register_family
@@ -98,6 +99,13 @@ class NovaForCausalLM(LlamaForCausalLM):
         super().__init__(config)
         self.model = NovaModel(config)
         self.post_init()
+
+    def forward(self, input_ids, use_cache=False):  # one sequence alone: what the comparison needs
+        length = input_ids.shape[1]
+        mask = torch.full((1, 1, length, length), -torch.inf).triu(1)
+        positions = torch.arange(length)[None]
+        x = self.model(self.get_input_embeddings()(input_ids), positions, mask, use_cache).last_hidden_state
+        return CausalLMOutputWithPast(logits=self.lm_head(x))
 
 
 AutoConfig.register("nova", NovaConfig)
@@ -298,7 +306,8 @@ def test_a_model_family_of_other_attribute_names_writes_what_the_same_llama_writ
     flags = ["--plugins", "unlisted.py", "--plugins", "loss.py"]
     refused = start(llama, [RECIPE, *flags], **options | {"run.name": "unlisted"})
     assert refused.returncode == 1
-    assert "rollout/backends/transformers.py" in refused.stderr
+    assert "model type 'nova'" in refused.stderr
+    assert "unexpected keyword argument 'inputs_embeds'" in refused.stderr
 
 
 # --- emotion runs ------------------------------------------------------------------------------------------------

@@ -106,9 +106,13 @@ def test_the_saved_model_scores_what_the_run_reported(finished, tmp_path):
         "model.path": str(folder / "model"),
         "run.output_dir": str(tmp_path),
     }
+    earlier = tmp_path / "run" / "evaluations" / "evaluation.json"  # of another model, say: it stays
+    earlier.parent.mkdir(parents=True)
+    earlier.write_text("{}")
     result = run("evaluate.py", common | {"data.labels": "track2_test.csv"})
     assert result.returncode == 0, result.stderr[-3000:]
-    evaluation = json.loads((tmp_path / "run" / "evaluations" / "evaluation.json").read_text())
+    assert earlier.read_text() == "{}"
+    evaluation = json.loads(earlier.with_name("evaluation-2.json").read_text())
     reported = json.loads((folder / "evaluations" / "grpo.json").read_text())
     assert evaluation["samples"] == reported["samples"]
     assert f"{100 * reported['f1']:8.2f}" in result.stdout

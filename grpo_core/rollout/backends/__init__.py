@@ -45,7 +45,7 @@ def make_decoder(model: PreTrainedModel) -> Decoder:
     """Choose the decoder for a model: Triton kernels where they run, else torch; transformers for unknown families.
 
     Raises:
-        NotImplementedError: the model would be sampled wrongly; see `check_model`.
+        ModelRefused: the model would be sampled wrongly; see `check_model`.
     """
     check_model(model.config)
     if not can_fuse(model.config):

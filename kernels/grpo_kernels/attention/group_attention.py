@@ -28,7 +28,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from grpo_kernels.attention.spans import Batch, GroupSpans, Segments
 
@@ -80,8 +79,11 @@ class _GroupAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable  # it is made of operators that autograd would take for constants
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if (
+            torch.is_grad_enabled()
+        ):  # part_backward takes `out` and `lse` for constants, and its operators give no graph
+            raise RuntimeError("group_attention has no second derivative: call backward without create_graph")
         (q, k, v, out, lse), spans = ctx.saved_tensors, ctx.spans
         dq, dk, dv = part_backward(grad, q, k, v, out, lse, spans.self_segments, ctx.scale)
         if spans.prompt_segments is not None:

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_kernels._backend import Backend, choose_backend, interpreted, tl, triton
+from grpo_kernels._backend import Backend, choose_backend, interpreted, refuse_gradient, tl, triton
 
 LOG2E = 1.4426950408889634
 """log₂ e: scores are scaled by it once, so that kernels take exp2, which the hardware has."""
@@ -263,7 +263,8 @@ def group_decode_attention(
         `[B, Hq, D]` in q's dtype, contiguous.
 
     Raises:
-        ValueError: shapes do not fit each other, or a last stride is not 1.
+        ValueError: shapes do not fit each other, a last stride is not 1, or a gradient is wanted of the kernel, which
+            has none.
     """
     batch, query_heads, width = q.shape
     groups, kv_heads, columns, _ = prefix_k.shape
@@ -273,6 +274,7 @@ def group_decode_attention(
         return group_decode_attention_reference(
             q, prefix_k, prefix_v, prefix_lengths, suffix_k, suffix_v, suffix_lengths, rows, scale=scale
         )
+    refuse_gradient("group_decode_attention", q, prefix_k, prefix_v, suffix_k, suffix_v)
     heads_per_kv = query_heads // kv_heads
     prefix = prefix_config(rows.widest * heads_per_kv, width, q.element_size())
     suffix = suffix_config(heads_per_kv, width, q.element_size())

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grpo_kernels._backend import Backend, choose_backend, tl, triton
+from grpo_kernels._backend import Backend, choose_backend, refuse_gradient, tl, triton
 
 
 def norm_config(width: int) -> dict[str, int]:
@@ -71,7 +71,7 @@ def rms_norm(
         The normalised rows, and the sum (x itself without residual), `[R, H]` each in x's dtype.
 
     Raises:
-        ValueError: shapes or layouts do not fit.
+        ValueError: shapes or layouts do not fit, or a gradient is wanted of the kernel, which has none.
     """
     if x.dim() != 2 or weight.shape != x.shape[1:] or (residual is not None and residual.shape != x.shape):
         raise ValueError(
@@ -82,6 +82,7 @@ def rms_norm(
         raise ValueError("x must have a last stride of 1, and the residual be contiguous")
     if choose_backend(x.device, backend, x.dtype) == "torch":
         return rms_norm_reference(x, weight, eps, residual=residual)
+    refuse_gradient("rms_norm", x, weight, residual)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     summed = x if residual is None else torch.empty_like(out)
     rms_norm_kernel[(x.shape[0],)](

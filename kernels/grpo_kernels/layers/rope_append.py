@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grpo_kernels._backend import Backend, choose_backend, tl, triton
+from grpo_kernels._backend import Backend, choose_backend, refuse_gradient, tl, triton
 
 
 def rope_config(all_heads: int, half: int) -> dict[str, int]:
@@ -135,7 +135,7 @@ def rope_append(
         The queries, `[T, Hq, D]`, a view of qkv.
 
     Raises:
-        ValueError: shapes or layouts do not fit each other.
+        ValueError: shapes or layouts do not fit each other, or a gradient is wanted of the kernel, which has none.
     """
     tokens, all_heads, width = qkv.shape
     kv_heads = keys.shape[1]
@@ -159,6 +159,7 @@ def rope_append(
             qkv, cos, sin, positions, keys, values, lengths,
             cache_rows=cache_rows, q_norm=q_norm, k_norm=k_norm, eps=eps,
         )  # fmt: skip
+    refuse_gradient("rope_append", qkv, q_norm, k_norm)
     config = rope_config(all_heads, width // 2)
     rope_append_kernel[tokens, triton.cdiv(all_heads, config["BLOCK_HEADS"])](
         qkv=qkv,

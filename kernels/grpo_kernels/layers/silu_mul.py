@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grpo_kernels._backend import Backend, choose_backend, tl, triton
+from grpo_kernels._backend import Backend, choose_backend, refuse_gradient, tl, triton
 
 SILU = {"BLOCK": 1024, "num_warps": 4}
 """Launch of `silu_mul_kernel`: 8 numbers a thread, a 16-byte load of half precision from each half."""
@@ -38,12 +38,14 @@ def silu_mul(gate_up: Tensor, *, backend: Backend | None = None) -> Tensor:
     """`[R, 2I]` (gate, then up; last stride 1) → silu(gate) · up `[R, I]`. Without gradient.
 
     Raises:
-        ValueError: not a matrix of an even number of columns, or a last stride other than 1.
+        ValueError: not a matrix of an even number of columns, a last stride other than 1, or a gradient is wanted of
+            the kernel, which has none.
     """
     if gate_up.dim() != 2 or gate_up.shape[1] % 2 or gate_up.stride(1) != 1:
         raise ValueError(f"need [R, 2I] with a last stride of 1, got {list(gate_up.shape)} {list(gate_up.stride())}")
     if choose_backend(gate_up.device, backend, gate_up.dtype) == "torch":
         return silu_mul_reference(gate_up)
+    refuse_gradient("silu_mul", gate_up)
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
     silu_mul_kernel[rows, triton.cdiv(width, SILU["BLOCK"])](

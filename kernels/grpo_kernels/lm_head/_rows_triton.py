@@ -245,9 +245,17 @@ def _slope(
     """The gradient in some raw logits of a row, and their p."""
     row_max, log_sum, entropy, peak, mean, one_minus_p = row
     g_logprob, g_entropy, g_kl = upstream
-    z = transform_logits(raw, inverse_temperature, softcap, SOFTCAP)
+    cap_slope = inverse_temperature
     if SOFTCAP:
+        # `transform_logits`, which shares its terms with the slope of softcap · tanh(x / softcap): that is 1 − tanh² of
+        # the raw logit as 4 e / (1 + e)², because 1 − tanh² would cancel next to the cap
+        decay = tl.exp(-2.0 * tl.abs(raw) / softcap)
+        inverse = 1.0 / (1.0 + decay)
+        z = tl.where(raw < 0, decay - 1.0, 1.0 - decay) * inverse * (softcap * inverse_temperature)
+        cap_slope *= 4.0 * decay * inverse * inverse
         z = tl.where(live, z, -1e30)  # softcap made −softcap of the −∞ that stands for columns past V
+    else:
+        z = transform_logits(raw, inverse_temperature, softcap, SOFTCAP)
     logp = (z - row_max) - log_sum
     bracket = -g_entropy * (logp + entropy)
     if KL:
@@ -255,12 +263,7 @@ def _slope(
     p = tl.exp(logp)
     # at the target, −g p and +g join to g (1 − p), which is not formed by subtraction
     dz = tl.where(at_target, p * bracket + g_logprob * one_minus_p, p * (bracket - g_logprob))
-    if SOFTCAP:
-        # the slope of softcap · tanh(x / softcap): 1 − tanh² would cancel next to the cap
-        decay = tl.exp(-2.0 * tl.abs(raw) / softcap)
-        half = 1.0 / (1.0 + decay)
-        dz *= 4.0 * decay * half * half
-    return dz * inverse_temperature, p
+    return dz * cap_slope, p
 
 
 @triton.jit

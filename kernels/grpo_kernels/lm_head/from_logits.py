@@ -13,9 +13,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from grpo_kernels._backend import GRAPH_BREAK, HAS_TRITON, Backend, accumulator_dtype, choose_backend, tl, triton
+from grpo_kernels._backend import (
+    GRAPH_BREAK,
+    HAS_TRITON,
+    SECOND_DERIVATIVE,
+    Backend,
+    accumulator_dtype,
+    choose_backend,
+    tl,
+    triton,
+)
 from grpo_kernels.lm_head._rows import (
     RowGradient,
     Rows,
@@ -124,8 +132,9 @@ class _WithGradients(torch.autograd.Function):
         return tuple(result)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(SECOND_DERIVATIVE)
         if ctx.gradients is None:
             raise RuntimeError("this loss keeps one gradient, so its backward runs once: call the loss again")
         gradients, ctx.gradients = ctx.gradients, None  # scaled in place and given away: they serve once

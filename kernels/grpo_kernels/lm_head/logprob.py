@@ -17,9 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from grpo_kernels._backend import GRAPH_BREAK, Backend, accumulator_dtype, choose_backend
+from grpo_kernels._backend import GRAPH_BREAK, SECOND_DERIVATIVE, Backend, accumulator_dtype, choose_backend
 from grpo_kernels.lm_head._gemm import Head, HeadGradients, fits_descriptors, gather_head
 from grpo_kernels.lm_head._rows import (
     HeadOptions,
@@ -92,10 +91,11 @@ class _LinearLogprob(torch.autograd.Function):
         return stats.logprob, stats.entropy, stats.kl
 
     @staticmethod
-    @once_differentiable
     def backward(
         ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None, grad_kl: Tensor | None
     ) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(SECOND_DERIVATIVE)
         hidden, weight, bias, reference_hidden, targets, logprob_slope, *saved = ctx.saved_tensors
         stats = RowStatistics(*saved)
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]

@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from grpo_kernels._backend import GRAPH_BREAK, Backend, accumulator_dtype, choose_backend
+from grpo_kernels._backend import GRAPH_BREAK, SECOND_DERIVATIVE, Backend, accumulator_dtype, choose_backend
 from grpo_kernels.lm_head._rows import (
     RowStatistics,
     Transform,
@@ -50,8 +49,9 @@ class _SelectiveLogprob(torch.autograd.Function):
         return stats.logprob, stats.entropy
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(SECOND_DERIVATIVE)
         logits, targets, *saved = ctx.saved_tensors
         if grad_logprob is None and grad_entropy is None:
             return (None,) * 6

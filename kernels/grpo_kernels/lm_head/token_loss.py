@@ -52,7 +52,7 @@ class LossConfig:
         beta: weight of the KL penalty.
         kl_estimator: of KL(policy ‖ reference) from the sampled token.
         kl_times_ratio: multiply the estimate by the ratio, which makes k3 unbiased in value and gradient off-policy
-            (DeepSeek-V3.2, arXiv 2512.02556; TRL's `use_bias_correction_kl`).
+            (DeepSeek-V3.2, arXiv 2512.02556; TRL's `use_bias_correction_kl`). With vespo that of the token itself.
         entropy_coef: weight of the entropy bonus.
 
     Raises:
@@ -256,7 +256,7 @@ def token_loss(
             completion; vespo needs it.
     """
     # without an old log-prob logp − sg(logp): 0, with the gradient of logp
-    log_ratio = logprob - (logprob if old_logprob is None else old_logprob).detach()
+    log_ratio = own_log_ratio = logprob - (logprob if old_logprob is None else old_logprob).detach()
     if completion_index is not None and num_completions is not None:
         count = torch.zeros(num_completions, dtype=logprob.dtype, device=logprob.device)
         total = count.index_add(0, completion_index, log_ratio)
@@ -278,8 +278,12 @@ def token_loss(
     kl = None
     if reference_logprob is not None:
         kl = kl_estimate(logprob, reference_logprob, config.kl_estimator)
-        if config.beta:
-            loss = loss + config.beta * (kl * ratio if config.kl_times_ratio else kl)
+        if config.beta and config.kl_times_ratio:
+            # by vespo's product of a whole completion the penalty would be e⁸⁸ times itself: TRL takes the token's own
+            own = importance_weight(own_log_ratio) if config.loss_type == "vespo" else ratio
+            loss = loss + config.beta * (kl * own)
+        elif config.beta:
+            loss = loss + config.beta * kl
     if config.entropy_coef:
         assert entropy is not None, "entropy_coef is not 0: pass the entropy"
         loss = loss - config.entropy_coef * entropy

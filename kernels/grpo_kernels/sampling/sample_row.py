@@ -7,8 +7,8 @@ With logits x, x̂ = x after the repetition penalty (x/r if positive, x·r if no
 
 A token is kept by top-k if fewer than k scores are strictly larger; by top-p if the strictly larger ones hold less
 than a share p of what top-k kept; by min-p if its probability is at least that share of the largest one. Tokens of
-equal score are kept or dropped together. Logits of −1e29 or less count as −∞. Thresholds are found without sorting, by a search over the ordered bits of the
-scores: each pass over the row cuts what is left of the 2³² candidates into nine.
+equal score are kept or dropped together. Logits of −1e29 or less count as −∞. Thresholds are found without sorting, by
+a search over the ordered bits of the scores: each pass over the row cuts what is left of the 2³² candidates into nine.
 
 The row is read twice, and up to eleven times more for each of top-k and top-p (from L2, where a GPU's rows fit).
 """
@@ -226,11 +226,11 @@ def sample_row_kernel(
     s1 = tl.sum(s1 * tl.exp(m - highest), 0)
     peak = tl.max(best, 0)
     tl.store(entropy_ptr + b, tl.log(s) - q / s)
-    forced_token = -1
-    if FORCED:
-        forced_token = tl.load(forced + b).to(tl.int32)
     if (s != s) | (highest <= -1e29):  # NaN or +∞ somewhere, or −∞ everywhere
-        tl.store(token_ptr + b, tl.maximum(forced_token, 0).to(tl.int64))
+        token = 0
+        if FORCED:
+            token = tl.maximum(tl.load(forced + b).to(tl.int32), 0)
+        tl.store(token_ptr + b, token)
         tl.store(logprob_ptr + b, float("nan"))
         tl.store(tempered_ptr + b, float("nan"))
         tl.store(raw_ptr + b, float("nan"))
@@ -256,6 +256,9 @@ def sample_row_kernel(
 
     key = tl.load(keys + b)
     position = tl.load(positions + b).to(tl.int32)
+    forced_token = -1
+    if FORCED:
+        forced_token = tl.load(forced + b).to(tl.int32)
     total = tl.zeros((BLOCK,), tl.float32)
     best = tl.full((BLOCK,), -float("inf"), tl.float32)
     winner = tl.zeros((BLOCK,), tl.int32)

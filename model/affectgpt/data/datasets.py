@@ -213,8 +213,8 @@ class Layout(Protocol):
 
         Args:
             root: `data.root`.
-            labels: `data.labels` or `data.test_labels`. None, where `data.labels` is not set, is the layout's usual
-                table; a layout that has none refuses what it cannot honour.
+            labels: `data.labels` or `data.test_labels`. Where `data.labels` is not set, it is the class's
+                `usual_labels`, and None if it has no such attribute.
             reasons: `data.reasons`, descriptions that think mode learns from.
             labelled: False for prediction, where the table may have names only.
         """
@@ -310,8 +310,11 @@ class FolderLayout(ConfigSection, key="data.layout"):
         _refuse_reasons(reasons, "folder")
         if labelled and labels is None:
             raise ValueError(f"data.labels is not set: give the label table of {root}, a csv name,openset")
-        # for prediction no table is needed, and one that is there names clips to be labelled
-        return load_folder(root, labels if labelled else None, self.subtitle_encoding)
+        if not labelled:  # no table is needed
+            return load_folder(root, None, self.subtitle_encoding)
+        # the table says which clips are meant: training and test clips may lie in one folder
+        samples = load_folder(root, labels, self.subtitle_encoding)
+        return [sample for sample in samples if sample.labels is not None]
 
 
 @register_layout("jsonl")
@@ -330,6 +333,7 @@ class SyntheticLayout(ConfigSection, key="data.layout"):
 
     clips: tuple[int, int] = (400, 450)
     """Numbers of training and held-out clips."""
+    usual_labels: ClassVar[str] = MER_LABELS
 
     def load(self, root: Path, *, labels: str | None, reasons: str | None, labelled: bool) -> list[Sample]:
         """Load as `load_mer2025`, in whose layout `affectgpt.pipeline.prepare_synthetic` makes the clips."""

@@ -185,7 +185,7 @@ def read_thumbnails(sample: Sample | None, count: int = 3, size: int = 148) -> F
 
         from affectgpt.data.media import read_frames
 
-        frames = read_frames(sample.video)
+        frames = read_frames(sample.video, truncated=True)  # a clip that was used is shown
         images = []
         # Without the first and the last frame, where clips fade or cut.
         for index in np.linspace(0, len(frames) - 1, count + 2).round().astype(int)[1:-1]:

@@ -64,7 +64,7 @@ class Result:
         before, after: F of the cold start and after GRPO; None if the run did not report it.
         clips: held-out clips of every evaluation; None if they differ.
         has_intervals: at least one row has an interval, so the table needs the note on them.
-        notes: scores that cannot be reproduced from the answers, for the top of the page.
+        notes: scores that cannot be reproduced from the answers, and clips left out of them, for the top of the page.
     """
 
     before: float | None
@@ -109,6 +109,11 @@ def result_section(run: Run, wheel: EmotionWheel) -> Result | None:
             )
         )
     clips = {len(evaluation.get("samples") or []) for evaluation in run.evaluations.values()}
+    for name in in_stage_order(run.evaluations):
+        scored, total = len(run.evaluations[name].get("samples") or []), run.evaluations[name].get("total")
+        if isinstance(total, int) and scored < total:  # one note: the stages of a run score the same clips
+            notes.append(f"The scores are of {scored:,} of {total:,} held-out clips: the others could not be used.")
+            break
     return Result(
         before=before,
         after=scores.get(GRPO),

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from affectgpt.rewards.length import LengthPenalty, check_penalty
-from affectgpt.rewards.perception import Judge, check_judge_folder
+from affectgpt.rewards.perception import Judge
 from affectgpt.rewards.registry import REWARDS, RewardContext
 from grpo_core.config.fields import ConfigSection, option
+from grpo_core.model_folder import check_folder
 
 if TYPE_CHECKING:
     from affectgpt.emotion_wheel import EmotionWheel
@@ -111,7 +112,7 @@ def check_rewards(
     if config.judge is not None and not has_judge:
         if not any(REWARDS[name].needs == "judge" for name in built_in):
             raise ValueError("reward.judge is set, but no reward uses it: add perception to reward.names, or unset it")
-        check_judge_folder(config.judge)  # a mistyped path fails now, not when the model is loaded
+        check_folder(config.judge, "reward.judge")  # a mistyped path fails now, not when the model is loaded
     if "overlong" in names and not 1 <= config.overlong_cache <= max_length:
         raise ValueError(
             f"reward.overlong_cache is {config.overlong_cache} tokens of {max_length}: set it between 1 and the "

@@ -28,7 +28,7 @@ from transformers import (
 from affectgpt.data.datasets import Sample
 from affectgpt.data.media import SAMPLE_RATE, MediaError, read_frames, read_image, read_waveform
 from affectgpt.prompts import neutralise
-from affectgpt.rewards.perception import Comparison, check_judge_folder
+from affectgpt.rewards.perception import Comparison
 from grpo_core.errors import InputError
 from grpo_core.pretrained import LOCAL, check_weights, load_model, one_line, read_config
 
@@ -155,21 +155,23 @@ class ModelJudge:
     def read_clip(self, sample: Sample) -> list[dict[str, Any]]:
         """Read a clip as content of a message: images, and the sound if there is any.
 
+        A file whose end is missing is read as far as it goes: a run that leaves such clips out asks about none.
+
         Raises:
             MediaError: there is no video or image, or a file cannot be read.
         """
         if sample.video is not None:
-            frames = read_frames(sample.video, self.frames, FRAME_SIZE)
+            frames = read_frames(sample.video, self.frames, FRAME_SIZE, truncated=True)
         elif sample.image is not None:
             frames = read_image(sample.image, FRAME_SIZE)
         else:
             raise MediaError(sample.name, "it has no video or image to show", "Leave perception out of reward.names")
         content: list[dict[str, Any]] = [{"type": "image", "image": Image.fromarray(frame)} for frame in frames]
         if self.hears and sample.audio is not None:
-            content.append({"type": "audio", "audio": read_waveform(sample.audio)})
+            content.append({"type": "audio", "audio": read_waveform(sample.audio, truncated=True)})
         elif self.hears and sample.video is not None:
             with suppress(MediaError):  # a video without sound is shown without it
-                content.append({"type": "audio", "audio": read_waveform(sample.video)})
+                content.append({"type": "audio", "audio": read_waveform(sample.video, truncated=True)})
         return content
 
     def conversation(self, sample: Sample, clip: Sequence[dict[str, Any]], a: str, b: str) -> list[dict[str, Any]]:
@@ -269,7 +271,6 @@ _FOLDER = "give the folder of a multimodal chat model as save_pretrained writes 
 
 def _load_config(folder: Path) -> PreTrainedConfig:
     """Load the config of an image-text-to-text model, checking that its weights are beside it."""
-    check_judge_folder(folder)
     config = read_config(folder, _KEY)
     check_weights(folder, _KEY)  # by their headers, since their loading comes hours later
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:

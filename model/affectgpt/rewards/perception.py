@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import combinations
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
@@ -33,19 +32,6 @@ class Comparison(NamedTuple):
 Judge = Callable[[Sequence[Comparison]], np.ndarray]
 """Judges n comparisons at once: float64 `[n]`, the probability (or verdict: 1, 0.5, 0) that the first answer is the
 better one, or NaN without a verdict. It must be a pure function: the same comparisons give the same verdicts."""
-
-
-def check_judge_folder(folder: Path) -> None:
-    """Refuse a folder that cannot hold a model, before anything is loaded.
-
-    Raises:
-        ValueError: it has no config.json.
-    """
-    if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"reward.judge: {folder} has no config.json: give the folder of a multimodal chat model as save_pretrained "
-            "writes it"
-        )
 
 
 @register_reward("perception", needs="judge")

@@ -182,6 +182,14 @@ def page(run_dir: Path, wheel: EmotionWheel) -> str:
     return write_report(run_dir, samples={}, wheel=wheel).read_text("utf-8")
 
 
+def test_held_out_clips_that_could_not_be_used_are_counted(tmp_path: Path, wheel: EmotionWheel) -> None:
+    folder = write_run(tmp_path / "run", wheel, steps=2, clips=4)
+    for path in (folder / "evaluations").glob("*.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"total": 2610}))
+    page = write_report(folder, samples={}, wheel=wheel).read_text("utf-8")
+    assert page.count("The scores are of 4 of 2,610 held-out clips: the others could not be used.") == 1
+
+
 class Reader(HTMLParser):
     """Checks that elements close in order; collects ids, links, sources and text."""
 

@@ -551,7 +551,7 @@ def test_weights_that_do_not_fill_the_model_are_refused_when_they_are_loaded(lla
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--reward.judge", "nowhere"], r"reward\.judge: nowhere has no config\.json"),
+        (["--reward.judge", "nowhere"], r"reward\.judge: there is no folder nowhere"),
         ([], r"set reward\.judge to the folder"),
         (["--reward.judge", "nowhere", "--reward.names", "[accuracy]"], r"reward\.judge is set, but no reward uses it"),
         (["--reward.judge_batch", "0"], "judge_batch is 0"),

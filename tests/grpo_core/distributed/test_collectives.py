@@ -72,8 +72,8 @@ def test_objects_of_different_sizes_arrive_in_rank_order(ranks):
 
 def test_the_main_process_decides_for_all_and_its_error_is_everyones(ranks):
     main, other = (found["of_main"] for found in ranks)
-    assert main == [{"rank": 0}, ["ConfigError", "rank 0 says no"], ["KeyError", "rank 0 has a bug"]]
-    assert other == [{"rank": 0}, ["ConfigError", "rank 0 says no"], ["RuntimeError", "'rank 0 has a bug'"]]
+    assert main == [{"rank": 0}, ["InputError", "rank 0 says no"], ["KeyError", "rank 0 has a bug"]]
+    assert other == [{"rank": 0}, ["InputError", "rank 0 says no"], ["RuntimeError", "'rank 0 has a bug'"]]
 
 
 def test_disagreement_stops_every_rank_and_names_the_values(ranks):

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from grpo_core import distributed
-from grpo_core.config.fields import ConfigError
+from grpo_core.errors import InputError
 from grpo_core.training.accumulator import MetricAccumulator
 
 
@@ -68,7 +68,7 @@ def of_main(dist):
     """What rank 0 finds is everyone's; rank 1's own answer, or error, would be another."""
 
     def mistake():
-        raise (ConfigError if dist.rank == 0 else KeyError)(f"rank {dist.rank} says no")
+        raise (InputError if dist.rank == 0 else KeyError)(f"rank {dist.rank} says no")
 
     def bug():
         raise KeyError(f"rank {dist.rank} has a bug")

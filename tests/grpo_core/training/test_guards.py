@@ -218,6 +218,24 @@ def test_a_rare_failure_costs_its_completion_and_is_counted(tmp_path, caplog):
     assert trainer.guards.summary()["steps_with_failed_rewards"] == 1
 
 
+def test_a_run_that_a_reward_stopped_goes_on_from_there_once_it_is_mended(tmp_path):
+    def reward(completion):
+        if not mended and trainer.step_index == 3:
+            raise OSError("no answer from the server")
+        return float(len(completion))
+
+    mended = False
+    trainer = rewarded(make_trainer(tmp_path, steps=6), reward)
+    with pytest.raises(TrainingStopped, match="of step 4, such as"):
+        trainer.train()
+    stopped, mended = weights(trainer).clone(), True
+    trainer = rewarded(make_trainer(tmp_path, steps=6), reward)
+    trainer.resume()
+    assert torch.equal(weights(trainer), stopped)
+    trainer.train()
+    assert [row["step"] for row in lines(tmp_path / "toy" / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+
 def test_the_share_of_failures_that_is_allowed_is_an_option(tmp_path):
     calls = itertools.count()
     trainer = rewarded(make_trainer(tmp_path, max_reward_failures=0.0), lambda completion: 1 / (next(calls) - 3))

@@ -64,6 +64,7 @@ def written_out(
     surrogate = policy_loss(core_loss, logprob, old, advantages, index, members, ratio_level=level)
     loss = surrogate.loss
     if beta:
+        level = "token" if level == "sequence_product" else level
         ratio = importance_ratio(logprob, old, index, members, level) if kl_times_ratio else None
         loss = loss + beta * kl_penalty(logprob, tokens["reference_logprob"].double(), kl_estimator, ratio)
     loss = loss - entropy_coef * entropy

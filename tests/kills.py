@@ -22,6 +22,7 @@ import argparse
 import contextlib
 import functools
 import json
+import math
 import os
 import random
 import runpy
@@ -135,20 +136,28 @@ class Running:
         Raises:
             TimeoutError: one of them did not end; it is killed.
         """
-        deadline, statuses = time.monotonic() + SECONDS, []
-        for pid in self.processes:
-            while True:
+        deadline, statuses = time.monotonic() + SECONDS, dict.fromkeys(self.processes, 0)
+        waiting, failed_at = set(self.processes), 0.0
+        while waiting:
+            for pid in sorted(waiting):
                 ended, status = os.waitpid(pid, os.WNOHANG)
                 if ended:
-                    statuses.append(os.waitstatus_to_exitcode(status))
-                    break
-                if time.monotonic() > deadline:
-                    for each in self.processes[len(statuses) :]:
-                        os.killpg(each, signal.SIGKILL)
-                        os.waitpid(each, 0)
-                    raise TimeoutError(f"a run of {self.ranks} ranks did not end within {SECONDS} s")
-                time.sleep(0.005)
-        return statuses
+                    waiting.remove(pid)
+                    statuses[pid] = os.waitstatus_to_exitcode(status)
+                    if statuses[pid] and not failed_at:
+                        failed_at = time.monotonic()
+            # as torchrun does: a rank that waits for another one to appear would wait for minutes
+            if failed_at and time.monotonic() - failed_at > 5:
+                for pid in waiting:
+                    os.kill(pid, signal.SIGTERM)
+                failed_at = math.inf
+            if time.monotonic() > deadline:
+                for pid in waiting:
+                    os.killpg(pid, signal.SIGKILL)
+                    os.waitpid(pid, 0)
+                raise TimeoutError(f"a run of {self.ranks} ranks did not end within {SECONDS} s")
+            time.sleep(0.005)
+        return [statuses[pid] for pid in self.processes]
 
     def over(self) -> bool:
         """Whether one of the processes has ended by itself; it is still to be waited for."""

@@ -164,7 +164,9 @@ def stoppable(dist: Distributed) -> Iterator[None]:
         pass
     finally:
         _request.droppable = False
-    _agree(dist)
+    (signum,) = max_over_ranks([_request.signum], dist)
+    if signum:
+        raise StepDropped(signum)
 
 
 def until_stopped(items: Iterable[Item], dist: Distributed) -> Iterator[Item]:
@@ -173,17 +175,10 @@ def until_stopped(items: Iterable[Item], dist: Distributed) -> Iterator[Item]:
     Raises:
         StepDropped: after the last item or early, on every rank, if any of them is asked to stop.
     """
-    for item in items:
-        if requested():
-            break
-        yield item
-    _agree(dist)
-
-
-def _agree(dist: Distributed) -> None:
-    (signum,) = max_over_ranks([_request.signum], dist)
-    if signum:
-        raise StepDropped(signum)
+    with stoppable(dist):
+        for item in items:
+            poll()
+            yield item
 
 
 def exit_on_signals() -> None:

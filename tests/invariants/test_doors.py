@@ -305,7 +305,7 @@ def test_a_model_family_of_other_attribute_names_writes_what_the_same_llama_writ
     (llama / "unlisted.py").write_text(FAMILY.partition("register_family(\n")[0])
     flags = ["--plugins", "unlisted.py", "--plugins", "loss.py"]
     refused = start(llama, [RECIPE, *flags], **options | {"run.name": "unlisted"})
-    assert refused.returncode == 1
+    assert refused.returncode == 2
     assert "model type 'nova'" in refused.stderr
     assert "unexpected keyword argument 'inputs_embeds'" in refused.stderr
 

@@ -30,7 +30,7 @@ def run_program(main: Callable[[], int | None]) -> int:
     """
     try:
         return main() or 0
-    except (ValueError, NotImplementedError) as error:
+    except (InputError, NotImplementedError) as error:
         message, status = str(error), REFUSED
     except TrainingStopped as error:
         message, status = str(error), 1

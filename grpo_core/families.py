@@ -19,6 +19,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from grpo_core.errors import InputError
+
 STATIC_ROPES = ("default", "linear", "llama3", "yarn")
 """Rotary types whose angles depend on the position alone. `dynamic` and `longrope` also look at the longest sequence in
 the batch, so a table of them made once would be wrong for shorter ones."""
@@ -76,10 +78,10 @@ def register_family(family: Family) -> None:
     """Add a family to the table.
 
     Raises:
-        ValueError: another entry has its `model_type`.
+        InputError: another entry has its `model_type`.
     """
     if _FAMILIES.setdefault(family.model_type, family) != family:
-        raise ValueError(
+        raise InputError(
             f"model family {family.model_type!r} is registered with other attribute names: give your config class a "
             "model_type of its own"
         )
@@ -94,10 +96,10 @@ def get_family(model_type: str) -> Family:
     """Look up a family by its config's `model_type`.
 
     Raises:
-        ValueError: there is no such entry; the message lists those that there are.
+        InputError: there is no such entry; the message lists those that there are.
     """
     if model_type not in _FAMILIES:
-        raise ValueError(
+        raise InputError(
             f"model family {model_type!r} is not known: use one of: {family_names()}; or add it with "
             "grpo_core.families.register_family"
         )

@@ -15,6 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from grpo_core.errors import InputError
 from grpo_core.families import ModelRefused, check_model, head_transform, length_limit
 from grpo_core.layout import GroupLayout
 from grpo_core.types import Prompt
@@ -105,7 +106,7 @@ class Policy:
         offload: keep the frozen copy in host memory.
 
     Raises:
-        ValueError: nothing is trainable, an adapter on the LM head, or `adapter_off` without PEFT adapters.
+        InputError: nothing is trainable, an adapter on the LM head, or `adapter_off` without PEFT adapters.
         ModelRefused: the model would be trained wrongly; see `grpo_core.families.check_model`.
     """
 
@@ -143,14 +144,14 @@ class Policy:
         self.module: nn.Module = model if module is None else module
         self._embed = embed
         if not self.named_parameters():
-            raise ValueError("the policy has no trainable parameter: add an adapter or set requires_grad")
+            raise InputError("the policy has no trainable parameter: add an adapter or set requires_grad")
         if isinstance(self.causal_lm.get_output_embeddings(), BaseTunerLayer):
-            raise ValueError(
+            raise InputError(
                 "the model has an adapter on its LM head, whose weight the fused log-probs read as it is: leave "
                 "lm_head out of the adapter's target modules, or train it whole (modules_to_save)"
             )
         if reference == "adapter_off" and not isinstance(model, PeftModel):
-            raise ValueError("algorithm.reference is adapter_off, but the model has no adapters: set it to frozen")
+            raise InputError("algorithm.reference is adapter_off, but the model has no adapters: set it to frozen")
         self.reference = reference
         self._frozen: dict[str, Tensor] = {}
         if reference == "frozen":
@@ -188,18 +189,18 @@ class Policy:
         Prompts whose embeddings a function of its own makes are left to it: their placeholders may lie outside.
 
         Raises:
-            ValueError: naming the prompt and the id.
+            InputError: naming the prompt and the id.
         """
         rows = len(cast(Tensor, self.causal_lm.get_input_embeddings().weight))
         for prompt in prompts if self._embed is None else ():
             if (largest := max(prompt.token_ids)) >= rows:
-                raise ValueError(
+                raise InputError(
                     f"prompt {prompt.id!r} has token id {largest}, but the model has {rows} embeddings: use the "
                     "model's own tokenizer, without tokens added to it"
                 )
         for target in targets:
             if (largest := max(target, default=0)) >= rows:
-                raise ValueError(
+                raise InputError(
                     f"a target has token id {largest}, but the model has {rows} embeddings: use the model's own "
                     "tokenizer, without tokens added to it"
                 )
@@ -295,11 +296,11 @@ class Policy:
 
         Raises:
             RuntimeError: the policy was made without a reference.
-            ValueError: the LM head is trained, so that policy and reference do not share it.
+            InputError: the LM head is trained, so that policy and reference do not share it.
         """
         # the full KL reads one head for both hidden states, and it is computed after the parameters are exchanged back
         if self.causal_lm.get_output_embeddings().weight.requires_grad:
-            raise ValueError(
+            raise InputError(
                 "algorithm.kl_estimator is full, for which policy and reference must share the LM head, but the head "
                 "is trained (or tied to trained embeddings): set kl_estimator to k3"
             )

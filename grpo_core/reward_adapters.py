@@ -17,6 +17,7 @@ from typing import Any, cast
 import numpy as np
 
 from grpo_core.config.plugins import load_plugin
+from grpo_core.errors import InputError
 from grpo_core.rewards import (
     MOST_TIMEOUTS,
     TIME_LIMIT,
@@ -63,17 +64,17 @@ def load_reward(spec: str) -> Reward:
         spec: `file.py:name` or `package.module:name`. A file is imported once, however many rewards come from it.
 
     Raises:
-        ValueError: there is no such file, module or name, it cannot be called, or its signature is not one of these.
+        InputError: there is no such file, module or name, it cannot be called, or its signature is not one of these.
     """
     source, _, name = spec.rpartition(":")  # from the right: a Windows path has a colon behind the drive
     if not source or not name:
-        raise ValueError(f"reward {spec!r} is not an import path: write file.py:name or package.module:name")
+        raise InputError(f"reward {spec!r} is not an import path: write file.py:name or package.module:name")
     # as a plug-in, which is imported once per process: two rewards of one file share its module and its models
     module = load_plugin(Path(source), f"reward {spec}") if source.endswith(".py") else _import_module(spec, source)
     if not hasattr(module, name):
         near = difflib.get_close_matches(name, vars(module), 1)
         hint = f"did you mean {near[0]!r}?" if near else "check the name behind the colon"
-        raise ValueError(f"reward {spec}: {source} defines no {name!r}; {hint}")
+        raise InputError(f"reward {spec}: {source} defines no {name!r}; {hint}")
     return adapt_reward(getattr(module, name), name, spec)
 
 
@@ -85,22 +86,22 @@ def adapt_reward(function: Any, name: str, spec: str | None = None) -> Reward:
         spec: the callable's name in messages; by default `name`.
 
     Raises:
-        ValueError: it cannot be called, or its signature is not one of the three.
+        InputError: it cannot be called, or its signature is not one of the three.
     """
     spec = spec or name
     if not callable(function):
-        raise ValueError(f"reward {spec} is {function!r}, which cannot be called: name a function or a class")
+        raise InputError(f"reward {spec} is {function!r}, which cannot be called: name a function or a class")
     if isinstance(function, type):
         needed = [p.name for p in _parameters(function, spec) if _is_required(p)]
         if needed:
-            raise ValueError(
+            raise InputError(
                 f"reward {spec} is a class whose constructor needs {', '.join(needed)}: make an object of it in the "
                 "file, and name that"
             )
         try:
             function = function()
         except (Exception, SystemExit) as error:
-            raise ValueError(f"reward {spec} is a class that cannot be made: {explain(error, function)}") from error
+            raise InputError(f"reward {spec} is a class that cannot be made: {explain(error, function)}") from error
     label = getattr(function, "name", None)
     label = label if isinstance(label, str) else name  # an object's `name` may be anything
     parameters = _parameters(function, spec)
@@ -114,7 +115,7 @@ def adapt_reward(function: Any, name: str, spec: str | None = None) -> Reward:
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
     if takes_any or {"prompts", "completions", "completion_ids"}.intersection(names):
         return cast(Reward, _TRLReward(function, label, spec))
-    raise ValueError(
+    raise InputError(
         f"reward {spec} takes ({', '.join(names)}), which is not one of the known signatures: name `groups` (all of a "
         "step), `completion` (one at a time) or `completions` (a list, as TRL calls it) among its parameters"
     )
@@ -124,7 +125,7 @@ def check_columns(reward: Reward, prompt: Prompt) -> None:
     """Refuse a sample that lacks a column that the reward reads; rewards that read no column by name accept all.
 
     Raises:
-        ValueError: naming the reward, the column, and the columns that the sample has.
+        InputError: naming the reward, the column, and the columns that the sample has.
     """
     check = getattr(reward, "check_columns", None)
     if check is not None:
@@ -159,7 +160,7 @@ class _Adapter:
             # TRL passes the column `prompt` as `prompts`
             column = "prompt" if name == "prompts" else name
             if name not in self.offers and column not in columns:
-                raise ValueError(
+                raise InputError(
                     f"reward {self.spec} reads the column {column!r}, which prompt {prompt.id!r} lacks: it has "
                     f"{', '.join(columns) or 'none'}. Rename the parameter, or give it a default"
                 )
@@ -261,10 +262,10 @@ class _TRLReward(_Adapter):
         }
         returned = _wait_for(self.function(**self._accepted(arguments)))
         if len(returned) != len(members):
-            raise ValueError(f"it returned {len(returned)} values for {len(members)} completions")
+            raise InputError(f"it returned {len(returned)} values for {len(members)} completions")
         for column, values in columns.items():
             if len(values) != len(members):
-                raise ValueError(
+                raise InputError(
                     f"it logged {len(values)} values of {column!r} for {len(members)} completions: give log_extra one "
                     "value each, once a call"
                 )
@@ -275,7 +276,7 @@ def _parameters(function: Callable[..., Any], spec: str) -> list[inspect.Paramet
     try:
         return list(inspect.signature(function).parameters.values())
     except ValueError as error:  # some built-in functions have no signature to inspect
-        raise ValueError(f"reward {spec}: its signature cannot be read ({error}): wrap it in a function") from error
+        raise InputError(f"reward {spec}: its signature cannot be read ({error}): wrap it in a function") from error
 
 
 def _is_required(parameter: inspect.Parameter) -> bool:
@@ -293,7 +294,7 @@ def _columns(prompt: Prompt) -> dict[str, Any]:
     if is_dataclass(sample):
         # not `asdict`, which would copy a sample's arrays for every completion
         return {field.name: getattr(sample, field.name) for field in fields(sample)}
-    raise ValueError(
+    raise InputError(
         f"the sample of prompt {prompt.id!r} is a {type(sample).__name__}, whose columns are not known: use a dict or "
         "a dataclass, or a reward that takes `groups`"
     )
@@ -317,12 +318,12 @@ def _import_module(spec: str, name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ValueError(
+        raise InputError(
             f"reward {spec}: {name} cannot be imported ({error}): install it or put its folder on PYTHONPATH, or write "
             "file.py:name"
         ) from error
     except (Exception, SystemExit) as error:
-        raise ValueError(f"reward {spec}: {name} cannot be imported: {explain(error, None)}") from error
+        raise InputError(f"reward {spec}: {name} cannot be imported: {explain(error, None)}") from error
 
 
 _event_loop: asyncio.AbstractEventLoop | None = None

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from grpo_core.algorithm.advantages import fill_unjudged, has_signal
+from grpo_core.errors import InputError
 from grpo_core.types import Group
 
 MOST_TIMEOUTS = 2
@@ -118,16 +119,16 @@ def check_reward_weights(rewards: Sequence[Reward], weights: Mapping[str, float]
     """Refuse weights of unknown rewards, weights that are not finite, and rewards that share a name.
 
     Raises:
-        ValueError: naming the key and the run's rewards, or the names.
+        InputError: naming the key and the run's rewards, or the names.
     """
     names = [reward.name for reward in rewards]
     if len(set(names)) != len(names):
-        raise ValueError(f"two rewards share a name: {names}")
+        raise InputError(f"two rewards share a name: {names}")
     for key, weight in weights.items():
         if key not in names:
-            raise ValueError(f"algorithm.reward_weights.{key}: no such reward, this run has {', '.join(names)}")
+            raise InputError(f"algorithm.reward_weights.{key}: no such reward, this run has {', '.join(names)}")
         if not np.isfinite(weight):
-            raise ValueError(f"algorithm.reward_weights.{key} is {weight}: give a finite number")
+            raise InputError(f"algorithm.reward_weights.{key} is {weight}: give a finite number")
 
 
 def score(
@@ -204,7 +205,7 @@ def ask(reward: Reward, groups: Sequence[Group], group_size: int, timeout: float
         Values as float64 `[N, G]`. A value that is not a finite number is NaN, with a failure.
 
     Raises:
-        ValueError: it returns another shape than `[N, G]`, or columns of another length.
+        InputError: it returns another shape than `[N, G]`, or columns of another length.
         RewardTimeout: it takes too long. It may raise anything else, too.
     """
     # token ids are tuples of integers, of which a copy would be the same: known to `deepcopy`, they are not walked
@@ -225,7 +226,7 @@ def ask(reward: Reward, groups: Sequence[Group], group_size: int, timeout: float
     failures = list(failures)
     shape = (len(groups), group_size)
     if table.shape != shape:
-        raise ValueError(f"it returned shape {table.shape} for {shape[0]} groups of {shape[1]} completions")
+        raise InputError(f"it returned shape {table.shape} for {shape[0]} groups of {shape[1]} completions")
     if table.dtype.kind not in "fiub":  # float, int, unsigned, bool
         numbers = np.full(shape, np.nan)
         for (n, member), value in np.ndenumerate(table):
@@ -241,7 +242,7 @@ def ask(reward: Reward, groups: Sequence[Group], group_size: int, timeout: float
         table[n, member] = np.nan
     for name, column in columns.items():
         if len(column) != table.size:
-            raise ValueError(
+            raise InputError(
                 f"it logged {len(column)} values of {name!r} for {table.size} completions: log one value each, once a "
                 "call"
             )

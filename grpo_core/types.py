@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from grpo_core.errors import InputError
+
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
@@ -37,7 +39,7 @@ class Prompt:
 
     def __post_init__(self) -> None:
         if not self.token_ids:
-            raise ValueError(f"prompt {self.id!r} has no tokens")
+            raise InputError(f"prompt {self.id!r} has no tokens")
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from grpo_core import rng
 from grpo_core.chat import turn_end
 from grpo_core.config.options import RolloutConfig
 from grpo_core.distributed.stopping import poll
+from grpo_core.errors import InputError
 from grpo_core.families import text_config
 from grpo_core.policy import Policy
 from grpo_core.rollout.backends import Decoder, make_decoder
@@ -87,7 +88,7 @@ class GroupSampler:
             progress: show a bar.
 
         Raises:
-            ValueError: a prompt that is too long for the model, or whose embeddings do not fit its tokens.
+            InputError: a prompt that is too long for the model, or whose embeddings do not fit its tokens.
             FloatingPointError: the policy's logits are not finite.
         """
         self.timings = dict.fromkeys(("refresh", "embed", "prefill", "decode", "text"), 0.0)
@@ -167,7 +168,7 @@ class GroupSampler:
         Lengths are checked first: a prompt that is too long should not cost a rollout.
 
         Raises:
-            ValueError: the longest prompt and `new_tokens` are more than the model has positions for, or than it is
+            InputError: the longest prompt and `new_tokens` are more than the model has positions for, or than it is
                 right for (an attention window, a rotation that changes); or embeddings that do not fit their prompt's
                 tokens.
         """
@@ -179,19 +180,19 @@ class GroupSampler:
         for key in ("max_position_embeddings", "n_positions"):
             limit = getattr(self.text_config, key, None)
             if limit is not None and total > limit:
-                raise ValueError(f"{asked} config.{key} {limit}; shorten the prompt or lower rollout.max_new_tokens")
+                raise InputError(f"{asked} config.{key} {limit}; shorten the prompt or lower rollout.max_new_tokens")
         if self.policy.length_limit is not None and total > self.policy.length_limit.tokens:
             key, limit = self.policy.length_limit
-            raise ValueError(
+            raise InputError(
                 f"{asked} {key} {limit}, beyond which the model computes something else; shorten the prompt or lower "
                 "rollout.max_new_tokens"
             )
         embeds = list(self.policy.embed(prompts))
         if len(embeds) != len(prompts):
-            raise ValueError(f"policy.embed gave {len(embeds)} tensors for {len(prompts)} prompts")
+            raise InputError(f"policy.embed gave {len(embeds)} tensors for {len(prompts)} prompts")
         for prompt, embed in zip(prompts, embeds, strict=True):
             if embed.ndim != 2 or len(embed) != len(prompt.token_ids):
-                raise ValueError(
+                raise InputError(
                     f"prompt {prompt.id!r} has {len(prompt.token_ids)} tokens, but policy.embed gave "
                     f"{tuple(embed.shape)}: it must give one row per token"
                 )

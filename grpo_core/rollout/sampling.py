@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from grpo_core import rng
 from grpo_core.config.options import RolloutConfig
+from grpo_core.errors import InputError
 
 PendingTokens = Callable[[], tuple[np.ndarray, np.ndarray]]
 """The result of some steps. Call it to wait for them: int64 tokens and float32 log-probs, `[steps, B]` each."""
@@ -102,7 +103,7 @@ class StopConditions:
         self, model: PreTrainedModel, tokenizer: Tokenizer, strings: Sequence[str], end_tokens: Collection[int] = ()
     ):
         if "" in strings:
-            raise ValueError("rollout.stop_strings holds an empty string, which would end every completion: remove it")
+            raise InputError("rollout.stop_strings holds an empty string, which would end every completion: remove it")
         self.tokenizer, self.strings = tokenizer, tuple(strings)
         eos = getattr(model.generation_config, "eos_token_id", None)
         named = {*(eos if isinstance(eos, list | tuple) else [eos]), tokenizer.eos_token_id, *end_tokens}

@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
+from grpo_core.errors import InputError
 from grpo_core.storage.optimizer_state import NamedParameters, flatten_optimizer, restore_optimizer
 
 STATE_FILE = "trainer_state.json"
@@ -52,7 +53,7 @@ class CheckpointManager:
     def __init__(self, root: Path, keep_last: int = 2, keep_best: int = 1) -> None:
         """Keep the `keep_last` ≥ 1 newest checkpoints and, of those with a metric, the `keep_best` ≥ 0 best."""
         if keep_last < 1 or keep_best < 0:
-            raise ValueError(f"keep_last must be ≥ 1 and keep_best ≥ 0, got {keep_last} and {keep_best}")
+            raise InputError(f"keep_last must be ≥ 1 and keep_best ≥ 0, got {keep_last} and {keep_best}")
         self.root = Path(root)
         self.keep_last, self.keep_best = keep_last, keep_best
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from grpo_core.errors import InputError
+
 NamedParameters = Iterable[tuple[str, Tensor]]
 
 
@@ -26,7 +28,7 @@ def flatten_optimizer(
         groups: for each parameter group its options (learning rate, betas, …) and its parameters' names and shapes.
 
     Raises:
-        ValueError: a parameter has no name.
+        InputError: a parameter has no name.
     """
     # tensors hash by identity, so this finds the very parameter that the optimiser holds
     names = {parameter: name for name, parameter in named_parameters}
@@ -35,7 +37,7 @@ def flatten_optimizer(
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter not in names:
-                raise ValueError(f"named_parameters lacks an optimised parameter of shape {list(parameter.shape)}")
+                raise InputError(f"named_parameters lacks an optimised parameter of shape {list(parameter.shape)}")
             # get: the state is a defaultdict, in which a lookup by [] would make an entry
             for state_name, value in optimizer.state.get(parameter, {}).items():
                 # as_tensor: some optimisers count steps in a plain int; safetensors stores contiguous tensors only
@@ -60,7 +62,7 @@ def restore_optimizer(
     """Undo `flatten_optimizer`, bit for bit: dtypes stay as saved, which `Optimizer.load_state_dict` does not promise.
 
     Raises:
-        ValueError: names, shapes, groups or order of the parameters differ; the optimiser is then unchanged.
+        InputError: names, shapes, groups or order of the parameters differ; the optimiser is then unchanged.
     """
     names = {parameter: name for name, parameter in named_parameters}
     _require_same_parameters(
@@ -102,7 +104,7 @@ def _require_same_parameters(saved: list[list[list]], present: list[list[list]])
         if was.get(name) != now.get(name)
     ]
     if not differing:
-        raise ValueError("the optimiser's groups hold the same parameters in another order or grouping")
+        raise InputError("the optimiser's groups hold the same parameters in another order or grouping")
     # four at most: a wrong LoRA rank differs in hundreds of matrices
     more = f"; and {len(differing) - 4} more" if len(differing) > 4 else ""
-    raise ValueError(f"{'; '.join(differing[:4])}{more}. Resume with the configuration it was trained with")
+    raise InputError(f"{'; '.join(differing[:4])}{more}. Resume with the configuration it was trained with")

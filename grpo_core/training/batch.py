@@ -13,6 +13,7 @@ from torch import Tensor
 from grpo_core.algorithm.losses import token_weights
 from grpo_core.config.options import GRPOConfig
 from grpo_core.distributed import Distributed, all_reduce_sum, shard
+from grpo_core.errors import InputError
 from grpo_core.layout import GroupLayout
 from grpo_core.rewards import Scores
 from grpo_core.rng import permutation
@@ -112,10 +113,10 @@ def check_enough_items(available: int, count: int) -> None:
     """Refuse a training set that cannot fill a step of `count` items.
 
     Raises:
-        ValueError: naming the option to lower.
+        InputError: naming the option to lower.
     """
     if available < count:
-        raise ValueError(f"run.prompts_per_step is {count}, but the training set has {available}: set it lower")
+        raise InputError(f"run.prompts_per_step is {count}, but the training set has {available}: set it lower")
 
 
 def step_items(items: Sequence[Item], step: int, count: int, seed: int) -> list[Item]:

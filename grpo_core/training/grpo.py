@@ -34,6 +34,7 @@ from grpo_core.config.options import GRPOConfig
 from grpo_core.data import refuse_too_long
 from grpo_core.distributed import Distributed, all_reduce_sum, gather_rows, send_to_main
 from grpo_core.distributed.stopping import stoppable, until_stopped
+from grpo_core.errors import InputError
 from grpo_core.policy import Policy, disable_dropout
 from grpo_core.reward_adapters import check_columns
 from grpo_core.rewards import Reward, Scores, check_reward_weights, score
@@ -94,7 +95,7 @@ class GRPOTrainer(TrainingLoop):
         describe: adds columns to a completion's row in `completions.jsonl`.
 
     Raises:
-        ValueError: a weight names no reward, β > 0 without a reference, too few prompts for a step, one that with its
+        InputError: a weight names no reward, β > 0 without a reference, too few prompts for a step, one that with its
             completion is longer than the model's positions, or a token id that the model does not have.
     """
 
@@ -118,7 +119,7 @@ class GRPOTrainer(TrainingLoop):
         sizes = ((prompt.id, len(prompt.token_ids), config.rollout.max_new_tokens) for prompt in prompts)
         refuse_too_long(sizes, policy.causal_lm.config, "rollout.max_new_tokens")
         if config.algorithm.beta > 0 and policy.reference is None:
-            raise ValueError("algorithm.beta is above 0, but the policy keeps no reference: make it with one")
+            raise InputError("algorithm.beta is above 0, but the policy keeps no reference: make it with one")
         policy.check_token_ids(prompts)
         super().__init__(policy, config.optim, config.run, dist=dist, save_model=save_model, evaluate=evaluate)
         self.config, self.sampler, self.prompts, self.rewards = config, sampler, prompts, rewards
@@ -201,7 +202,7 @@ class GRPOTrainer(TrainingLoop):
         """Draw G completions of each prompt from the policy as it is.
 
         Raises:
-            ValueError: the sampler gave another number of completions.
+            InputError: the sampler gave another number of completions.
         """
         size = self.config.rollout.group_size
         with stoppable(self.dist), self.clock.phase("sample"):
@@ -209,7 +210,7 @@ class GRPOTrainer(TrainingLoop):
         # A sampler of another make may give what it likes; rewards [N, G] below rely on the size.
         for group in groups:
             if len(group.completions) != size:
-                raise ValueError(
+                raise InputError(
                     f"the sampler gave {len(group.completions)} completions of prompt {group.id!r}, not "
                     f"rollout.group_size {size}"
                 )

@@ -29,7 +29,7 @@ from grpo_core.distributed import (
 )
 from grpo_core.distributed.stopping import StepDropped, Stopped, listen, requested, say
 from grpo_core.distributed.watchdog import activity
-from grpo_core.errors import TrainingStopped
+from grpo_core.errors import InputError, TrainingStopped
 from grpo_core.policy import Policy
 from grpo_core.storage.checkpoint import (
     TRAINED_FILE,
@@ -72,7 +72,7 @@ class TrainingLoop:
         evaluate: Callable[[], dict[str, float]] | None = None,
     ):
         if evaluate is None and run.metric_for_best_model:
-            raise ValueError(
+            raise InputError(
                 f"run.metric_for_best_model is {run.metric_for_best_model}, but nothing is evaluated in this run: "
                 "leave it out, or give the run validation samples"
             )
@@ -248,13 +248,13 @@ class TrainingLoop:
         """Note whether this evaluation is the best so far; returns its metric, None where none is followed.
 
         Raises:
-            ValueError: the evaluation lacks the metric that the run follows.
+            InputError: the evaluation lacks the metric that the run follows.
         """
         name, run = self.run.metric_for_best_model, self.run
         if not name or self.evaluate is None or not run.eval_steps or self.step_index % run.eval_steps:
             return None
         if name not in values:
-            raise ValueError(f"run.metric_for_best_model is {name!r}, but an evaluation gives {', '.join(values)}")
+            raise InputError(f"run.metric_for_best_model is {name!r}, but an evaluation gives {', '.join(values)}")
         # NaN (nothing could be scored) is no best, but counts as an evaluation without one
         if math.isfinite(values[name]) and (self.best is None or values[name] > self.best):
             self.best, self.evaluations_since_best = values[name], 0

@@ -68,13 +68,10 @@ def train(arguments: Sequence[str]) -> None:
     from affectgpt.stages import COLD_START, GRPO, RUN_FILES, SFT_CONTINUED, SHUFFLED_MEDIA, UNTRAINED
     from affectgpt.synthetic import shuffle_media
     from grpo_core import distributed
-    from grpo_core.config.fields import ConfigError
     from grpo_core.storage.run_folder import open_run
 
-    try:  # before the run's folder is made and hours of training pass: an import path or a judge's folder may be wrong
-        rewards = config.rewards(config.metric.wheel())
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    # before the run's folder is made and hours of training pass: an import path or a judge's folder may be wrong
+    rewards = config.rewards(config.metric.wheel())
     dist = _start(config.run)
     run = open_run(config, dist, writes=RUN_FILES)  # before models are loaded: the folder may hold another run
     config = run.config

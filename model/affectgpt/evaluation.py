@@ -13,6 +13,7 @@ import numpy as np
 from affectgpt.data.datasets import Sample, check_emotion_labels
 from affectgpt.emotion_wheel import CorpusScore, EmotionWheel, distinct_labels
 from affectgpt.prompts import Mode, answer_text
+from grpo_core.errors import InputError
 from grpo_core.storage.jsonl import jsonable
 
 
@@ -99,21 +100,21 @@ def score_answers(
         total: number of samples in the set, where some of them are not in `samples`.
 
     Raises:
-        ValueError: there are no samples; one has no labels, or a number for one; or no label is on a wheel, so that
+        InputError: there are no samples; one has no labels, or a number for one; or no label is on a wheel, so that
             there is nothing to score.
     """
     if not samples:
-        raise ValueError(f"nothing to evaluate on: the {split} set is empty")
+        raise InputError(f"nothing to evaluate on: the {split} set is empty")
     truth: list[str] = []
     for sample in samples:
         if sample.labels is None:
-            raise ValueError(f"sample {sample.name!r} of the {split} set has no labels: it cannot be scored")
+            raise InputError(f"sample {sample.name!r} of the {split} set has no labels: it cannot be scored")
         truth.append(sample.labels)
     check_emotion_labels(samples, f"the {split} set")
     answers = [answer_text(text, mode) for text in completions]
     corpus: CorpusScore = wheel.corpus(truth, answers, level, parse="tolerant")
     if not corpus.scored.any():  # the scores would be 0, as if every answer were wrong
-        raise ValueError(
+        raise InputError(
             f"no label of the {split} set is on an emotion wheel, such as {truth[0]!r} of sample {samples[0].name!r}: "
             "give labels that are emotion words in English"
         )

@@ -94,7 +94,7 @@ def make_model(config: ModelConfig, device: torch.device) -> AffectGPT:
     """Load the model that a config names, or make fresh adapters over its LLM and encoders.
 
     Raises:
-        ValueError: neither a saved model nor all three folders are named.
+        InputError: neither a saved model nor all three folders are named.
     """
     folders: dict[str, Any] = {
         "llm": config.llm,
@@ -109,7 +109,7 @@ def make_model(config: ModelConfig, device: torch.device) -> AffectGPT:
     else:
         missing = [name for name, path in folders.items() if path is None]
         if missing:
-            raise ValueError(
+            raise InputError(
                 f"model.{missing[0]} is not set: give model.path, or all of model.{', model.'.join(folders)}"
             )
         lora: dict[str, Any] = {
@@ -158,7 +158,7 @@ class Stages:
 
     Raises:
         InputError: a table is missing or refused.
-        ValueError: too few samples of a split can be used.
+        InputError: too few samples of a split can be used.
     """
 
     def __init__(self, config: TaskConfig, dist: Distributed, splits: bool = True):
@@ -224,7 +224,7 @@ class Stages:
             least: share of them that must be usable; None takes `data.min_coverage`.
 
         Raises:
-            ValueError: less than that share, or none, can be used.
+            InputError: less than that share, or none, can be used.
         """
         if not samples:
             return []
@@ -339,7 +339,7 @@ class Stages:
         """Refuse rewards that read columns that the samples lack.
 
         Raises:
-            ValueError: naming the reward and the column.
+            InputError: naming the reward and the column.
         """
         for reward in rewards:
             for prompt in self.training:

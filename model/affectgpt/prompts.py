@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 from affectgpt.data.datasets import check_emotion_labels
 from affectgpt.emotion_wheel import parse_labels
 from grpo_core.chat import close_opened, opened_tag, render_chat, turn_end
+from grpo_core.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -123,10 +124,10 @@ def check_mode(mode: str) -> None:
     """Refuse an unknown mode.
 
     Raises:
-        ValueError: listing the known modes.
+        InputError: listing the known modes.
     """
     if mode not in get_args(Mode):
-        raise ValueError(f"unknown mode {mode!r}: choose one of {', '.join(get_args(Mode))}")
+        raise InputError(f"unknown mode {mode!r}: choose one of {', '.join(get_args(Mode))}")
 
 
 def question_text(mode: Mode, answer_form: AnswerForm = "list") -> str:
@@ -164,14 +165,14 @@ def build_prompt(
         question: replaces the mode's default question.
 
     Raises:
-        ValueError: a name is unknown, a feature is missing, the tokenizer lacks placeholders or a chat template, or the
+        InputError: a name is unknown, a feature is missing, the tokenizer lacks placeholders or a chat template, or the
             question contains placeholders.
     """
     from grpo_core.types import Prompt  # here, so that options are read without importing the engine
 
     modalities = _lookup(FACE_OR_FRAME, face_or_frame, "face_or_frame")
     if missing := sorted(modalities.features - features.keys()):
-        raise ValueError(
+        raise InputError(
             f"sample {sample.name!r} has no {', '.join(missing)} feature, which face_or_frame {face_or_frame!r} needs: "
             "extract it, or choose one without it"
         )
@@ -187,7 +188,7 @@ def build_prompt(
     for token in PLACEHOLDERS:
         expected, found = clauses.count(token), token_ids.count(vocabulary.get(token, -1))
         if found != expected:
-            raise ValueError(
+            raise InputError(
                 f"the prompt of sample {sample.name!r} contains {token} {found} times instead of {expected}: "
                 "use AffectGPT.tokenizer, and a question without placeholders"
             )
@@ -214,10 +215,10 @@ def target_text(
             of a subtitle are.
 
     Raises:
-        ValueError: the sample lacks labels or, in think mode, a reason; or a label is a number.
+        InputError: the sample lacks labels or, in think mode, a reason; or a label is a number.
     """
     if sample.labels is None:
-        raise ValueError(f"sample {sample.name!r} has no labels: it cannot be a training target")
+        raise InputError(f"sample {sample.name!r} has no labels: it cannot be a training target")
     check_emotion_labels([sample], "training target")
     # dict.fromkeys drops repeats and keeps the table's order, where a set would not
     labels = ", ".join(dict.fromkeys(label.lower() for label in parse_labels(sample.labels, "strict"))) or "neutral"
@@ -228,7 +229,7 @@ def target_text(
     check_mode(mode)
     description = sample.reason or ""
     if not description.strip():
-        raise ValueError(f"sample {sample.name!r} has no reason, which think mode learns: use mode no_think")
+        raise InputError(f"sample {sample.name!r} has no reason, which think mode learns: use mode no_think")
     # a description is foreign text too: tags in it would end the block, and ### would end the turn
     reason = re.sub(r"#{3,}", "#", re.sub(r"</?(think|answer)>", "", description)).strip()
     if tokenizer is not None:
@@ -252,11 +253,11 @@ def build_target(
         opened: the prompt's `opened`: a tag that the template has written, which is not in the target again.
 
     Raises:
-        ValueError: `target_text` refuses the sample, or the tokenizer has no end token.
+        InputError: `target_text` refuses the sample, or the tokenizer has no end token.
     """
     end = end_token(tokenizer, template)
     if end is None:
-        raise ValueError("the tokenizer has no eos_token: set it in the LLM's tokenizer_config.json")
+        raise InputError("the tokenizer has no eos_token: set it in the LLM's tokenizer_config.json")
     text = target_text(sample, mode, answer_form, tokenizer)
     if opened:
         text = text.removeprefix(opened.strip()).lstrip()
@@ -301,7 +302,7 @@ def _frame(body: str, template: Template, mode: Mode, tokenizer: PreTrainedToken
         return f"###Human: {body} ###Assistant: ", ""
     _lookup({"chat": True}, template, "template")
     if not tokenizer.chat_template:
-        raise ValueError("template is 'chat', but the LLM's tokenizer has no chat_template: use template 'upstream'")
+        raise InputError("template is 'chat', but the LLM's tokenizer has no chat_template: use template 'upstream'")
     # templates of reasoning models (Qwen3) read enable_thinking; others ignore it
     text = render_chat(tokenizer, [{"role": "user", "content": body}], enable_thinking=mode == "think")
     opened = opened_tag(text)
@@ -314,5 +315,5 @@ def _frame(body: str, template: Template, mode: Mode, tokenizer: PreTrainedToken
 def _lookup(table: Mapping[Any, Value], key: object, what: str) -> Value:
     """Return `table[key]`, or raise a ValueError that lists the known keys."""
     if key not in table:
-        raise ValueError(f"unknown {what} {key!r}: choose one of {', '.join(map(str, table))}")
+        raise InputError(f"unknown {what} {key!r}: choose one of {', '.join(map(str, table))}")
     return table[key]

@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar
 from affectgpt.emotion_wheel import parse_labels
 from grpo_core.config.fields import ConfigSection
 from grpo_core.data import check_data_file, read_jsonl
+from grpo_core.errors import InputError
 from grpo_core.registry import Registry
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".mov", ".webm")
@@ -79,7 +80,7 @@ def load_mer2025(
 
     Raises:
         FileNotFoundError: root or one of the tables is missing.
-        ValueError: a table lacks a column, or has a name twice.
+        InputError: a table lacks a column, or has a name twice.
     """
     return _load(root, labels, labelled, ("subtitle_chieng.csv", subtitle_language), reasons, "{name}/{name}.npy")
 
@@ -118,7 +119,7 @@ def load_folder(root: str | Path, labels: str | Path | None = None, subtitle_enc
 
     Raises:
         FileNotFoundError: root or labels is missing.
-        ValueError: the folder has no clip or two files of one name and kind, or the table is bad or names a clip that
+        InputError: the folder has no clip or two files of one name and kind, or the table is bad or names a clip that
             is missing.
     """
     root = _folder(root)
@@ -127,14 +128,14 @@ def load_folder(root: str | Path, labels: str | Path | None = None, subtitle_enc
     # a picture with the name of a video is its cover or poster, not another sample
     images = {name: path for name, path in _by_stem(root, IMAGE_SUFFIXES).items() if name not in videos}
     if not videos and not images:
-        raise ValueError(f"{root}: it holds no clip. A clip is a file that ends in {', '.join(VIDEO_SUFFIXES)}.")
+        raise InputError(f"{root}: it holds no clip. A clip is a file that ends in {', '.join(VIDEO_SUFFIXES)}.")
     names = sorted([*videos, *images])  # the order on disk differs between machines, and the split depends on order
     table: dict[str, _Row] = {}
     if labels is not None:
         table = _read_table(root / labels, ("openset",))
         unknown = sorted(set(table) - set(names))
         if unknown:  # refused, as a mistyped name would lose a label without a word
-            raise ValueError(f"{table[unknown[0]].where}: it labels {unknown[0]!r}, but {root} holds no such clip.")
+            raise InputError(f"{table[unknown[0]].where}: it labels {unknown[0]!r}, but {root} holds no such clip.")
     samples = []
     for name in names:
         fault, subtitle = _name_fault(name), ""
@@ -167,7 +168,7 @@ def load_jsonl(path: str | Path) -> list[Sample]:
 
     Raises:
         FileNotFoundError: the file is missing.
-        ValueError: a line is not such an object, or a name appears twice; the message has the line's number.
+        InputError: a line is not such an object, or a name appears twice; the message has the line's number.
     """
     path = Path(path)
     known = [field.name for field in fields(Sample) if field.name != "fault"]
@@ -175,18 +176,18 @@ def load_jsonl(path: str | Path) -> list[Sample]:
     seen: dict[str, str] = {}
     for where, _, row in read_jsonl(path):
         if not isinstance(row, dict) or not isinstance(row.get("name"), str) or not row["name"]:
-            raise ValueError(f'{where}: an object with a name is needed, such as {{"name": "a", "video": "a.mp4"}}.')
+            raise InputError(f'{where}: an object with a name is needed, such as {{"name": "a", "video": "a.mp4"}}.')
         if unknown := [key for key in row if key not in known]:
-            raise ValueError(f"{where}: unknown key {unknown[0]!r}. Known are {', '.join(known)}.")
+            raise InputError(f"{where}: unknown key {unknown[0]!r}. Known are {', '.join(known)}.")
         labels = row.get("labels")
         if isinstance(labels, list) and all(isinstance(label, str) for label in labels):
             if broken := [label for label in labels if "," in label]:
-                raise ValueError(f"{where}: the label {broken[0]!r} holds a comma. Write it as two labels.")
+                raise InputError(f"{where}: the label {broken[0]!r} holds a comma. Write it as two labels.")
             # as tables spell a list, so that one parser reads both
             row["labels"] = labels = "[" + ", ".join(labels) + "]"
         for key, value in row.items():
             if value is not None and not isinstance(value, str):
-                raise ValueError(f"{where}: {key} is {value!r}; a string is needed.")
+                raise InputError(f"{where}: {key} is {value!r}; a string is needed.")
         _check_name(row["name"], where, seen)
         media = {}
         for key in ("video", "audio", "face", "image"):
@@ -198,7 +199,7 @@ def load_jsonl(path: str | Path) -> list[Sample]:
             Sample(row["name"], **media, subtitle=_text(row.get("subtitle")), labels=labels, reason=row.get("reason"))
         )
     if not samples:
-        raise ValueError(f"{path}: it holds no sample. Write one JSON object per line.")
+        raise InputError(f"{path}: it holds no sample. Write one JSON object per line.")
     return samples
 
 
@@ -233,7 +234,7 @@ def register_layout(name: str) -> Callable[[Loader], Loader]:
     has no options, and is called like that method.
 
     Raises:
-        ValueError: the name is registered already, or a class has no `load` or is a dataclass that is not frozen.
+        InputError: the name is registered already, or a class has no `load` or is a dataclass that is not frozen.
     """
 
     def decorate(loader: Loader) -> Loader:
@@ -242,11 +243,11 @@ def register_layout(name: str) -> Callable[[Loader], Loader]:
             namespace = {"load": staticmethod(loader), "__doc__": loader.__doc__, "__module__": loader.__module__}
             entry = make_dataclass(loader.__name__, [], frozen=True, namespace=namespace)
         elif not callable(getattr(loader, "load", None)):
-            raise ValueError(f"dataset layout {name!r}: give {loader.__name__} a method load(root, labels, …)")
+            raise InputError(f"dataset layout {name!r}: give {loader.__name__} a method load(root, labels, …)")
         elif "__dataclass_fields__" not in vars(loader):  # also where a base has them: this class may add options
             entry = dataclass(frozen=True)(loader)
         elif not loader.__dataclass_params__.frozen:  # type: ignore[attr-defined]
-            raise ValueError(f"dataset layout {name!r}: make {loader.__name__} a @dataclass(frozen=True)")
+            raise InputError(f"dataset layout {name!r}: make {loader.__name__} a @dataclass(frozen=True)")
         LAYOUTS.add(name, entry)
         return loader
 
@@ -300,7 +301,7 @@ class FolderLayout(ConfigSection, key="data.layout"):
         try:
             codecs.lookup(self.subtitle_encoding)
         except LookupError:
-            raise ValueError(
+            raise InputError(
                 f"data.layout.subtitle_encoding is {self.subtitle_encoding!r}: give one that Python knows, such as "
                 "utf-8, gbk or cp1252"
             ) from None
@@ -309,7 +310,7 @@ class FolderLayout(ConfigSection, key="data.layout"):
         """Load as `load_folder`."""
         _refuse_reasons(reasons, "folder")
         if labelled and labels is None:
-            raise ValueError(f"data.labels is not set: give the label table of {root}, a csv name,openset")
+            raise InputError(f"data.labels is not set: give the label table of {root}, a csv name,openset")
         if not labelled:  # no table is needed
             return load_folder(root, None, self.subtitle_encoding)
         # the table says which clips are meant: training and test clips may lie in one folder
@@ -322,7 +323,7 @@ def _load_jsonl(root: Path, *, labels: str | None, reasons: str | None, labelled
     """A jsonl that lists clips with their labels; data.root is that file, or the folder of several."""
     _refuse_reasons(reasons, "jsonl")
     if root.is_dir() and labels is None:
-        raise ValueError(f"data.root is {root}, a folder: give the jsonl itself, or its name in data.labels")
+        raise InputError(f"data.root is {root}, a folder: give the jsonl itself, or its name in data.labels")
     return load_jsonl(root / labels if root.is_dir() and labels else root.parent / (labels or root.name))
 
 
@@ -398,7 +399,7 @@ def _read_table(path: Path, columns: tuple[str, ...]) -> dict[str, _Row]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no csv in UTF-8, lacks a column, or has a row with too few or too many cells, a quote that
+        InputError: it is no csv in UTF-8, lacks a column, or has a row with too few or too many cells, a quote that
             never closes, or a name that is empty, repeated or a path out of the folder; with the line.
     """
     check_data_file(path, "a csv in UTF-8")
@@ -415,7 +416,7 @@ def _read_table(path: Path, columns: tuple[str, ...]) -> dict[str, _Row]:
                 if header.count(column) != 1:
                     has = ", ".join(header) or "none"
                     problem = f"no column {column}" if column not in header else f"two columns {column}"
-                    raise ValueError(f"{path}: {problem}. It has {has}; wanted are {', '.join(wanted)}.")
+                    raise InputError(f"{path}: {problem}. It has {has}; wanted are {', '.join(wanted)}.")
             begin = reader.line_num + 1
             for cells in reader:
                 where = f"{path}, line {begin}"
@@ -425,49 +426,49 @@ def _read_table(path: Path, columns: tuple[str, ...]) -> dict[str, _Row]:
                 while len(cells) > len(header) and not cells[-1].strip():
                     cells.pop()  # the commas of empty columns, as spreadsheets leave them
                 if len(cells) != len(header):
-                    raise ValueError(
+                    raise InputError(
                         f"{where}: {len(cells)} cells, but the header has {len(header)}. Put quotes round a list or a "
                         'text with commas: a,"[happy, sad]".'
                     )
                 row = _Row(where, zip(header, cells, strict=True))
                 name = row["name"].strip()
                 if not name:
-                    raise ValueError(f"{where}: a row without a name. Fill it in, or remove the row.")
+                    raise InputError(f"{where}: a row without a name. Fill it in, or remove the row.")
                 _check_name(name, where, seen)
                 rows[name] = row
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: not a csv in UTF-8 ({error}). Save it as one.") from error
+            raise InputError(f"{path}: not a csv in UTF-8 ({error}). Save it as one.") from error
         except csv.Error as error:
             reason = "its quote never closes" if "end of data" in str(error) else str(error)
             fix = "Put a cell with commas or quotes in quotes, and double the quotes in it"
-            raise ValueError(f"{path}, line {begin}: {reason}. {fix}.") from error
+            raise InputError(f"{path}, line {begin}: {reason}. {fix}.") from error
     return rows
 
 
 def _check_name(name: str, where: str, seen: dict[str, str]) -> None:
     """Refuse a name that is not unique, that no file can have, or that leads out of the data set's folder."""
     if name in seen:
-        raise ValueError(
+        raise InputError(
             f"{where}: {name!r} appears twice, first in {seen[name]}. Names are unique; keep one of the two."
         )
     seen[name] = where.rpartition(", ")[2]
     if Path(name).is_absolute():
-        raise ValueError(f"{where}: the name {name!r} is an absolute path. Names are those of files in the data set.")
+        raise InputError(f"{where}: the name {name!r} is an absolute path. Names are those of files in the data set.")
     _check_path(name, f"{where}: the name")
     if fault := _name_fault(name):
-        raise ValueError(f"{where}: {fault}.")
+        raise InputError(f"{where}: {fault}.")
 
 
 def _check_path(path: str, what: str) -> None:
     """Refuse a path that climbs: what lies above the data set's folder is not part of it."""
     # any `..`, also one that stays inside by its letters: beyond a link it would not
     if ".." in re.split(r"[/\\]", path):
-        raise ValueError(
+        raise InputError(
             f"{what} {path!r} climbs out of the data set's folder. Write it without '..': an absolute path in a jsonl, "
             "or a link in the folder."
         )
     if "\0" in path:
-        raise ValueError(f"{what} {path!r} holds a NUL, which no file's name can.")
+        raise InputError(f"{what} {path!r} holds a NUL, which no file's name can.")
 
 
 def _name_fault(name: str) -> str | None:
@@ -485,13 +486,13 @@ def _read_subtitle(path: Path, encoding: str) -> str:
     """Read a text file; a byte-order mark tells its encoding, otherwise it is `encoding`.
 
     Raises:
-        ValueError: it is no regular file, or not in that encoding.
+        InputError: it is no regular file, or not in that encoding.
     """
     try:
         check_data_file(path, "a text file")
     except (ValueError, OSError) as error:
         if "UTF-16" not in str(error):
-            raise ValueError(str(error).rstrip(".")) from error
+            raise InputError(str(error).rstrip(".")) from error
     data = path.read_bytes()
     for mark, marked in (
         (codecs.BOM_UTF8, "utf-8-sig"),
@@ -503,12 +504,12 @@ def _read_subtitle(path: Path, encoding: str) -> str:
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
-        raise ValueError(
+        raise InputError(
             f"{path}: not {encoding} ({error.reason} at byte {error.start}). Save it as UTF-8, or set "
             "data.layout.subtitle_encoding"
         ) from error
     if "\0" in text:  # every second byte of UTF-16 without a mark
-        raise ValueError(
+        raise InputError(
             f"{path}: it holds NULs, as UTF-16 does. Save it as UTF-8, or set data.layout.subtitle_encoding"
         )
     return text.strip()
@@ -517,7 +518,7 @@ def _read_subtitle(path: Path, encoding: str) -> str:
 def _refuse_reasons(reasons: str | None, layout: str) -> None:
     if reasons is not None:
         where = "write a reason into each line of the jsonl" if layout == "jsonl" else "list the clips in a jsonl"
-        raise ValueError(f"data.reasons is set, but the layout {layout} has no table of them: {where}")
+        raise InputError(f"data.reasons is set, but the layout {layout} has no table of them: {where}")
 
 
 def _text(value: str | None) -> str:
@@ -530,11 +531,11 @@ def _labels(value: str, where: str) -> str:
     """Return a label string as written, or `neutral` if it lists nothing.
 
     Raises:
-        ValueError: a bracket opens and does not close, or the other way round: a list was cut at a comma.
+        InputError: a bracket opens and does not close, or the other way round: a list was cut at a comma.
     """
     text = _text(value)
     if text.startswith("[") != text.endswith("]"):
-        raise ValueError(f'{where}: the labels {value!r} are half of a list. Put quotes round it: a,"[happy, sad]".')
+        raise InputError(f'{where}: the labels {value!r} are half of a list. Put quotes round it: a,"[happy, sad]".')
     return value if re.sub(r"[\[\]'\",\s]", "", text) else NO_LABEL
 
 
@@ -545,7 +546,7 @@ def check_emotion_labels(samples: Iterable[Sample], where: str) -> None:
         where: table or folder that the samples come from.
 
     Raises:
-        ValueError: naming the first such sample.
+        InputError: naming the first such sample.
     """
     for sample in samples:
         for label in parse_labels(sample.labels, "strict"):
@@ -553,7 +554,7 @@ def check_emotion_labels(samples: Iterable[Sample], where: str) -> None:
                 float(label)
             except ValueError:
                 continue
-            raise ValueError(
+            raise InputError(
                 f"{where}: sample {sample.name!r} has the label {label!r}, a number and not an emotion. Numbers of "
                 "sentiment are for training with reward.names: [sentiment]; give a table of emotion words."
             )
@@ -565,7 +566,7 @@ def _by_stem(root: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in paths:
         if other := found.get(path.stem):
-            raise ValueError(
+            raise InputError(
                 f"{root}: {path.stem!r} appears twice, as {other.name} and {path.name}. Names are unique; keep one of "
                 "the two."
             )

@@ -50,6 +50,7 @@ from affectgpt.data.media import (
 )
 from grpo_core.data import read_jsonl, report_skipped
 from grpo_core.distributed import Distributed, gather_objects
+from grpo_core.errors import InputError
 
 if TYPE_CHECKING:
     from affectgpt.modeling.encoders import Encoders
@@ -147,13 +148,13 @@ def extract_features(
         shard_size: features written together, and the most that are lost when the run is killed.
 
     Raises:
-        ValueError: no sample is readable, a name appears twice, a modality is unknown, encoders are needed but None, or
+        InputError: no sample is readable, a name appears twice, a modality is unknown, encoders are needed but None, or
             a feature is not finite.
     """
     if unknown := sorted(set(modalities) - set(MODALITIES)):
-        raise ValueError(f"unknown modality {unknown[0]!r}: choose among {', '.join(MODALITIES)}")
+        raise InputError(f"unknown modality {unknown[0]!r}: choose among {', '.join(MODALITIES)}")
     if len({sample.name for sample in samples}) < len(samples):
-        raise ValueError("two samples have the same name; rename one, names are the keys of the features")
+        raise InputError("two samples have the same name; rename one, names are the keys of the features")
     cache_dir = Path(cache_dir)
     cache_dir.mkdir(parents=True, exist_ok=True)
     folder = cache_dir / encoders.fingerprint if encoders else _only_folder(cache_dir)
@@ -203,7 +204,7 @@ def extract_features(
     if dist.main_process:
         report_skipped(skipped, len(samples), "samples")
     if skipped and len(skipped) == len(samples):  # more likely a wrong root than a broken dataset
-        raise ValueError(f"none of the {len(samples)} samples is readable. The first: {next(iter(skipped.values()))}")
+        raise InputError(f"none of the {len(samples)} samples is readable. The first: {next(iter(skipped.values()))}")
     found |= _find(folder, _wanted(units) - found.keys())
     keys = {
         name: {unit.modality: _found_key(unit, found) or unit.key for unit in some}
@@ -251,7 +252,7 @@ def _key(modality: str, digest: str, face_channel_order: str) -> str:
 def _only_folder(cache_dir: Path) -> Path:
     folders = [path for path in cache_dir.iterdir() if path.is_dir()]
     if len(folders) != 1:
-        raise ValueError(f"{cache_dir}: it holds the features of {len(folders)} encoders; pass encoders to choose one")
+        raise InputError(f"{cache_dir}: it holds the features of {len(folders)} encoders; pass encoders to choose one")
     return folders[0]
 
 
@@ -361,7 +362,7 @@ def _encode(
             files = [(unit, result) for unit, result in group if not isinstance(result, MediaError)]
             if files and encoders is None:
                 path = files[0][0].path
-                raise ValueError(f"{path}: its features are not in {folder}; pass encoders to compute them")
+                raise InputError(f"{path}: its features are not in {folder}; pass encoders to compute them")
             # frames, faces and images go through one encoder, so they share its batches
             for is_audio in (False, True):
                 some = [(unit, result) for unit, result in files if (unit.modality == "audio") == is_audio]
@@ -372,7 +373,7 @@ def _encode(
                     # before they are written: a cached NaN would come back in every run
                     if not torch.isfinite(rows).all():
                         names = ", ".join(str(unit.path) for unit, _ in some)
-                        raise ValueError(f"NaN or infinite features among those of {names}; load encoders in float32")
+                        raise InputError(f"NaN or infinite features among those of {names}; load encoders in float32")
                     features = rows.split([len(result.arrays) for _, result in some])
                     for (_, result), feature in zip(some, features, strict=True):
                         shard[result.key] = feature.clone()  # safetensors refuses tensors that share memory

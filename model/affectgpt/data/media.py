@@ -19,6 +19,8 @@ import torch
 from av.sidedata.sidedata import Type as SideDataType
 from PIL import Image, ImageOps
 
+from grpo_core.errors import InputError
+
 ChannelOrder = Literal["rgb", "bgr"]
 
 NUM_STEPS = 8  # frames, faces and sound clips of one sample
@@ -155,7 +157,7 @@ def read_faces(
     if channel_order == "bgr":
         taken = taken[..., ::-1]
     elif channel_order != "rgb":
-        raise ValueError(f"face_channel_order is {channel_order!r}; it can be 'rgb' or 'bgr'")
+        raise InputError(f"face_channel_order is {channel_order!r}; it can be 'rgb' or 'bgr'")
     pixels = torch.from_numpy(np.ascontiguousarray(taken)).permute(0, 3, 1, 2).float()
     resized = torch.nn.functional.interpolate(pixels, (size, size), mode="bilinear", align_corners=False)
     return resized.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()

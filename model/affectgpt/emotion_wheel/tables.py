@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from grpo_core.errors import InputError
+
 LEVELS = (1, 2)
 PUBLISHED_WHEELS = ("wheel1", "wheel2", "wheel3", "wheel4", "wheel5")
 MAX_CLUSTERS = 64  # a label set is one uint64 per wheel
@@ -16,7 +18,7 @@ MAX_CLUSTERS = 64  # a label set is one uint64 per wheel
 Row = tuple[str, str, str]  # a wheel word's path: (level-1 sector, level-2 sector, level-3 word)
 
 
-class TablesError(ValueError):
+class TablesError(InputError):
     """A table file is missing, unreadable or malformed; the message names the file."""
 
 

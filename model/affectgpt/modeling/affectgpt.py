@@ -124,7 +124,7 @@ class AffectGPT(nn.Module):
     def __init__(self, config: AffectGPTConfig, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__()
         if base.config.hidden_size != config.hidden_size:
-            raise ValueError(
+            raise InputError(
                 f"the LLM in {config.llm} has hidden size {base.config.hidden_size}, but this model was made for "
                 f"{config.hidden_size}: give the folder of the LLM it was trained with as llm="
             )
@@ -200,7 +200,7 @@ class AffectGPT(nn.Module):
 
         Raises:
             InputError: a file of `folder` is missing or damaged, or the base LLM is.
-            ValueError: a file holds tensors of another model.
+            InputError: a file holds tensors of another model.
         """
         config = AffectGPTConfig.load(folder)
         folders = {"llm": llm, "visual_encoder": visual_encoder, "audio_encoder": audio_encoder}
@@ -250,23 +250,23 @@ class AffectGPT(nn.Module):
             source: file that it was read from, for messages.
 
         Raises:
-            ValueError: names or shapes differ; nothing was copied.
+            InputError: names or shapes differ; nothing was copied.
         """
         # all checks come before the first copy: a model of mixed weights would be worse than none
         parameters = self.trainable_parameters()
         if missing := [name for name in parameters if name not in state]:
-            raise ValueError(
+            raise InputError(
                 f"{source} lacks {len(missing)} of the {len(parameters)} tensors this model needs, first {missing[0]}: "
                 "the LLM's layers and lora_targets must be those it was saved with"
             )
         if unexpected := [name for name in state if name not in parameters]:
-            raise ValueError(
+            raise InputError(
                 f"{source} holds {len(unexpected)} tensors that this model lacks, first {unexpected[0]}: "
                 "the LLM's layers and lora_targets must be those it was saved with"
             )
         for name, parameter in parameters.items():
             if state[name].shape != parameter.shape:
-                raise ValueError(
+                raise InputError(
                     f"{source}: {name} is {list(state[name].shape)}, but this model needs {list(parameter.shape)}: "
                     f"the LLM, encoders and lora_r must be those it was saved with (sizes are in {CONFIG_FILE})"
                 )
@@ -295,7 +295,7 @@ class AffectGPT(nn.Module):
         One embedding look-up and one fusion call serve all prompts.
 
         Raises:
-            ValueError: a placeholder appears twice or lacks its feature, or a feature lacks its placeholder or has the
+            InputError: a placeholder appears twice or lacks its feature, or a feature lacks its placeholder or has the
                 wrong shape; the message names the prompt and the feature.
         """
         token_ids: list[int] = []
@@ -306,7 +306,7 @@ class AffectGPT(nn.Module):
             for row, token in enumerate(prompt.token_ids, start=len(token_ids)):
                 if (placeholder := self._placeholder_of.get(token)) is not None:
                     if placeholder in found:
-                        raise ValueError(
+                        raise InputError(
                             f"prompt {prompt.id!r} has {placeholder} more than once: a prompt has one vector for each"
                         )
                     found[placeholder] = row
@@ -333,7 +333,7 @@ class AffectGPT(nn.Module):
             inputs.append(FusionInput(PLACEHOLDERS[placeholder], **features))
         # refused, since a model that silently ignores a modality trains without an error
         if unused := sorted(prompt.features.keys() - used):
-            raise ValueError(
+            raise InputError(
                 f"prompt {prompt.id!r} has features {', '.join(unused)} but no placeholder token for them: "
                 "make it with build_prompt and this model's tokenizer"
             )
@@ -342,13 +342,13 @@ class AffectGPT(nn.Module):
     def _check_feature(self, prompt: Prompt, placeholder: str, name: str) -> None:
         width = self.config.audio_dim if name == "audio" else self.config.visual_dim
         if name not in prompt.features:
-            raise ValueError(
+            raise InputError(
                 f"prompt {prompt.id!r} has {placeholder} but no {name!r} feature: extract it, or choose a "
                 "face_or_frame without it"
             )
         shape = tuple(prompt.features[name].shape)
         if len(shape) != 2 or shape[0] == 0 or shape[1] != width:
-            raise ValueError(
+            raise InputError(
                 f"prompt {prompt.id!r}: feature {name!r} has shape {list(shape)}, but the model reads [T, {width}]: "
                 "extract it with the encoders the model was made with"
             )

@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from grpo_core.errors import InputError
+
 Branch = Literal["image", "audio", "video", "multi"]
 
 
@@ -111,7 +113,7 @@ class Fusion(nn.Module):
                 seen = self.multi_video_embs(visual().mean(1))
                 weights = self.fc_att(self.attention_mlp(torch.cat([seen, heard], dim=-1)))  # [B, 2]
                 return self.multi_llama_proj(attend(torch.stack([seen, heard], dim=1), weights.unsqueeze(-1)))
-        raise ValueError(f"unknown fusion branch {branch!r}")
+        raise InputError(f"unknown fusion branch {branch!r}")
 
 
 def attend(values: Tensor, weights: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from affectgpt.modeling.affectgpt import AffectGPT
+from grpo_core.errors import InputError
 
 _OURS, _UPSTREAM = "llm.", "llama_model."
 _FUSION = "fusion."
@@ -21,7 +22,7 @@ def to_upstream(name: str) -> str:
         return _UPSTREAM + name.removeprefix(_OURS)
     if name.startswith(_FUSION):
         return name.removeprefix(_FUSION)
-    raise ValueError(f"{name} is not a tensor of an AffectGPT: expected a name that begins with {_OURS} or {_FUSION}")
+    raise InputError(f"{name} is not a tensor of an AffectGPT: expected a name that begins with {_OURS} or {_FUSION}")
 
 
 def from_upstream(name: str) -> str:
@@ -43,7 +44,7 @@ def load_upstream(model: AffectGPT, path: str | os.PathLike) -> None:
 
     Raises:
         FileNotFoundError: the file is missing.
-        ValueError: it is not such a checkpoint, or of another size than `model`; the message names the tensor.
+        InputError: it is not such a checkpoint, or of another size than `model`; the message names the tensor.
     """
     path = Path(path)
     if not path.is_file():
@@ -51,8 +52,8 @@ def load_upstream(model: AffectGPT, path: str | os.PathLike) -> None:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as a checkpoint of tensors: {error}") from error
+        raise InputError(f"{path} cannot be read as a checkpoint of tensors: {error}") from error
     state = checkpoint.get("model") if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path} has no dict of tensors under the key 'model': it is not an AffectGPT checkpoint")
+        raise InputError(f"{path} has no dict of tensors under the key 'model': it is not an AffectGPT checkpoint")
     model.load_trained({from_upstream(name): tensor for name, tensor in state.items()}, str(path))

@@ -11,6 +11,7 @@ from affectgpt.emotion_wheel import EmotionWheel
 from affectgpt.rewards.format import FormatRule, check_rule, split_think_answer
 from affectgpt.rewards.registry import register_reward
 from affectgpt.rewards.words import EmotionWords
+from grpo_core.errors import InputError
 
 if TYPE_CHECKING:
     from affectgpt.rewards.config import RewardConfig
@@ -35,7 +36,7 @@ class AlignmentReward:
         words: finder of emotion words in the thinking; by default one on `wheel`'s tables.
 
     Raises:
-        ValueError: the form, `unscored` or the rule is unknown.
+        InputError: the form, `unscored` or the rule is unknown.
     """
 
     name: ClassVar[str]
@@ -51,9 +52,9 @@ class AlignmentReward:
         words: EmotionWords | None = None,
     ):
         if form not in ("jaccard", "threshold"):
-            raise ValueError(f"unknown form of the alignment reward {form!r}: choose jaccard or threshold")
+            raise InputError(f"unknown form of the alignment reward {form!r}: choose jaccard or threshold")
         if unscored not in ("zero", "skip"):
-            raise ValueError(f"unscored={unscored!r}: choose zero or skip")
+            raise InputError(f"unscored={unscored!r}: choose zero or skip")
         check_rule(rule)
         self.wheel, self.form, self.threshold, self.level = wheel, form, threshold, level
         self.unscored, self.rule, self.words = unscored, rule, words or EmotionWords(wheel)

@@ -10,6 +10,7 @@ import numpy as np
 from affectgpt.emotion_wheel import EmotionWheel, parse_labels
 from affectgpt.prompts import Mode, answer_text
 from affectgpt.rewards.registry import register_reward
+from grpo_core.errors import InputError
 
 if TYPE_CHECKING:
     from affectgpt.rewards.config import RewardConfig
@@ -47,7 +48,7 @@ class HitRateReward:
         unscored: Literal["zero", "skip"] = "skip",
     ):
         if unscored not in ("zero", "skip"):
-            raise ValueError(f"unscored={unscored!r}: choose zero or skip")
+            raise InputError(f"unscored={unscored!r}: choose zero or skip")
         self.wheel, self.mode, self.candidates, self.unscored = wheel, mode, tuple(candidates), unscored
 
     @classmethod
@@ -77,7 +78,7 @@ class SentimentReward:
     LLM instead).
 
     Raises:
-        ValueError: the wheel has a sector of unknown sentiment.
+        InputError: the wheel has a sector of unknown sentiment.
     """
 
     name: ClassVar[str]
@@ -86,7 +87,7 @@ class SentimentReward:
         self.wheel, self.mode = wheel, mode
         sectors = [wheel.sectors(w) for w in range(len(wheel.names))]
         if unknown := {s for row in sectors for s in row} - POSITIVE - NEGATIVE - NEITHER:
-            raise ValueError(f"the sentiment of the wheel's sectors {', '.join(sorted(unknown))} is not known")
+            raise InputError(f"the sentiment of the wheel's sectors {', '.join(sorted(unknown))} is not known")
         # uint64 masks of sectors, as `EmotionWheel.masks` gives them
         self._positive, self._negative = (
             np.array([sum(1 << i for i, s in enumerate(row) if s in side) for row in sectors], dtype=np.uint64)
@@ -130,7 +131,7 @@ def hit_rates(
 def _single_label(group: Group) -> str:
     labels = parse_labels(group.prompt.sample.labels)
     if len(labels) != 1:
-        raise ValueError(
+        raise InputError(
             f"sample {group.prompt.id!r} has {len(labels)} labels: the hit rate is for data with one; use accuracy"
         )
     return labels[0]
@@ -141,7 +142,7 @@ def _sentiment_value(group: Group) -> float:
     try:
         return _SENTIMENT[text] if text in _SENTIMENT else float(text)
     except ValueError:
-        raise ValueError(
+        raise InputError(
             f"sample {group.prompt.id!r} has labels {group.prompt.sample.labels!r}: the sentiment reward needs a "
             "number, or positive, negative or neutral"
         ) from None

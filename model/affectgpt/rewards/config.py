@@ -11,6 +11,7 @@ from affectgpt.rewards.length import LengthPenalty, check_penalty
 from affectgpt.rewards.perception import Judge
 from affectgpt.rewards.registry import REWARDS, RewardContext
 from grpo_core.config.fields import ConfigSection, option
+from grpo_core.errors import InputError
 from grpo_core.model_folder import check_folder
 
 if TYPE_CHECKING:
@@ -64,10 +65,10 @@ class RewardConfig(ConfigSection, key="reward"):
         super().__post_init__()
         check_penalty(self.length_penalty, self.single_label)
         if not 0 < self.alignment_threshold <= 1:
-            raise ValueError(f"reward.alignment_threshold is {self.alignment_threshold}: set it above 0 and at most 1")
+            raise InputError(f"reward.alignment_threshold is {self.alignment_threshold}: set it above 0 and at most 1")
         for name in ("judge_frames", "judge_batch", "repetition_ngram"):
             if getattr(self, name) < 1:
-                raise ValueError(f"reward.{name} is {getattr(self, name)}: set it to 1 or more")
+                raise InputError(f"reward.{name} is {getattr(self, name)}: set it to 1 or more")
 
     @property
     def penalty(self) -> LengthPenalty:
@@ -90,31 +91,31 @@ def check_rewards(
         has_judge: the caller has a judge to use instead of `config.judge`.
 
     Raises:
-        ValueError: a name is unknown or appears twice, a reward does not fit the mode, perception has no judge, a judge
+        InputError: a name is unknown or appears twice, a reward does not fit the mode, perception has no judge, a judge
             has no perception reward, its folder holds no model, or the overlong cache exceeds the longest completion.
     """
     built_in = [name for name in names if not is_import_path(name)]
     for name in built_in:
         if name not in REWARDS:
-            raise ValueError(
+            raise InputError(
                 f"reward.names has {name!r}, which is not a reward: choose among {', '.join(REWARDS)}, or name one by "
                 "import path, file.py:name or package.module:name"
             )
         if REWARDS[name].needs == "think" and mode != "think":
-            raise ValueError(f"reward {name!r} judges think and answer tags: set prompt.mode to think")
+            raise InputError(f"reward {name!r} judges think and answer tags: set prompt.mode to think")
         if REWARDS[name].needs == "judge" and config.judge is None and not has_judge:
-            raise ValueError(
+            raise InputError(
                 f"the {name} reward needs a judge that sees the clip: set reward.judge to the folder of a "
                 f"multimodal chat model, or leave {name} out of reward.names"
             )
     if len(set(names)) != len(names):
-        raise ValueError(f"a reward is named twice in reward.names: {', '.join(names)}; keep one of them")
+        raise InputError(f"a reward is named twice in reward.names: {', '.join(names)}; keep one of them")
     if config.judge is not None and not has_judge:
         if not any(REWARDS[name].needs == "judge" for name in built_in):
-            raise ValueError("reward.judge is set, but no reward uses it: add perception to reward.names, or unset it")
+            raise InputError("reward.judge is set, but no reward uses it: add perception to reward.names, or unset it")
         check_folder(config.judge, "reward.judge")  # a mistyped path fails now, not when the model is loaded
     if "overlong" in names and not 1 <= config.overlong_cache <= max_length:
-        raise ValueError(
+        raise InputError(
             f"reward.overlong_cache is {config.overlong_cache} tokens of {max_length}: set it between 1 and the "
             "longest length, rollout.max_new_tokens"
         )
@@ -136,7 +137,7 @@ def make_rewards(
         judge: judge for `perception`, instead of the model in `config.judge`.
 
     Raises:
-        ValueError: `check_rewards` or, for an import path, `grpo_core.load_reward` refuses one, two rewards share a
+        InputError: `check_rewards` or, for an import path, `grpo_core.load_reward` refuses one, two rewards share a
             name, or the model in `config.judge` cannot be a judge.
     """
     # here, because it imports the engine's groups: options are read without
@@ -151,7 +152,7 @@ def make_rewards(
     by_label: dict[str, str] = {}
     for name, reward in zip(names, rewards, strict=True):
         if reward.name in by_label:  # checked here, since a reward from a file chooses its name when it is imported
-            raise ValueError(
+            raise InputError(
                 f"rewards {by_label[reward.name]} and {name} are both called {reward.name!r} in metrics and "
                 "algorithm.reward_weights: rename yours"
             )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 import numpy as np
 
 from affectgpt.rewards.registry import register_reward
+from grpo_core.errors import InputError
 
 if TYPE_CHECKING:
     from affectgpt.rewards.config import RewardConfig
@@ -29,10 +30,10 @@ def check_rule(rule: str) -> None:
     """Refuse an unknown reading of the form.
 
     Raises:
-        ValueError: listing the known readings.
+        InputError: listing the known readings.
     """
     if rule not in get_args(FormatRule):
-        raise ValueError(f"unknown format rule {rule!r}: choose full, prefix or tolerant")
+        raise InputError(f"unknown format rule {rule!r}: choose full, prefix or tolerant")
 
 
 def split_think_answer(text: str, rule: FormatRule = "full") -> tuple[str, str] | None:
@@ -44,7 +45,7 @@ def split_think_answer(text: str, rule: FormatRule = "full") -> tuple[str, str] 
     empty; anything may surround them.
 
     Raises:
-        ValueError: the rule is unknown.
+        InputError: the rule is unknown.
     """
     if rule == "full":
         match = _FULL.fullmatch(text.strip())

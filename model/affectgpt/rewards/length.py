@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 
 from affectgpt.emotion_wheel import parse_labels
+from grpo_core.errors import InputError
 
 PenaltyKind = Literal["none", "P1", "P2", "P3"]
 SingleLabel = Literal["as_written", "shift_single", "shift", "inverse_log"]
@@ -20,12 +21,12 @@ def check_penalty(kind: str, single_label: str) -> None:
     """Refuse an unknown penalty, or an unknown repair of P3.
 
     Raises:
-        ValueError: listing the known ones.
+        InputError: listing the known ones.
     """
     if kind not in PENALTIES:
-        raise ValueError(f"unknown length penalty {kind!r}: choose one of {', '.join(PENALTIES)}")
+        raise InputError(f"unknown length penalty {kind!r}: choose one of {', '.join(PENALTIES)}")
     if single_label not in SINGLE_LABEL:
-        raise ValueError(
+        raise InputError(
             f"unknown repair of P3 for one label {single_label!r}: choose one of {', '.join(SINGLE_LABEL)}"
         )
 
@@ -45,7 +46,7 @@ class LengthPenalty:
             1 / log |o| there, at most 1. The paper leaves it open; each repair is used by a re-implementation.
 
     Raises:
-        ValueError: a name is unknown.
+        InputError: a name is unknown.
     """
 
     kind: PenaltyKind = "none"

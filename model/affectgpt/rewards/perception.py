@@ -11,6 +11,7 @@ import numpy as np
 from affectgpt.prompts import Mode
 from affectgpt.rewards.format import FormatRule, split_think_answer
 from affectgpt.rewards.registry import register_reward
+from grpo_core.errors import InputError
 
 if TYPE_CHECKING:
     from affectgpt.rewards.config import RewardConfig
@@ -49,14 +50,14 @@ class PerceptionReward:
         rule: reading of the think-answer form, see `split_think_answer`.
 
     Raises:
-        ValueError: there is no judge.
+        InputError: there is no judge.
     """
 
     name: ClassVar[str]
 
     def __init__(self, judge: Judge | None, mode: Mode = "think", rule: FormatRule = "full"):
         if judge is None:
-            raise ValueError(
+            raise InputError(
                 "the perception reward needs a judge that sees the clip: set reward.judge to the folder of a "
                 "multimodal chat model, or leave perception out of reward.names"
             )
@@ -91,7 +92,7 @@ class PerceptionReward:
         if comparisons:
             verdicts = np.asarray(self.judge(comparisons), dtype=np.float64)
             if verdicts.shape != (len(comparisons),) or (verdicts < 0).any() or (verdicts > 1).any():
-                raise ValueError(
+                raise InputError(
                     f"the judge must give {len(comparisons)} numbers in 0…1 or NaN, got shape {verdicts.shape}"
                 )
             for (n, i, j), verdict in zip(asked, verdicts.tolist(), strict=True):

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
 from affectgpt.rewards.words import EmotionWords, wordnet_lemmas
+from grpo_core.errors import InputError
 from grpo_core.registry import Registry
 
 if TYPE_CHECKING:
@@ -70,12 +71,12 @@ def register_reward(name: str, *, needs: Needs | None = None) -> Callable[[Rewar
     """Register the class below as the reward `name` of `reward.names`.
 
     Raises:
-        ValueError: the name is registered already, or the class has no `from_config`.
+        InputError: the name is registered already, or the class has no `from_config`.
     """
 
     def register(cls: RewardClass) -> RewardClass:
         if not callable(getattr(cls, "from_config", None)):
-            raise ValueError(f"reward {name!r}: give {cls.__name__} a classmethod from_config(config, context)")
+            raise InputError(f"reward {name!r}: give {cls.__name__} a classmethod from_config(config, context)")
         REWARDS.add(name, cls)  # before the class is changed: a name that is taken raises here
         cls.name, cls.needs = name, needs  # type: ignore[attr-defined]
         return cls

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from affectgpt.rewards.registry import register_reward
+from grpo_core.errors import InputError
 
 if TYPE_CHECKING:
     from affectgpt.rewards.config import RewardConfig
@@ -24,14 +25,14 @@ class SoftOverlongPunishment:
         cache: number of tokens over which the reward falls.
 
     Raises:
-        ValueError: cache is not within 1…max_length.
+        InputError: cache is not within 1…max_length.
     """
 
     name: ClassVar[str]
 
     def __init__(self, max_length: int, cache: int):
         if not 1 <= cache <= max_length:
-            raise ValueError(
+            raise InputError(
                 f"overlong cache is {cache} tokens of {max_length}: set it between 1 and the longest length"
             )
         self.max_length, self.cache = max_length, cache
@@ -55,14 +56,14 @@ class RepetitionPenalty:
         ngram_size: n; a completion with fewer tokens gets 0.
 
     Raises:
-        ValueError: n is below 1.
+        InputError: n is below 1.
     """
 
     name: ClassVar[str]
 
     def __init__(self, ngram_size: int = 3):
         if ngram_size < 1:
-            raise ValueError(f"repetition n-gram size is {ngram_size}: set it to 1 or more")
+            raise InputError(f"repetition n-gram size is {ngram_size}: set it to 1 or more")
         self.ngram_size = ngram_size
 
     @classmethod

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from affectgpt.synthetic import face, voice
 from affectgpt.synthetic.emotions import EMOTIONS, IRONIC, PLAIN_FACE, PLAIN_LINES, PLAIN_VOICE, THINGS, TIMES
 from grpo_core.data import read_jsonl
+from grpo_core.errors import InputError
 
 VERSION = 3  # raise it when the same seed gives other clips
 FPS = 10
@@ -253,7 +254,7 @@ def shuffle_media(samples: Sequence, seed: int) -> list:
     `samples` are two or more `affectgpt.data.datasets.Sample`; none keeps its clip.
     """
     if len(samples) < 2:
-        raise ValueError("shuffling media needs two or more samples")
+        raise InputError("shuffling media needs two or more samples")
     order = np.random.default_rng(seed).permutation(len(samples))
     # each takes from the one before it in a random cycle, so none takes from itself
     donors = dict(zip(order, np.roll(order, 1), strict=True))

@@ -93,7 +93,8 @@ def run_ours(args: argparse.Namespace, shared: bool) -> None:
         def select(self, groups, scores):
             alone = [Group(group.prompt, [completion]) for group in groups for completion in group.completions]
             by_reward, total = scores.by_reward.reshape(len(scores.names), -1, 1), scores.total.reshape(-1, 1)
-            return alone, replace(scores, by_reward=by_reward, total=total)
+            positions = [place for place, group in zip(self.positions, groups, strict=True) for _ in group.completions]
+            return alone, replace(scores, by_reward=by_reward, total=total), positions
 
         def advantages(self, scores, *others):
             grouped = replace(scores, total=scores.total.reshape(-1, self.config.rollout.group_size))

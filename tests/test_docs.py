@@ -300,3 +300,20 @@ def test_dotted_names_of_ours_are_found(page):
     names = {match[0] for code in inline_code(page) if (match := dotted.match(code))}
     names |= set(re.findall(r"^::: +([\w.]+)", read(page), re.MULTILINE))  # mkdocstrings
     assert not [name for name in sorted(names) if missing_name(name)]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_tests_that_a_page_names_are_there(page):
+    """`test_x`, `test_file.py::test_x`."""
+    sources: dict[str, str] = {}  # text by file name, of all files of that name
+    for file in (ROOT / "tests").rglob("test_*.py"):
+        sources[file.name] = sources.get(file.name, "") + file.read_text("utf-8")
+    everything = "".join(sources.values())
+    missing = []
+    for code in inline_code(page):
+        if match := re.fullmatch(r"(?:[\w/]*?(test_\w+\.py)::)?(test_\w+)", code):
+            file_name, test = match.groups()
+            text = sources.get(file_name, "") if file_name else everything
+            if not re.search(rf"def {test}\(", text) and f"{test}.py" not in sources:
+                missing.append(code)
+    assert not missing

@@ -588,7 +588,7 @@ def test_a_plugin_that_is_missing_or_raises_is_named_with_the_exception(write):
     assert refusal("--plugins", "/nowhere/x.py", cls=Clips) == "plugins (command line): there is no file /nowhere/x.py"
     path = write("import math\nmath.nothing\n", "broken.py")
     assert refusal("--plugins", path, cls=Clips) == (
-        f"plugins (command line): {path} raises AttributeError: module 'math' has no attribute 'nothing'"
+        f"plugins (command line): {path}, line 2, raises AttributeError: module 'math' has no attribute 'nothing'"
     )
     assert refusal("--plugins", cls=Clips) == "--plugins needs a value"
     file = write("plugins: mine.py\n")

@@ -164,7 +164,12 @@ class PredictConfig(TaskConfig):
     """Prediction, `affectgpt predict`."""
 
     output: Path = Path("predictions.csv")
-    """The csv to write."""
+    """The csv to write; a file that is there is not overwritten."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.output.suffix == ".jsonl":  # where the whole answers go
+            raise ValueError(f"output is {self.output}, the name of the file beside the csv: let it end in .csv")
 
 
 @dataclass

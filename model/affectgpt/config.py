@@ -224,7 +224,7 @@ class R1Config(GRPOConfig, TaskConfig):
         """Make the run's rewards: import those named by import path, and load the judge's processor.
 
         Raises:
-            ValueError: `make_rewards` refuses one.
+            InputError: `make_rewards` refuses one.
         """
         limit = self.rollout.max_new_tokens
         return make_rewards(self.reward.names, wheel, self.prompt.mode, self.reward, max_length=limit)

@@ -105,6 +105,14 @@ class ModelConfig(ConfigSection, key="model"):
     gradient_checkpointing: bool = option(False, free=True)
     """Recompute activations in the backward pass: less memory, a third more time."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("lora_r", "lora_alpha"):
+            if getattr(self, name) < 1:
+                raise InputError(f"model.{name} is {getattr(self, name)}: set it to 1 or more, as adapters are trained")
+        if not 0 <= self.lora_dropout < 1:
+            raise InputError(f"model.lora_dropout is {self.lora_dropout}: set it in [0, 1) (0 is off)")
+
     def check_folders(self) -> None:
         """Refuse folders that cannot hold what they are named for, by their file names alone.
 

@@ -45,6 +45,9 @@ OPTIONS = [  # refused before torch is imported
     Mistake("affectgpt train --run.max_steps 0", ("run.max_steps is 0", "1 or more")),
     Mistake("affectgpt train --run.max_steps -3", ("run.max_steps is -3", "1 or more")),
     Mistake("affectgpt train --run.prompts_per_step 0", ("run.prompts_per_step is 0", "1 or more")),
+    Mistake("affectgpt train --run.seed -1", ("run.seed is -1", "from 0")),
+    Mistake("affectgpt train --model.lora_r 0", ("model.lora_r is 0", "1 or more")),
+    Mistake("affectgpt sft --model.lora_dropout 1.5", ("model.lora_dropout is 1.5", "[0, 1)")),
     Mistake("affectgpt train --run.name ../x", ("run.name is '../x'", "one plain name")),
     Mistake("affectgpt train --run.name=", ("run.name is ''", "one plain name")),
     Mistake("affectgpt train --learning_rate 1e-5", ("--optim.learning_rate", "write one of them")),
@@ -97,6 +100,11 @@ FILES = [  # refused before a weight is read
     Mistake(f"{REWARDED} --model {{llm}} --data {{here}}/empty.jsonl", ("empty.jsonl",)),
     Mistake(f"{REWARDED} --model {{llm}} --data {{here}}/one.jsonl", ("prompts_per_step is 2", "has 1", "lower")),
     Mistake(f"{TEXT} --model {{llm}} --data {{here}}/good.jsonl --reward good", ("'good'", "file.py:name")),
+    Mistake(f"{REWARDED} --model {{llm}} --data {{here}}/good.jsonl --lora_r -1", ("lora_r is -1", "0 (all weights")),
+    Mistake(
+        f"{REWARDED},{{here}}/rewards.py:good --model {{llm}} --data {{here}}/good.jsonl",
+        ("share a name: good, good", "rename one"),
+    ),
     Mistake(
         f"{TEXT} --model {{llm}} --data {{here}}/good.jsonl --reward {{here}}/rewards.py:needs",
         ("rewards.py:needs", "'wanted'", "Rename the parameter"),

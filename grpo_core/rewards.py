@@ -123,7 +123,10 @@ def check_reward_weights(rewards: Sequence[Reward], weights: Mapping[str, float]
     """
     names = [reward.name for reward in rewards]
     if len(set(names)) != len(names):
-        raise InputError(f"two rewards share a name: {names}")
+        raise InputError(
+            f"two rewards share a name: {', '.join(names)}. Give each once, or rename one: metrics and "
+            "algorithm.reward_weights go by names"
+        )
     for key, weight in weights.items():
         if key not in names:
             raise InputError(f"algorithm.reward_weights.{key}: no such reward, this run has {', '.join(names)}")

@@ -310,7 +310,7 @@ class RunConfig(ConfigSection, key="run"):
     output_dir: Path = option(Path("runs"), free=True)
     """Folder of all runs."""
     seed: int = 0
-    """Seed of data order, sampling and initialisation."""
+    """Seed of data order, sampling and initialisation, below 2³²."""
     max_steps: int = option(100, free=_without_schedules)
     """Optimiser steps (rollouts, for GRPO)."""
     prompts_per_step: int = 16
@@ -393,6 +393,8 @@ class RunConfig(ConfigSection, key="run"):
             if getattr(self, name) < least:
                 off = " (off)" if least == 0 else ""
                 raise ValueError(f"run.{name} is {getattr(self, name)}: set it to {least}{off} or more")
+        if not 0 <= self.seed < 2**32:  # numpy's range, in which libraries seed it along with torch
+            raise ValueError(f"run.seed is {self.seed}: set it from 0 to {2**32 - 1}")
         if self.rank_timeout <= 0:
             raise ValueError(f"run.rank_timeout is {self.rank_timeout}: set it above 0, in seconds")
         if self.metric_for_best_model and not self.eval_steps:

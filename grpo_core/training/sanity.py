@@ -27,7 +27,8 @@ _MISMATCH = {torch.float64: 1e-4, torch.float32: 1e-3}
 
 HALF_PRECISION_FACTOR = 3.0
 """In half precision the limit is this many times the mean difference of the model's own forward to itself, with and
-without a cache: that is what rounding alone leaves there, and it grows with depth and vocabulary."""
+without a cache, or the dtype's step at 1 (2⁻⁷ in bfloat16, 2⁻¹⁰ in float16) if that is more: what rounding alone
+leaves there, which grows with depth and vocabulary."""
 
 _MEMBERS, _TOKENS = 4, 128  # of the first group, that difference is measured on: some seconds for a model of 7B
 
@@ -130,8 +131,9 @@ def mismatch_limit(policy: Policy, groups: Sequence[Group], temperature: float, 
     # float64: NCCL and gloo both sum it, and ranks must get one number
     total = all_reduce_sum(torch.tensor([difference, tokens], dtype=torch.float64, device=dist.device), dist)
     mean = float(total[0]) / max(float(total[1]), 1.0)
-    # not below float32's limit: a tiny model may round to the same numbers in both ways
-    return max(HALF_PRECISION_FACTOR * mean, _MISMATCH[torch.float32])
+    # A tiny model may round to the same logits in both ways, while sampler and trainer do not round theirs at all: of
+    # a mean below the dtype's own step at 1, nothing follows.
+    return HALF_PRECISION_FACTOR * max(mean, torch.finfo(policy.dtype).eps)
 
 
 @torch.no_grad()

@@ -105,6 +105,14 @@ class ModelConfig(ConfigSection, key="model"):
     gradient_checkpointing: bool = option(False, free=True)
     """Recompute activations in the backward pass: less memory, a third more time."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("lora_r", "lora_alpha"):
+            if getattr(self, name) < 1:
+                raise InputError(f"model.{name} is {getattr(self, name)}: set it to 1 or more, as adapters are trained")
+        if not 0 <= self.lora_dropout < 1:
+            raise InputError(f"model.lora_dropout is {self.lora_dropout}: set it in [0, 1) (0 is off)")
+
     def check_folders(self) -> None:
         """Refuse folders that cannot hold what they are named for, by their file names alone.
 
@@ -164,7 +172,12 @@ class PredictConfig(TaskConfig):
     """Prediction, `affectgpt predict`."""
 
     output: Path = Path("predictions.csv")
-    """The csv to write."""
+    """The csv to write; a file that is there is not overwritten."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.output.suffix == ".jsonl":  # where the whole answers go
+            raise ValueError(f"output is {self.output}, the name of the file beside the csv: let it end in .csv")
 
 
 @dataclass

@@ -55,6 +55,8 @@ class TextConfig(GRPOConfig):
         super().__post_init__()
         if not self.reward:
             raise InputError("reward is empty: name at least one, file.py:name or package.module:name")
+        if self.lora_r < 0:
+            raise InputError(f"lora_r is {self.lora_r}: set it to 0 (all weights are trained) or above")
         if not 0 <= self.min_coverage <= 1:
             raise InputError(f"min_coverage is {self.min_coverage}: set it in [0, 1]")
 

@@ -45,6 +45,9 @@ OPTIONS = [  # refused before torch is imported
     Mistake("affectgpt train --run.max_steps 0", ("run.max_steps is 0", "1 or more")),
     Mistake("affectgpt train --run.max_steps -3", ("run.max_steps is -3", "1 or more")),
     Mistake("affectgpt train --run.prompts_per_step 0", ("run.prompts_per_step is 0", "1 or more")),
+    Mistake("affectgpt train --run.seed -1", ("run.seed is -1", "from 0")),
+    Mistake("affectgpt train --model.lora_r 0", ("model.lora_r is 0", "1 or more")),
+    Mistake("affectgpt sft --model.lora_dropout 1.5", ("model.lora_dropout is 1.5", "[0, 1)")),
     Mistake("affectgpt train --run.name ../x", ("run.name is '../x'", "one plain name")),
     Mistake("affectgpt train --run.name=", ("run.name is ''", "one plain name")),
     Mistake("affectgpt train --learning_rate 1e-5", ("--optim.learning_rate", "write one of them")),
@@ -81,6 +84,8 @@ FILES = [  # refused before a weight is read
     Mistake(f"{TRAIN} --metric.emotion_wheel {{here}}/none", ("{here}/none/wheel1.xlsx", "is missing")),
     Mistake("affectgpt evaluate --model.path {here}/none --data.root {data}", ("model.path", "{here}/none")),
     Mistake("affectgpt predict --model.path {here}/none --data.root {data}", ("model.path", "{here}/none")),
+    Mistake("affectgpt predict --output {here}/old.csv", ("output: {here}/old.csv", "another --output")),
+    Mistake("affectgpt predict --output {here}/a.jsonl", ("output is {here}/a.jsonl", "end in .csv")),
     Mistake("affectgpt report {here}/none", ("{here}/none/metrics.jsonl", "a training run wrote")),
     Mistake(f"{REWARDED} --model {{here}}/none --data {{here}}/good.jsonl", ("model", "{here}/none", "no folder")),
     Mistake(f"{REWARDED} --model {{cut}} --data {{here}}/good.jsonl", ("{cut}", "cut")),
@@ -95,6 +100,11 @@ FILES = [  # refused before a weight is read
     Mistake(f"{REWARDED} --model {{llm}} --data {{here}}/empty.jsonl", ("empty.jsonl",)),
     Mistake(f"{REWARDED} --model {{llm}} --data {{here}}/one.jsonl", ("prompts_per_step is 2", "has 1", "lower")),
     Mistake(f"{TEXT} --model {{llm}} --data {{here}}/good.jsonl --reward good", ("'good'", "file.py:name")),
+    Mistake(f"{REWARDED} --model {{llm}} --data {{here}}/good.jsonl --lora_r -1", ("lora_r is -1", "0 (all weights")),
+    Mistake(
+        f"{REWARDED},{{here}}/rewards.py:good --model {{llm}} --data {{here}}/good.jsonl",
+        ("share a name: good, good", "rename one"),
+    ),
     Mistake(
         f"{TEXT} --model {{llm}} --data {{here}}/good.jsonl --reward {{here}}/rewards.py:needs",
         ("rewards.py:needs", "'wanted'", "Rename the parameter"),
@@ -106,7 +116,7 @@ FILES = [  # refused before a weight is read
     ),
 ]
 # a start of Python and of torch is not to be had ten times over for every one of them
-AS_PROCESSES = [*OPTIONS[:6], FILES[0], FILES[6], FILES[22], FILES[27]]
+AS_PROCESSES = [*OPTIONS[:6], FILES[0], FILES[6], FILES[24], FILES[29]]
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +134,7 @@ def places(tiny_llm_folder, tiny_clip_folder, tiny_hubert_folder, tmp_path_facto
         "one.jsonl": '{"prompt": "a"}\n',
         "empty.jsonl": "",
         "table.parquet": "PAR1",
+        "old.csv": "name,openset\na,[happy]\n",
         "project/model": "a file of the user's",
         "data/columns.csv": "name,labels\na,[happy]\n",
         "data/twice.csv": 'name,openset\na,"[happy]"\na,"[sad]"\n',

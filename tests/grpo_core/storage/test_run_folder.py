@@ -72,6 +72,16 @@ def test_a_run_that_ran_out_of_memory_goes_on_with_smaller_micro_batches_twice(c
     assert yaml.safe_load((first.path / "config.yaml").read_text())["optim"]["max_tokens_per_micro_batch"] == 4096
 
 
+def test_a_numbered_run_goes_on_without_a_word_about_its_name(config, capsys):
+    begin(config(), step=40, finish=True)
+    second = begin(config(), step=7)
+    capsys.readouterr()
+    again = begin(config())
+    assert again.path == second.path == again.path.with_name("r1-2")
+    assert again.changes == []
+    assert capsys.readouterr().out == f"run folder: {again.path}, going on at step 7\n"
+
+
 @pytest.mark.parametrize(
     "flags",
     [

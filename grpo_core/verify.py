@@ -37,6 +37,7 @@ from transformers import PreTrainedModel
 
 from grpo_core import families
 from grpo_core.config.options import RolloutConfig
+from grpo_core.data import longest_sequence
 from grpo_core.distributed import Distributed, gather_objects
 from grpo_core.layout import GroupLayout
 from grpo_core.types import Group, Prompt
@@ -199,9 +200,8 @@ def own_logprobs(model: PreTrainedModel, group: Group) -> Tensor:
 
 def prompt_lengths(config: Any) -> list[int]:
     """Choose lengths of prompts, with `NEW_TOKENS` to come, on both sides of every threshold of a config."""
-    limit, text = families.length_limit(config), families.text_config(config)
-    positions = [getattr(text, key, None) for key in ("max_position_embeddings", "n_positions")]
-    most = min([number for number in positions if number] + ([] if limit is None else [limit.tokens]), default=2**31)
+    limit, longest = families.length_limit(config), longest_sequence(config)
+    most = 2**31 if longest is None else longest.tokens
     lengths = [max(1, min(length, most - NEW_TOKENS)) for length in PROMPT_LENGTHS]
     if limit is not None and limit.tokens == most and max(lengths) < most - NEW_TOKENS <= families.MOST_COMPARED:
         lengths.append(most - NEW_TOKENS)  # up to its last token, beside the short ones

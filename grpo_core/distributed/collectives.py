@@ -22,7 +22,7 @@ import torch.distributed as c10d
 from torch import Tensor
 
 from grpo_core.distributed.watchdog import Watchdog, activity
-from grpo_core.errors import InputError
+from grpo_core.errors import InputError, TrainingStopped
 
 Item = TypeVar("Item")
 
@@ -260,8 +260,8 @@ def run_on_main(function: Callable[[], Item], dist: Distributed) -> Item:
     """Call a function on the main process, and give its value (in JSON's types) to every rank.
 
     Raises:
-        Exception: what the function raised, on the main process; on the others the same message, so that none is left
-            waiting for a rank that has stopped.
+        Exception: what the function raised, on the main process; on the others the same message in a class that
+            `run_program` treats alike, so that none is left waiting for a rank that has stopped.
     """
     if dist.world_size == 1:
         return function()
@@ -277,7 +277,8 @@ def run_on_main(function: Callable[[], Item], dist: Distributed) -> Item:
         raise raised
     if "error" in answer:
         # those that a program reports in one line; the traceback of any other is the main process's
-        reported = next((cls for cls in (InputError, ValueError, OSError) if cls.__name__ in answer["kinds"]), None)
+        kinds = (InputError, TrainingStopped, NotImplementedError, OSError)
+        reported = next((cls for cls in kinds if cls.__name__ in answer["kinds"]), None)
         raise (reported or RuntimeError)(answer["error"])
     value: Item = answer["value"]
     return value

@@ -20,7 +20,6 @@ from grpo_core.config.options import RolloutConfig
 from grpo_core.data import longest_sequence
 from grpo_core.distributed.stopping import poll
 from grpo_core.errors import InputError
-from grpo_core.families import text_config
 from grpo_core.policy import Policy
 from grpo_core.rollout.backends import Decoder, make_decoder
 from grpo_core.rollout.cache import fill_holes
@@ -70,7 +69,7 @@ class GroupSampler:
         self.forbidden_tokens, self.end_tokens = tuple(forbidden_tokens), tuple(end_tokens)
         self.memory_budget = memory_budget
         self.model = policy.causal_lm
-        self.text_config = text_config(self.model.config)
+        self.longest_sequence = longest_sequence(self.model.config)
         self.decoder: Decoder = make_decoder(self.model)
         verify_model(self.model)
         self.timings: dict[str, float] = {}
@@ -176,7 +175,7 @@ class GroupSampler:
         """
         longest = max(len(prompt.token_ids) for prompt in prompts)
         total = longest + new_tokens
-        limit = longest_sequence(self.model.config)
+        limit = self.longest_sequence
         if limit is not None and total > limit.tokens:
             raise InputError(
                 f"the longest prompt has {longest} tokens and rollout.max_new_tokens is {new_tokens}: {total} is more "

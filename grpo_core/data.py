@@ -164,7 +164,7 @@ class LengthLimit(NamedTuple):
         )
 
 
-def length_limit(config: Any) -> LengthLimit | None:
+def longest_sequence(config: Any) -> LengthLimit | None:
     """Find the longest sequence, prompt and answer, that a model is made for; None if its config names none.
 
     Args:
@@ -194,7 +194,7 @@ def refuse_too_long(sizes: Iterable[tuple[str, int, int]], config: Any, answer: 
     Raises:
         InputError: one or more are too long.
     """
-    limit = length_limit(config)
+    limit = longest_sequence(config)
     if limit is None:
         return
     faults = [(name, fault) for name, asked, said in sizes if (fault := limit.fault(asked, said, answer))]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo_core.chat import encode_chat, encode_text
-from grpo_core.data import check_coverage, length_limit, read_jsonl, report_skipped
+from grpo_core.data import check_coverage, longest_sequence, read_jsonl, report_skipped
 from grpo_core.errors import InputError
 from grpo_core.types import Prompt
 
@@ -34,7 +34,7 @@ def load_text_prompts(
     Raises:
         InputError: a line is not a JSON object with a `prompt`, or too few lines can be used.
     """
-    limit = length_limit(model_config)
+    limit = longest_sequence(model_config)
     prompts: list[Prompt] = []
     skipped: dict[str, str] = {}  # reason by file and line
     for where, line, row in read_jsonl(path):

@@ -28,7 +28,7 @@ class Prompt:
             put in front of a completion's text.
 
     Raises:
-        ValueError: no tokens.
+        InputError: no tokens.
     """
 
     id: str

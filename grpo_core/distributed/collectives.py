@@ -54,8 +54,7 @@ def init(device: str | None = None, timeout_seconds: float = 600.0, watchdog_sec
         watchdog_seconds: after how long in one collective the rank that is waited for is named; 0 for never.
 
     Raises:
-        InputError: CUDA is asked for, and there is no CUDA device.
-        RuntimeError: more processes on this machine than CUDA devices.
+        InputError: CUDA is asked for, and there is no CUDA device, or more processes on this machine than devices.
     """
     device_type = device or ("cuda" if torch.cuda.is_available() else "cpu")
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -69,7 +68,7 @@ def init(device: str | None = None, timeout_seconds: float = 600.0, watchdog_sec
     elif torch.cuda.device_count() == 0:
         raise InputError("device is 'cuda', but torch sees no CUDA device on this machine: leave it out, or give 'cpu'")
     else:
-        raise RuntimeError(
+        raise InputError(
             f"process {local_rank} of this machine has no CUDA device to itself ({torch.cuda.device_count()} found): "
             f"start torchrun with --nproc_per_node={torch.cuda.device_count()}"
         )

@@ -152,19 +152,25 @@ def poll() -> None:
 def stoppable(dist: Distributed) -> Iterator[None]:
     """Mark local work that may be dropped: it makes no collective and changes no weights.
 
-    One collective of eight bytes a rank at its end; none in a single process.
+    One collective of two numbers a rank at its end; none in a single process.
 
     Raises:
+        FloatingPointError: on every rank, if the work raised one on any of them.
         StepDropped: on every rank, if any of them is asked to stop.
     """
     _request.droppable = True
+    failure: FloatingPointError | None = None
     try:
         yield
     except _LeaveEarly:
         pass
+    except FloatingPointError as error:  # one rank's prompts may show it alone: the others would wait for that rank
+        failure = error
     finally:
         _request.droppable = False
-    (signum,) = max_over_ranks([_request.signum], dist)
+    signum, failed = max_over_ranks([_request.signum, int(failure is not None)], dist)
+    if failed:
+        raise failure or FloatingPointError("another rank's numbers are not finite: its own error says which")
     if signum:
         raise StepDropped(signum)
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from grpo_core import rng
 from grpo_core.chat import turn_end
 from grpo_core.config.options import RolloutConfig
+from grpo_core.data import longest_sequence
 from grpo_core.distributed.stopping import poll
 from grpo_core.errors import InputError
 from grpo_core.families import text_config
@@ -88,7 +89,8 @@ class GroupSampler:
             progress: show a bar.
 
         Raises:
-            InputError: a prompt that is too long for the model, or whose embeddings do not fit its tokens.
+            InputError: a prompt that is too long for the model.
+            ValueError: the policy's embeddings do not fit the tokens.
             FloatingPointError: the policy's logits are not finite.
         """
         self.timings = dict.fromkeys(("refresh", "embed", "prefill", "decode", "text"), 0.0)
@@ -169,30 +171,23 @@ class GroupSampler:
 
         Raises:
             InputError: the longest prompt and `new_tokens` are more than the model has positions for, or than it is
-                right for (an attention window, a rotation that changes); or embeddings that do not fit their prompt's
-                tokens.
+                right for (an attention window, a rotation that changes).
+            ValueError: embeddings do not fit their prompt's tokens.
         """
         longest = max(len(prompt.token_ids) for prompt in prompts)
         total = longest + new_tokens
-        asked = (
-            f"the longest prompt has {longest} tokens and rollout.max_new_tokens is {new_tokens}: {total} is more than"
-        )
-        for key in ("max_position_embeddings", "n_positions"):
-            limit = getattr(self.text_config, key, None)
-            if limit is not None and total > limit:
-                raise InputError(f"{asked} config.{key} {limit}; shorten the prompt or lower rollout.max_new_tokens")
-        if self.policy.length_limit is not None and total > self.policy.length_limit.tokens:
-            key, limit = self.policy.length_limit
+        limit = longest_sequence(self.model.config)
+        if limit is not None and total > limit.tokens:
             raise InputError(
-                f"{asked} {key} {limit}, beyond which the model computes something else; shorten the prompt or lower "
-                "rollout.max_new_tokens"
+                f"the longest prompt has {longest} tokens and rollout.max_new_tokens is {new_tokens}: {total} is more "
+                f"than config.{limit.key} {limit.tokens}; shorten the prompt or lower rollout.max_new_tokens"
             )
         embeds = list(self.policy.embed(prompts))
         if len(embeds) != len(prompts):
-            raise InputError(f"policy.embed gave {len(embeds)} tensors for {len(prompts)} prompts")
+            raise ValueError(f"policy.embed gave {len(embeds)} tensors for {len(prompts)} prompts")
         for prompt, embed in zip(prompts, embeds, strict=True):
             if embed.ndim != 2 or len(embed) != len(prompt.token_ids):
-                raise InputError(
+                raise ValueError(
                     f"prompt {prompt.id!r} has {len(prompt.token_ids)} tokens, but policy.embed gave "
                     f"{tuple(embed.shape)}: it must give one row per token"
                 )

@@ -96,7 +96,7 @@ class StopConditions:
         no_tokens: int64, sorted, rows of the LM head that are no token of the tokenizer.
 
     Raises:
-        ValueError: a stop string is empty.
+        InputError: a stop string is empty.
     """
 
     def __init__(

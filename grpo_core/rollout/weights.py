@@ -137,7 +137,7 @@ class FusedModel:
         token_bytes: bytes that they take for it.
 
     Raises:
-        ValueError: the model's family is not registered; see `grpo_core.families`.
+        InputError: the model's family is not registered; see `grpo_core.families`.
     """
 
     def __init__(self, model: PreTrainedModel, packed: bool = False):

@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 import shutil
 import warnings
@@ -31,6 +30,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from grpo_core.errors import InputError
+from grpo_core.storage.files import flush
 from grpo_core.storage.optimizer_state import NamedParameters, flatten_optimizer, restore_optimizer
 
 STATE_FILE = "trainer_state.json"
@@ -40,8 +40,8 @@ _KEYS = {"step", "metric", "state", "optimizer_groups", "files"}
 _FOLDER = re.compile(r"step-(\d+)(\.replaced)?")
 
 
-class CheckpointError(ValueError):
-    """A checkpoint is incomplete or damaged, or belongs to another model."""
+class CheckpointError(InputError):
+    """A checkpoint cannot be written, is incomplete or damaged, or belongs to another model or other data."""
 
 
 class CheckpointManager:
@@ -53,7 +53,7 @@ class CheckpointManager:
     def __init__(self, root: Path, keep_last: int = 2, keep_best: int = 1) -> None:
         """Keep the `keep_last` ≥ 1 newest checkpoints and, of those with a metric, the `keep_best` ≥ 0 best."""
         if keep_last < 1 or keep_best < 0:
-            raise InputError(f"keep_last must be ≥ 1 and keep_best ≥ 0, got {keep_last} and {keep_best}")
+            raise ValueError(f"keep_last must be ≥ 1 and keep_best ≥ 0, got {keep_last} and {keep_best}")
         self.root = Path(root)
         self.keep_last, self.keep_best = keep_last, keep_best
 
@@ -112,13 +112,13 @@ class CheckpointManager:
             manifest["sha256"] = _manifest_digest(manifest)
             (temporary / STATE_FILE).write_text(json.dumps(manifest, indent=1, allow_nan=False))
             # before the rename: a file system may write a folder's new name to the disk before its files' bytes
-            _flush([*temporary.rglob("*"), temporary])
+            flush([*temporary.rglob("*"), temporary])
             # rename does not replace a folder that holds files: a checkpoint of the same step is moved aside first
             if folder.exists():
                 shutil.rmtree(replaced, ignore_errors=True)
                 folder.rename(replaced)
             temporary.rename(folder)
-            _flush([self.root])  # the new name itself, before anything older is deleted
+            flush([self.root])  # the new name itself, before anything older is deleted
         except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)  # a full disk gets its space back
             kept = self._folders()
@@ -170,7 +170,7 @@ class CheckpointManager:
         tensors, groups = load_file(folder / "optimizer.safetensors"), read_manifest(folder)["optimizer_groups"]
         try:
             restore_optimizer(optimizer, named_parameters, tensors, groups)
-        except ValueError as error:
+        except InputError as error:
             raise CheckpointError(f"{folder} does not fit the model: {error}") from error
 
     def _folders(self) -> list[Path]:
@@ -299,13 +299,3 @@ def _digest(path: Path) -> list:
     with path.open("rb") as file:
         # a list, not a tuple: it is compared with what JSON gives back
         return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
-
-
-def _flush(paths: Iterable[Path]) -> None:
-    """Wait until files and folders are on the disk."""
-    for path in paths:
-        handle = os.open(path, os.O_RDONLY)  # fsync works on read-only handles, and a folder opens no other way
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -1,22 +1,31 @@
-"""Write small files so that a reader finds the old text or the new one, whenever the program or the machine stops."""
+"""Write files so that a reader finds the old text or the new one, whenever the program or the machine stops."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from grpo_core.config.fields import ConfigError
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file under a hidden name, flush it to the disk, and rename it into place."""
-    # a fixed name, so that what a killed process left is overwritten by the next write
+    """Write a text file in UTF-8 as `write_file` does."""
+    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a file under a hidden name, flush it to the disk, and rename it into place."""
+    # in the same folder, as a rename is atomic within one file system only; a fixed name, so that what a killed process
+    # left is overwritten by the next write
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    flush([temporary])
-    temporary.replace(path)
+    try:
+        write(temporary)
+        flush([temporary])
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)  # a full disk gets its space back
     flush([path.parent])  # the new name itself
 
 

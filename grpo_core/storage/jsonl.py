@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from grpo_core.storage.files import write_file
+
 
 class JsonLines:
     """A file with one JSON object per line, each with its `step`.
@@ -26,9 +28,7 @@ class JsonLines:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = [] if resume_step is None or not self.path.exists() else _lines_until(self.path, resume_step)
         # written anew and renamed, not truncated in place: a kill in between leaves the old file
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        temporary.write_bytes(b"".join(kept))
-        temporary.replace(self.path)
+        write_file(self.path, lambda temporary: temporary.write_bytes(b"".join(kept)))
         # a plain descriptor: Python's buffered files write when their buffer is full, in the middle of a line.
         # O_APPEND writes at the end even if something else (an editor, a copy) has changed the file's length
         self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND)

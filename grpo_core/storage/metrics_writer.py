@@ -19,7 +19,7 @@ class MetricsWriter:
         trackers: names in `TRACKERS`.
 
     Raises:
-        ModuleNotFoundError: a tracker's package is not installed.
+        InputError: a tracker's package is not installed.
     """
 
     def __init__(self, run_folder: Path, resume_step: int | None = None, trackers: Sequence[str] = ()) -> None:

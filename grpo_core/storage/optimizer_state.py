@@ -28,7 +28,7 @@ def flatten_optimizer(
         groups: for each parameter group its options (learning rate, betas, …) and its parameters' names and shapes.
 
     Raises:
-        InputError: a parameter has no name.
+        ValueError: a parameter has no name.
     """
     # tensors hash by identity, so this finds the very parameter that the optimiser holds
     names = {parameter: name for name, parameter in named_parameters}
@@ -37,7 +37,7 @@ def flatten_optimizer(
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter not in names:
-                raise InputError(f"named_parameters lacks an optimised parameter of shape {list(parameter.shape)}")
+                raise ValueError(f"named_parameters lacks an optimised parameter of shape {list(parameter.shape)}")
             # get: the state is a defaultdict, in which a lookup by [] would make an entry
             for state_name, value in optimizer.state.get(parameter, {}).items():
                 # as_tensor: some optimisers count steps in a plain int; safetensors stores contiguous tensors only

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from grpo_core.errors import InputError
 from grpo_core.registry import Registry
 
 
@@ -28,7 +29,7 @@ class TensorBoard:
     """Writer of TensorBoard's event files, in the run's folder `tensorboard`.
 
     Raises:
-        ModuleNotFoundError: the package is not installed.
+        InputError: the package is not installed.
     """
 
     def __init__(self, run_folder: Path, resume_step: int | None):
@@ -36,7 +37,7 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise ModuleNotFoundError(
+            raise InputError(
                 "run.trackers has tensorboard, which needs the package `tensorboard`: pip install tensorboard, or "
                 "leave it out (metrics.jsonl holds the same numbers)"
             ) from error

@@ -138,8 +138,6 @@ class GRPOTrainer(TrainingLoop):
         updates = self.learn(experience)
         # Reported before it is checked: a run that is stopped leaves its completions to look at.
         values = self.report(experience, updates, started)
-        if not math.isfinite(values["grad_norm"]):
-            dump_batch(self.config.run.folder, self.step_index + 1, self.dist.rank, experience, updates)
         if self.step_index == 0 and self.config.run.check_first_step:
             temperature = self.config.rollout.temperature
             algorithm = self.config.algorithm
@@ -202,7 +200,7 @@ class GRPOTrainer(TrainingLoop):
         """Draw G completions of each prompt from the policy as it is.
 
         Raises:
-            InputError: the sampler gave another number of completions.
+            ValueError: the sampler gave another number of completions.
         """
         size = self.config.rollout.group_size
         with stoppable(self.dist), self.clock.phase("sample"):
@@ -210,7 +208,7 @@ class GRPOTrainer(TrainingLoop):
         # A sampler of another make may give what it likes; rewards [N, G] below rely on the size.
         for group in groups:
             if len(group.completions) != size:
-                raise InputError(
+                raise ValueError(
                     f"the sampler gave {len(group.completions)} completions of prompt {group.id!r}, not "
                     f"rollout.group_size {size}"
                 )
@@ -391,6 +389,8 @@ class GRPOTrainer(TrainingLoop):
     def report(self, experience: Experience, updates: Sequence[Update], started: float) -> dict[str, float]:
         """Write the step's completions, and reduce its metrics over all ranks: one collective, one host copy.
 
+        Where the gradient is not finite the batch is written, too, once in a run.
+
         Args:
             started: `time.perf_counter()` at the step's start.
         """
@@ -424,6 +424,8 @@ class GRPOTrainer(TrainingLoop):
             values["beta"] = self.coefficients.beta(self.step_index)
         if algorithm.entropy_coef or algorithm.entropy_target is not None:
             values["entropy_coef"] = self.coefficients.entropy
+        if not math.isfinite(values["grad_norm"]):  # of the whole step, so every rank writes what it trained on
+            dump_batch(self.config.run.folder, self.step_index + 1, self.dist.rank, experience, updates)
 
         if sent is not None:  # on the main process, which alone writes
             step = self.step_index + 1
@@ -439,6 +441,10 @@ class GRPOTrainer(TrainingLoop):
     def open_writer(self, resume_step: int | None) -> MetricsWriter:
         self.completions_file = JsonLines(self.config.run.folder / "completions.jsonl", resume_step)
         return super().open_writer(resume_step)
+
+    def close_writer(self, writer: MetricsWriter) -> None:
+        self.completions_file.close()
+        super().close_writer(writer)
 
     @cached_property
     def data(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from grpo_core.config.options import RunConfig
 from grpo_core.errors import TrainingStopped
+from grpo_core.storage.files import write_text
 
 if TYPE_CHECKING:
     from grpo_core.training.batch import Experience, Update
@@ -272,6 +273,6 @@ def dump_once(folder: Path, step: int, rank: int, content: Mapping[str, Any]) ->
         folder.mkdir(parents=True, exist_ok=True)
         # NaN and infinities as Python writes them: they are what one looks for
         text = json.dumps({"step": step, "rank": rank, **content}, indent=1, ensure_ascii=False)
-        path.write_text(text + "\n", encoding="utf-8")
+        write_text(path, text + "\n")
     except OSError as error:
         logger.warning(f"the batch of step {step} could not be written to {path}: {error}")

@@ -8,6 +8,7 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,8 @@ class TrainingLoop:
         Raises:
             Stopped: a signal asked to stop. A step that had not moved the weights was dropped, any other one finished,
                 and the run is saved as it was before or after it.
-            DivergedError: the policy's weights or logits, or the last steps' gradients, are not finite.
+            DivergedError: the policy's logits, or the last steps' gradients, are not finite.
+            CheckpointError: a checkpoint cannot be written or taken up, or the policy's weights are not finite.
             TrainingStopped: a guard's limit is reached; the run is saved first.
         """
         run, main = self.run, self.dist.main_process
@@ -125,12 +127,16 @@ class TrainingLoop:
         # a checkpoint holds the parameters, their two moments, and the parameters again as a model that can be loaded
         size = 4 * sum(p.numel() * p.element_size() for p in self.parameters.values())
         run_on_main(lambda: require_space(run.folder, size, "a checkpoint of this run"), self.dist)
-        with listen(self.dist):
+        with listen(self.dist), ExitStack() as opened:
             if run.resume:
                 self.resume()
             # After resuming: lines that a killed run wrote beyond its last checkpoint are dropped, and come again.
             writer = self.open_writer(self.step_index or None) if main else None
-            bar = tqdm(total=run.max_steps, initial=self.step_index, desc=run.name, unit="step", disable=not main)
+            if writer is not None:
+                opened.callback(self.close_writer, writer)
+            bar = opened.enter_context(
+                tqdm(total=run.max_steps, initial=self.step_index, desc=run.name, unit="step", disable=not main)
+            )
             while not signum and (self.unevaluated is not None or not self.finished):
                 metric, due = None, False
                 try:
@@ -171,9 +177,7 @@ class TrainingLoop:
                 if metric is not None or due or self.save_due or signum:
                     self.save(metric)
                     saved_at = time.monotonic()
-            bar.close()
-            if writer is not None:
-                writer.close()
+            opened.close()  # before anything is said below the progress bar
             self.guards.say_summary()
             if signum:
                 self.stop(signum)
@@ -222,6 +226,10 @@ class TrainingLoop:
         if resume_step is not None and self.unevaluated is not None:
             resume_step -= 1
         return MetricsWriter(self.run.folder, resume_step, self.run.trackers)
+
+    def close_writer(self, writer: MetricsWriter) -> None:
+        """Close the files that `open_writer` opened, however training ends."""
+        writer.close()
 
     @cached_property
     def data(self) -> Mapping[str, Any]:

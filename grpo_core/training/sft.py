@@ -47,7 +47,7 @@ class SFTTrainer(TrainingLoop):
     Dropout, if the policy has any, is on, and seeded by step and rank: a resumed run draws what it would have drawn.
 
     Raises:
-        ValueError: fewer examples than a step needs, one that is longer than the model's positions, or a token id that
+        InputError: fewer examples than a step needs, one that is longer than the model's positions, or a token id that
             the model does not have.
         FirstStepError: in the first step, where a kind of feature has no effect.
     """

@@ -14,6 +14,7 @@ from typing import Any
 from affectgpt.config import R1Config
 from affectgpt.configs import CONFIGS
 from grpo_core.config.loader import load_config
+from grpo_core.errors import TrainingStopped
 
 DESCRIPTION = f"""{__doc__}
 
@@ -99,11 +100,11 @@ def train(row: Row, output_dir: Path, arguments: Sequence[str]) -> dict[str, Any
         The row's fields, its scores in percent before and after GRPO, and the mean number of labels of an answer.
 
     Raises:
-        RuntimeError: training failed, after its process printed the error.
+        TrainingStopped: training failed, after its process printed the error.
     """
     # a process per row: memory and random numbers start fresh, as if the row had been trained alone
     if subprocess.run([sys.executable, "-m", "affectgpt", "train", *arguments], check=False).returncode:
-        raise RuntimeError(f"row {row.name!r} failed: its error is above")
+        raise TrainingStopped(f"row {row.name!r} failed: its error is above")
     from grpo_core.storage.run_folder import newest_folder
 
     # where the row has gone: beside the folder of its name, if a finished run was there
@@ -144,7 +145,7 @@ def main(arguments: Sequence[str]) -> None:
 
     Raises:
         ConfigError: a row has an option that is refused.
-        RuntimeError: a row failed.
+        TrainingStopped: a row failed.
     """
     parser = argparse.ArgumentParser(
         prog="affectgpt ablations", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter

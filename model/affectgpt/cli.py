@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from grpo_core.errors import REFUSED, run_program
+from grpo_core.errors import REFUSED, InputError, run_program
 
 if TYPE_CHECKING:
     from affectgpt.config import R1Config, TaskConfig
@@ -213,6 +213,10 @@ def predict(arguments: Sequence[str]) -> None:
     from affectgpt.config import PredictConfig
 
     config = _read(PredictConfig, "predict", arguments, PREDICT)
+    answers = config.output.with_suffix(".jsonl")
+    for path in (config.output, answers):  # before hours of answering; an earlier table is its user's
+        if path.exists():
+            raise InputError(f"output: {path} is there already: give another --output, or remove it")
 
     import csv
 
@@ -237,23 +241,18 @@ def predict(arguments: Sequence[str]) -> None:
             for prompt, text in zip(prompts, texts, strict=True):
                 labels = distinct_labels(answer_text(text, config.prompt.mode))
                 writer.writerow((prompt.id, f"[{', '.join(labels)}]"))
-        with config.output.with_suffix(".jsonl").open("w", encoding="utf-8") as lines:
+        with answers.open("w", encoding="utf-8") as lines:
             for prompt, text in zip(prompts, texts, strict=True):
                 lines.write(json.dumps({"name": prompt.id, "answer": text}, ensure_ascii=False) + "\n")
         print(f"{_share(len(prompts), len(samples))} clips: {config.output}")
     distributed.finalize(dist)
 
 
-def ablations(arguments: Sequence[str]) -> int:
+def ablations(arguments: Sequence[str]) -> None:
     """Train the rows of the ablation table."""
     from affectgpt.ablations import main as run
 
-    try:
-        run(arguments)
-    except RuntimeError as error:  # a row failed, after its process printed why
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    run(arguments)
 
 
 def report(arguments: Sequence[str]) -> None:

@@ -172,7 +172,12 @@ class PredictConfig(TaskConfig):
     """Prediction, `affectgpt predict`."""
 
     output: Path = Path("predictions.csv")
-    """The csv to write."""
+    """The csv to write; a file that is there is not overwritten."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.output.suffix == ".jsonl":  # where the whole answers go
+            raise ValueError(f"output is {self.output}, the name of the file beside the csv: let it end in .csv")
 
 
 @dataclass
@@ -227,7 +232,7 @@ class R1Config(GRPOConfig, TaskConfig):
         """Make the run's rewards: import those named by import path, and load the judge's processor.
 
         Raises:
-            ValueError: `make_rewards` refuses one.
+            InputError: `make_rewards` refuses one.
         """
         limit = self.rollout.max_new_tokens
         return make_rewards(self.reward.names, wheel, self.prompt.mode, self.reward, max_length=limit)

@@ -14,6 +14,7 @@ from affectgpt.data.datasets import Sample, check_emotion_labels
 from affectgpt.emotion_wheel import CorpusScore, EmotionWheel, distinct_labels
 from affectgpt.prompts import Mode, answer_text
 from grpo_core.errors import InputError
+from grpo_core.storage.files import write_text
 from grpo_core.storage.jsonl import jsonable
 
 
@@ -76,7 +77,7 @@ class Evaluation:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.name}.json"
         # jsonable: a sample that no wheel could score has NaN, which JSON lacks
-        path.write_text(json.dumps(jsonable(asdict(self)), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(jsonable(asdict(self)), indent=1, ensure_ascii=False) + "\n")
         return path
 
 

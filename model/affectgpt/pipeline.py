@@ -28,8 +28,8 @@ from affectgpt.prompts import (
     stop_strings,
 )
 from grpo_core.config.options import AlgorithmConfig, GRPOConfig, OptimConfig, RolloutConfig, SFTConfig
-from grpo_core.data import check_coverage, length_limit, report_skipped
-from grpo_core.distributed import Distributed, barrier, gather_objects, shard
+from grpo_core.data import check_coverage, longest_sequence, report_skipped
+from grpo_core.distributed import Distributed, gather_objects, run_on_main, shard
 from grpo_core.distributed.stopping import stoppable
 from grpo_core.errors import InputError
 from grpo_core.families import check_model
@@ -74,7 +74,7 @@ def load_samples(
         samples = data.layout.load(data.root, labels=table, reasons=data.reasons, labelled=labelled)
         if labelled and not numbers:
             check_emotion_labels(samples, where)
-    except (ValueError, OSError) as error:
+    except OSError as error:
         raise InputError(str(error)) from error
     if not samples:
         raise InputError(f"{where}: it lists no sample. Give a table with rows.")
@@ -157,8 +157,8 @@ class Stages:
         test_total: number of test samples, with those left out.
 
     Raises:
-        InputError: a table is missing or refused.
-        InputError: too few samples of a split can be used.
+        InputError: a table is missing or refused, or too few samples of a split can be used.
+        ModelRefused: the language model would be trained wrongly.
     """
 
     def __init__(self, config: TaskConfig, dist: Distributed, splits: bool = True):
@@ -254,7 +254,7 @@ class Stages:
             for sample in samples
             if sample.name in features  # others were skipped, with a warning
         ]
-        limit, answer = length_limit(self.model.llm.config), self.rollout.max_new_tokens
+        limit, answer = longest_sequence(self.model.llm.config), self.rollout.max_new_tokens
         too_long = {
             made.id: fault
             for made in prompts
@@ -272,9 +272,8 @@ class Stages:
 
     def save(self, folder: Path) -> None:
         """Save the model as it is, on the main process."""
-        if self.dist.main_process:
-            self.model.save_pretrained(folder)
-        barrier(self.dist)  # other ranks may read the folder next
+        # others may read the folder next, and learn of a disk that is full
+        run_on_main(lambda: self.model.save_pretrained(folder), self.dist)
 
     def policy(self, reference: Any = None, offload: bool = False) -> tuple[Policy, GroupSampler]:
         """Wrap the model as a policy, and make its sampler.
@@ -315,7 +314,7 @@ class Stages:
             )
             for training in self.training
         ]
-        limit = length_limit(self.model.llm.config)
+        limit = longest_sequence(self.model.llm.config)
         too_long = {
             example.prompt.id: fault
             for example in examples
@@ -406,8 +405,7 @@ class Stages:
             return None
         _, sampler = self.policy()  # a new one: `load` may have replaced the model
         evaluation = self.score(sampler, prompts, name, "test", total)
-        if self.dist.main_process:
-            evaluation.save(self.folder / "evaluations")
+        run_on_main(lambda: str(evaluation.save(self.folder / "evaluations")), self.dist)
         return evaluation
 
     def evaluate_validation(self, sampler: GroupSampler) -> Callable[[], dict[str, float]] | None:
@@ -469,12 +467,14 @@ def prepare_synthetic(config: Config, dist: Distributed) -> Config:
     home = synthetic_home(config)
     root = synthetic_root(config)
     wants_models = config.model.path is None and config.model.llm is None
-    if dist.main_process:  # the others wait at the barrier, then read the same folder
+
+    def make() -> None:
         train, test = layout.clips
         synthetic.make_dataset(root, seed=config.run.seed, train=train, test=test)
         if wants_models:
             synthetic.make_tiny_models(home / "models", seed=config.run.seed)
-    barrier(dist)
+
+    run_on_main(make, dist)  # the others wait, then read the same folder
     model = config.model
     if wants_models:
         tiny = synthetic.make_tiny_models(home / "models", seed=config.run.seed)  # made above: only finds their paths

@@ -12,29 +12,22 @@ The same command again continues a run that was killed; beside a finished one it
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import set_seed
 
-from grpo_core import GroupSampler, GRPOConfig, GRPOTrainer, Policy, Reward, load_config, load_reward
+from grpo_core import GroupSampler, GRPOConfig, GRPOTrainer, Policy, Reward, load_config, load_reward, pretrained
 from grpo_core.chat import turn_end
 from grpo_core.config import option
 from grpo_core.distributed import finalize, init
 from grpo_core.errors import InputError, run_program
 from grpo_core.model_folder import is_adapter
-from grpo_core.pretrained import (
-    load_causal_lm,
-    load_tokenizer,
-    read_adapter,
-    read_causal_lm_config,
-    save_model,
-    stored_dtype,
-)
 from grpo_core.report import try_report
 from grpo_core.storage.run_folder import open_run
 from grpo_core.text_prompts import load_text_prompts
@@ -68,23 +61,29 @@ class TextConfig(GRPOConfig):
             raise InputError(f"min_coverage is {self.min_coverage}: set it in [0, 1]")
 
 
-def load_model(config: TextConfig) -> Any:
-    """Load the model with what is trained of it: all weights, fresh adapters, or those of an adapter's folder."""
+def load_model(config: TextConfig) -> tuple[Any, Callable[[Path], None]]:
+    """Load the model with what is trained of it (all weights, fresh adapters, or those of an adapter's folder), and
+    return it with the function that writes that into a folder."""
     if is_adapter(config.model):
-        rank = getattr(read_adapter(config.model, "model")[0], "r", 0)
+        rank = getattr(pretrained.read_adapter(config.model, "model")[0], "r", 0)
         if config.lora_r not in (0, rank):
             raise InputError(
                 f"lora_r is {config.lora_r}, but {config.model} holds an adapter of rank {rank}, which is continued: "
                 "leave lora_r out, or merge the adapter into its base and give that"
             )
-        return load_causal_lm(config.model, "model")
+        adapted = pretrained.load_causal_lm(config.model, "model")
+        return adapted, partial(pretrained.save_model, adapted)
     # Trained weights are float32: an update of 1e-6 would vanish in bfloat16. A frozen base may be in half precision.
-    model: Any = load_causal_lm(config.model, "model", dtype="auto" if config.lora_r else "float32")
+    model: Any = pretrained.load_causal_lm(config.model, "model", dtype="auto" if config.lora_r else "float32")
     if config.lora_r:
         # all-linear leaves the head alone, whose weight the fused log-probs read as it is
         adapters = LoraConfig(r=config.lora_r, lora_alpha=2 * config.lora_r, target_modules="all-linear")
         model = get_peft_model(model, adapters)
-    return model
+        return model, partial(pretrained.save_model, model)
+    # the float32 is for training: the file has the dtype that the model came in
+    auto = config.save_dtype == "auto"
+    dtype = pretrained.stored_dtype(config.model, "model") if auto else getattr(torch, config.save_dtype)
+    return model, partial(pretrained.save_model, model, dtype=dtype)
 
 
 def main() -> None:
@@ -94,11 +93,11 @@ def main() -> None:
     dist = init(timeout_seconds=config.run.rank_timeout, watchdog_seconds=config.run.watchdog_seconds)
     # What is quick to check comes first: a wrong path or column should not cost the minutes that loading a model takes.
     rewards: list[Reward] = [load_reward(spec) for spec in config.reward]
-    tokenizer = load_tokenizer(config.model, "model")
+    tokenizer = pretrained.load_tokenizer(config.model, "model")
     prompts = load_text_prompts(
         config.data,
         tokenizer,
-        read_causal_lm_config(config.model, "model"),
+        pretrained.read_causal_lm_config(config.model, "model"),
         max_new_tokens=config.rollout.max_new_tokens,
         min_coverage=config.min_coverage,
         report=dist.main_process,
@@ -110,21 +109,16 @@ def main() -> None:
     # Every rank makes the same fresh adapters. Sampling needs no seed here: its random numbers are counters.
     set_seed(config.run.seed)
 
-    model = load_model(config)
-    model.to(dist.device)
+    model, save = load_model(config)
     if dist.main_process and is_adapter(config.model):
         print(f"the adapter in {config.model} is continued")
-    # Of a model that is trained whole, the file has the dtype that it came in; adapters are saved as they are.
-    auto = config.save_dtype == "auto" and not isinstance(model, PeftModel)
-    dtype = stored_dtype(config.model, "model") if auto else getattr(torch, config.save_dtype, None)
-    save = partial(save_model, model, dtype=dtype)
-
+    model.to(dist.device)
     # The policy computes log-probs of whole groups, each prompt once. It keeps a reference only if there is a KL
     # penalty, as the reference is a copy of all trained weights.
     reference: Any = config.algorithm.reference if config.algorithm.beta > 0 else None
     policy = Policy(model, reference=reference, offload=config.algorithm.reference_offload)
     # Prompts by a chat template are answered until its turn ends, which need not be the end of the sequence.
-    chat = any(not isinstance(prompt.sample["prompt"], str) for prompt in prompts)
+    chat = any(isinstance(prompt.sample["prompt"], list) for prompt in prompts)
     end = turn_end(tokenizer) if chat else None
     # The sampler draws from the same weights: there is no second engine to keep in step.
     sampler = GroupSampler(policy, tokenizer, seed=config.run.seed, end_tokens=() if end is None else (end,))

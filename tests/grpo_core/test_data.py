@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from grpo_core.config.options import OptimConfig, RunConfig, SFTConfig
-from grpo_core.data import check_coverage, length_limit, read_jsonl, refuse_too_long, report_skipped
+from grpo_core.data import check_coverage, longest_sequence, read_jsonl, refuse_too_long, report_skipped
 from grpo_core.training.sft import Example, SFTTrainer
 from tests.grpo_core.toy import PROMPTS, make_trainer
 
@@ -90,14 +90,14 @@ def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path):
 
 
 def test_the_longest_sequence_is_the_least_of_what_a_config_names():
-    assert length_limit(SimpleNamespace()) is None
-    assert length_limit(SimpleNamespace(max_position_embeddings=90, sliding_window=None)) == (
+    assert longest_sequence(SimpleNamespace()) is None
+    assert longest_sequence(SimpleNamespace(max_position_embeddings=90, sliding_window=None)) == (
         "max_position_embeddings",
         90,
     )
-    assert length_limit(SimpleNamespace(n_positions=80, sliding_window=20)) == ("sliding_window", 20)
+    assert longest_sequence(SimpleNamespace(n_positions=80, sliding_window=20)) == ("sliding_window", 20)
     unused = SimpleNamespace(n_positions=80, sliding_window=20, layer_types=["full_attention"])
-    assert length_limit(unused) == ("n_positions", 80)
+    assert longest_sequence(unused) == ("n_positions", 80)
 
 
 def test_prompts_that_are_too_long_are_named_and_counted():

@@ -84,6 +84,8 @@ FILES = [  # refused before a weight is read
     Mistake(f"{TRAIN} --metric.emotion_wheel {{here}}/none", ("{here}/none/wheel1.xlsx", "is missing")),
     Mistake("affectgpt evaluate --model.path {here}/none --data.root {data}", ("model.path", "{here}/none")),
     Mistake("affectgpt predict --model.path {here}/none --data.root {data}", ("model.path", "{here}/none")),
+    Mistake("affectgpt predict --output {here}/old.csv", ("output: {here}/old.csv", "another --output")),
+    Mistake("affectgpt predict --output {here}/a.jsonl", ("output is {here}/a.jsonl", "end in .csv")),
     Mistake("affectgpt report {here}/none", ("{here}/none/metrics.jsonl", "a training run wrote")),
     Mistake(f"{REWARDED} --model {{here}}/none --data {{here}}/good.jsonl", ("model", "{here}/none", "no folder")),
     Mistake(f"{REWARDED} --model {{cut}} --data {{here}}/good.jsonl", ("{cut}", "cut")),
@@ -114,7 +116,7 @@ FILES = [  # refused before a weight is read
     ),
 ]
 # a start of Python and of torch is not to be had ten times over for every one of them
-AS_PROCESSES = [*OPTIONS[:6], FILES[0], FILES[6], FILES[22], FILES[27]]
+AS_PROCESSES = [*OPTIONS[:6], FILES[0], FILES[6], FILES[24], FILES[29]]
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +134,7 @@ def places(tiny_llm_folder, tiny_clip_folder, tiny_hubert_folder, tmp_path_facto
         "one.jsonl": '{"prompt": "a"}\n',
         "empty.jsonl": "",
         "table.parquet": "PAR1",
+        "old.csv": "name,openset\na,[happy]\n",
         "project/model": "a file of the user's",
         "data/columns.csv": "name,labels\na,[happy]\n",
         "data/twice.csv": 'name,openset\na,"[happy]"\na,"[sad]"\n',

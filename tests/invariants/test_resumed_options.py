@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from grpo_core.config.fields import ConfigError
+from grpo_core.errors import REFUSED, run_program
 from grpo_core.storage import files
 from grpo_core.storage.checkpoint import CheckpointError
 from grpo_core.training.optim import learning_rate
@@ -88,10 +89,13 @@ def test_a_reference_that_is_accepted_to_move_later_begins_at_the_start(tmp_path
     assert all(torch.equal(tensor, start[name]) for name, tensor in later.policy.reference_tensors().items())
 
 
-def test_other_training_data_is_refused_unless_accepted(started, monkeypatch):
+def test_other_training_data_is_refused_unless_accepted(started, monkeypatch, capsys):
     monkeypatch.setattr(toy, "PROMPTS", toy.PROMPTS[:-1])
     with pytest.raises(CheckpointError, match=r"other data: 12 items then and 11 now.*--run.accept_changes data"):
         train(started, 3)
+    # as a program ends: one line, for the data is the user's to mend
+    assert run_program(lambda: train(started, 3)) == REFUSED
+    assert capsys.readouterr().err.startswith("error: ")
     assert train(started, 3, accept_changes=("data",)).step_index == 3
 
 

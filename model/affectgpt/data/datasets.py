@@ -142,7 +142,7 @@ def load_folder(root: str | Path, labels: str | Path | None = None, subtitle_enc
         if name in subtitles:
             try:
                 subtitle = _read_subtitle(subtitles[name], subtitle_encoding)
-            except ValueError as error:
+            except InputError as error:
                 fault = fault or str(error)
         row = table.get(name)
         samples.append(
@@ -490,7 +490,7 @@ def _read_subtitle(path: Path, encoding: str) -> str:
     """
     try:
         check_data_file(path, "a text file")
-    except (ValueError, OSError) as error:
+    except (InputError, OSError) as error:
         if "UTF-16" not in str(error):
             raise InputError(str(error).rstrip(".")) from error
     data = path.read_bytes()

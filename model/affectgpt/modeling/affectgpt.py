@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from affectgpt.modeling.fusion import Fusion, FusionInput
 from affectgpt.prompts import PLACEHOLDERS, placeholder_features
 from grpo_core.errors import InputError
 from grpo_core.pretrained import check_weight_file, load_model, load_tokenizer, probe_text, read_config
+from grpo_core.storage.files import write_file, write_text
 from grpo_core.types import Prompt
 
 CONFIG_FILE = "affectgpt.json"
@@ -100,7 +101,7 @@ class AffectGPTConfig:
         for name in ("llm", "visual_encoder", "audio_encoder"):
             if Path(values[name]).is_relative_to(folder.parent):
                 values[name] = os.path.relpath(values[name], folder)
-        _replace(folder / CONFIG_FILE, lambda path: path.write_text(json.dumps(values, indent=2) + "\n"))
+        write_text(folder / CONFIG_FILE, json.dumps(values, indent=2) + "\n")
 
 
 class AffectGPT(nn.Module):
@@ -230,7 +231,7 @@ class AffectGPT(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         state = {name: p.detach().cpu().contiguous() for name, p in self.trainable_parameters().items()}
-        _replace(folder / WEIGHTS_FILE, lambda path: save_file(state, path, metadata={"format": "pt"}))
+        write_file(folder / WEIGHTS_FILE, lambda path: save_file(state, path, metadata={"format": "pt"}))
         self.config.save(folder)
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
@@ -385,16 +386,3 @@ def _config_value(folder: str | os.PathLike, name: str, what: str, key: str) -> 
         )
     value: int = getattr(config, name)
     return value
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file beside `path`, then move it there atomically."""
-    # in the same folder, as a rename is atomic within one file system only; the process id keeps two writers apart
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())  # or a power cut could leave the new name without the bytes
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from affectgpt.report.page import render_page
 from affectgpt.report.run import read_run
+from grpo_core.storage.files import write_text
 
 if TYPE_CHECKING:
     from affectgpt.data.datasets import Sample
@@ -34,8 +34,5 @@ def write_report(run_dir: str | Path, *, samples: Mapping[str, Sample], wheel: E
     folder = Path(run_dir)
     page = render_page(read_run(folder), samples, wheel)
     path = folder / "report.html"
-    # Rename into place: a browser that reloads while the report is written never sees half a page.
-    partial = folder / "report.html.part"
-    partial.write_text(page + "\n", "utf-8")
-    os.replace(partial, path)
+    write_text(path, page + "\n")  # a browser that reloads meanwhile never sees half a page
     return path

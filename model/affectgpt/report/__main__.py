@@ -14,6 +14,7 @@ from affectgpt.emotion_wheel import EmotionWheel
 from affectgpt.report import write_report
 from grpo_core.config.fields import ConfigError
 from grpo_core.config.loader import load_config
+from grpo_core.errors import InputError
 from grpo_core.report import write_report as write_core_report
 
 
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> Path:
         else:
             wheel = config.metric.wheel() if config else EmotionWheel.default()
         path = write_report(options.run_dir, samples=samples, wheel=wheel)
-    except (FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, InputError) as error:
         parser.error(str(error))
     print(path)
     return path
@@ -82,7 +83,7 @@ def run_samples(config: R1Config) -> dict[str, Sample]:
         if table:
             try:
                 samples |= {sample.name: sample for sample in load_samples(config.data, table)}
-            except (FileNotFoundError, ValueError) as error:
+            except (FileNotFoundError, InputError) as error:
                 print(f"clips are left out ({error}): if they have moved, name their folder by --data", file=sys.stderr)
     return samples
 

@@ -75,7 +75,7 @@ class ModelJudge:
         hears: whether the model takes sound.
 
     Raises:
-        ValueError: the folder holds no such model, an incomplete one, or one that cannot chat.
+        InputError: the folder holds no such model, an incomplete one, or one that cannot chat.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class ModelJudge:
         """The frozen model, loaded on first use: after the cold start, when the memory for it is there.
 
         Raises:
-            ValueError: weights are missing or do not load.
+            InputError: weights are missing or do not load.
         """
         dtype = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
         # without a probe: pictures and text go through every part, so no weight may be missing
@@ -189,7 +189,7 @@ class ModelJudge:
         All conversations are about one clip, which is processed once.
 
         Raises:
-            ValueError: the model computes NaN.
+            InputError: the model computes NaN.
         """
         # models that think first must answer at once here; templates of other models do not know the switch
         options: dict[str, Any] = (

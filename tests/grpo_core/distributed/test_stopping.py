@@ -139,3 +139,23 @@ def test_a_poll_costs_nothing_to_speak_of():
         for _ in range(10_000):
             poll()
         assert time.perf_counter() - started < 0.5  # 50 µs each at the most; about 0.3 µs
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_numbers_of_one_rank_that_are_not_finite_end_the_work_on_every_rank(monkeypatch, rank):
+    """Rank 1 draws NaN. It joins the collective at the work's end first, or rank 0 would wait there for it."""
+    sent = []
+
+    def agree(values, dist):
+        sent.append(values)
+        return [0, 1]
+
+    def draw():
+        with stoppable(Distributed()):
+            if rank == 1:
+                raise FloatingPointError("logits of rank 1")
+
+    monkeypatch.setattr(stopping, "max_over_ranks", agree)
+    with pytest.raises(FloatingPointError, match="of rank 1" if rank == 1 else "another rank"):
+        draw()
+    assert sent == [[0, rank]]

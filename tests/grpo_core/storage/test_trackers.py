@@ -3,6 +3,7 @@
 import pytest
 
 from grpo_core.config import RunConfig
+from grpo_core.errors import InputError
 from grpo_core.storage.metrics_writer import MetricsWriter
 from grpo_core.storage.trackers import TRACKERS
 
@@ -36,7 +37,7 @@ def test_tensorboard_is_written_where_installed_and_a_clear_error_elsewhere(tmp_
     try:
         import tensorboard  # noqa: F401
     except ImportError:
-        with pytest.raises(ModuleNotFoundError, match="pip install tensorboard"):
+        with pytest.raises(InputError, match="pip install tensorboard"):
             MetricsWriter(tmp_path, trackers=("tensorboard",))
     else:
         writer = MetricsWriter(tmp_path, trackers=("tensorboard",))

@@ -166,6 +166,7 @@ def test_a_reward_that_judges_nothing_stops_the_run_after_a_few_steps(tmp_path, 
     assert torch.equal(weights(trainer), before)
     assert len(lines(tmp_path / "toy" / "metrics.jsonl")) == 3
     assert len(lines(tmp_path / "toy" / "completions.jsonl")) == 3 * 16
+    assert trainer.completions_file._file == -1  # closed, as a program may go on after a run that stopped
 
 
 def test_steps_in_between_that_are_judged_start_the_count_again(tmp_path):

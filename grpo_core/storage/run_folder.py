@@ -248,8 +248,8 @@ def _find(config: Any, writes: Collection[str]) -> _Found:
     try:
         # nothing to compare with where the user has accepted a damaged config
         changes = changed_options(saved, config) if saved else []
-        # saved is the folder's, which beside another run has a number that nobody asked for
-        changes = [change for change in changes if change.key != "run.name"]
+        # the saved name is the folder's, with a number that nobody gave; what was accepted is never saved
+        changes = [change for change in changes if change.key not in ("run.name", "run.accept_changes")]
         _check_accepted(run.accept_changes, [*keys, *(change.key for change in changes)])
         refused = [change for change in changes if not change.free and not _accepts(run.accept_changes, change.key)]
         # a finished run goes on where that means more of the same; without a checkpoint it would begin again

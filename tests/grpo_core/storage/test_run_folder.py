@@ -80,6 +80,8 @@ def test_a_numbered_run_goes_on_without_a_word_about_its_name(config, capsys):
     assert again.path == second.path == again.path.with_name("r1-2")
     assert again.changes == []
     assert capsys.readouterr().out == f"run folder: {again.path}, going on at step 7\n"
+    begin(config("--weight_decay", "0.1", "--accept_changes", "weight_decay"))
+    assert "accept_changes" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,8 @@ class Guards:
         none = math.isnan(values["reward"])  # no reward judged any completion
         self.counts.unjudged += none
         self.counts.unjudged_in_a_row = self.counts.unjudged_in_a_row + 1 if none else 0
-        names, limit = _rewards(values), self.run.max_unjudged_steps
+        # a run that is shorter than the limit must not end as if it had trained
+        names, limit = _rewards(values), min(self.run.max_unjudged_steps, self.run.max_steps)
         if limit and self.counts.unjudged_in_a_row >= limit:
             raise TrainingStopped(
                 f"no completion was judged in {limit} steps in a row, up to step {step}: every value of "

@@ -42,7 +42,7 @@ Writes `runs/<name>/model`, which `affectgpt train` takes as --model.path.
 
 EVALUATE = """Score a model on a labelled set: emotion-wheel F, precision and recall, per wheel and their mean.
 
-affectgpt evaluate --model.path runs/r1/model --data.root MER2025 --data.labels track2_test.csv
+affectgpt evaluate --model.path runs/r1/model --data.root MER2025 --data.labels LABELS.csv
 
 The answers are greedy; they and the scores are kept in `runs/<name>/evaluations/evaluation.json`, those of a second
 evaluation in `evaluation-2.json`.

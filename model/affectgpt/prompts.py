@@ -116,7 +116,7 @@ def required_features(face_or_frame: str) -> frozenset[str]:
 
 def stop_strings(template: Template) -> tuple[str, ...]:
     """Return the strings that end a completion, beside the tokenizer's end token."""
-    # chat templates end a turn with the end token itself
+    # a chat template ends a turn with a token, see `grpo_core.chat.turn_end`
     return _lookup({"upstream": ("###",), "chat": ()}, template, "template")
 
 

@@ -5,7 +5,7 @@ is a sample with a `fault`; a missing folder or table, or a table that is wrong,
 Names and relative paths in a table may not leave the data set's folder; links in it are followed.
 
 A layout is a frozen dataclass registered under the name that `data.format` takes: its fields are its options
-(`data.layout.…`), its `load` reads the samples. docs/data.md shows how to add one. Nothing here imports torch.
+(`data.layout.…`), its `load` reads the samples. docs/guides/own_dataset.md shows how. Nothing here imports torch.
 """
 
 from __future__ import annotations

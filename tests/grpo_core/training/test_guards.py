@@ -169,6 +169,12 @@ def test_a_reward_that_judges_nothing_stops_the_run_after_a_few_steps(tmp_path, 
     assert trainer.completions_file._file == -1  # closed, as a program may go on after a run that stopped
 
 
+def test_a_run_shorter_than_the_limit_is_stopped_too_where_nothing_was_judged(tmp_path):
+    trainer = rewarded(make_trainer(tmp_path, steps=2), lambda completion: None, "forgetful")
+    with pytest.raises(TrainingStopped, match="no completion was judged in 2 steps"):
+        trainer.train()
+
+
 def test_steps_in_between_that_are_judged_start_the_count_again(tmp_path):
     calls = itertools.count()
     reward = lambda groups: np.full((len(groups), 4), NAN) if next(calls) % 3 else np.ones((len(groups), 4))  # noqa: E731

@@ -119,7 +119,7 @@ def test_more_prompts_a_step_than_there_are_is_refused(tmp_path):
 
 
 def test_a_reward_that_cannot_judge_moves_nothing(tmp_path):
-    trainer = make_trainer(tmp_path, steps=1)
+    trainer = make_trainer(tmp_path, steps=1, max_unjudged_steps=0)
     trainer.rewards[0].__class__ = type(
         "Blind",
         (),

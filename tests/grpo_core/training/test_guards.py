@@ -315,7 +315,7 @@ def test_gradients_that_are_not_finite_are_counted_dumped_once_and_stop_the_run(
 
 def test_counts_go_on_in_a_resumed_run(tmp_path):
     blind = lambda completion: None  # noqa: E731
-    rewarded(make_trainer(tmp_path, steps=2, save_steps=1), blind).train()
+    rewarded(make_trainer(tmp_path, steps=2, save_steps=1, max_unjudged_steps=0), blind).train()
     with pytest.raises(TrainingStopped, match="no completion was judged in 3 steps in a row, up to step 3"):
         rewarded(make_trainer(tmp_path, steps=9, save_steps=1), blind).train()
 

@@ -1,6 +1,7 @@
 """Tiny local checkpoints in the real formats: a byte-level BPE tokenizer, Qwen2, CLIP vision, HuBERT."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -25,9 +26,12 @@ CHAT_TEMPLATE = (
 
 
 def pytest_configure():
-    """One thread a process, here and in what tests start: the suite runs in several, and its matrices are small."""
+    """One thread a process, here and in what tests start, as matrices are small; and SIGINT as in a terminal."""
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # A suite that is started in the background inherits SIGINT ignored, which the engine leaves so; tests send it.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

@@ -200,8 +200,8 @@ class AlgorithmConfig(ConfigSection, key="algorithm"):
             )
 
     def _check_kl(self) -> None:
-        if self.beta < 0:
-            raise ValueError(f"algorithm.beta is {self.beta}: set it to 0 (no reference) or above")
+        if not 0 <= self.beta < math.inf:
+            raise ValueError(f"algorithm.beta is {self.beta}: set it to 0 (no reference) or above, and finite")
         # the ratio does not improve k1 and k2; in the reward only the value counts, so there is no gradient to correct
         if self.unbiased_kl and (self.kl_estimator != "k3" or self.kl_in == "reward"):
             raise ValueError("algorithm.unbiased_kl multiplies k3 in the loss by the ratio: set kl_estimator to k3")

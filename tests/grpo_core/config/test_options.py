@@ -31,6 +31,7 @@ from grpo_core.config.options import GRPOConfig, OptimConfig
         (("--warmup_steps", "-1"), "optim.warmup_steps is -1: set it to 0 or above, and finite"),
         (("--betas", "0.9,1"), "optim.betas is (0.9, 1.0): set both in [0, 1)"),
         (("--eps", "0"), "optim.eps is 0.0: set it above 0, and finite"),
+        (("--beta", ".inf"), "algorithm.beta is inf: set it to 0 (no reference) or above, and finite"),
         (("--max_grad_norm", "-1"), "optim.max_grad_norm is -1.0: set it to 0 (off) or above"),
         (("--run.name", "../x"), "run.name is '../x': give one plain name; its folder is made in run.output_dir"),
     ],

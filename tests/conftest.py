@@ -26,12 +26,14 @@ CHAT_TEMPLATE = (
 
 
 def pytest_configure():
-    """One thread a process, here and in what tests start, as matrices are small; and SIGINT as in a terminal."""
+    """One thread a process, here and in what tests start, as matrices are small; and signals as in a terminal."""
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    # A suite that is started in the background inherits SIGINT ignored, which the engine leaves so; tests send it.
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    # A suite that is started in the background or by nohup inherits signals that are ignored, which the engine leaves
+    # so; tests send them.
+    for signum, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(signum) == signal.SIG_IGN:
+            signal.signal(signum, handler)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

@@ -16,6 +16,10 @@ class TrainingStopped(RuntimeError):
     """A run has stopped itself: to go on would waste time or spoil the result. The message has cause and way out."""
 
 
+class DivergedError(TrainingStopped):
+    """Training has diverged: numbers that it needs are not finite any more."""
+
+
 REFUSED = 2
 """Exit status of a program that could not use what it was given, as of argparse."""
 

@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
-from grpo_core.errors import InputError
+from grpo_core.errors import DivergedError, InputError
 from grpo_core.storage.files import flush
 from grpo_core.storage.optimizer_state import NamedParameters, flatten_optimizer, restore_optimizer
 
@@ -83,8 +83,9 @@ class CheckpointManager:
             The checkpoint's folder.
 
         Raises:
-            CheckpointError: a parameter is not finite, or a file cannot be written (a full disk, missing rights);
-                earlier checkpoints stay as they were.
+            DivergedError: a parameter is not finite.
+            CheckpointError: a file cannot be written (a full disk, missing rights). Earlier checkpoints stay as they
+                were.
         """
         named_parameters = list(named_parameters)
         require_finite(named_parameters, f"at step {step}")
@@ -258,7 +259,10 @@ def verify(folder: Path) -> None:
     trained = Path(folder) / "model" / TRAINED_FILE
     if trained.is_file():
         with safe_open(trained, "pt") as tensors:
-            require_finite(((name, tensors.get_tensor(name)) for name in tensors.keys()), f"in {trained}")  # noqa: SIM118
+            try:
+                require_finite(((name, tensors.get_tensor(name)) for name in tensors.keys()), f"in {trained}")  # noqa: SIM118
+            except DivergedError as error:  # this checkpoint is no good, but an earlier one may be
+                raise CheckpointError(str(error)) from error
 
 
 @torch.no_grad()
@@ -266,11 +270,11 @@ def require_finite(tensors: Iterable[tuple[str, Tensor]], where: str) -> None:
     """Refuse weights with NaN or infinity in them.
 
     Raises:
-        CheckpointError: naming the first such tensor.
+        DivergedError: naming the first such tensor.
     """
     for name, tensor in tensors:
         if not torch.isfinite(tensor).all():
-            raise CheckpointError(
+            raise DivergedError(
                 f"the weights {where} are not finite ({name}): training has diverged, lower optim.learning_rate"
             )
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo_core.config.options import RunConfig
-from grpo_core.errors import TrainingStopped
+from grpo_core.errors import DivergedError, TrainingStopped
 from grpo_core.storage.files import write_text
 
 if TYPE_CHECKING:
@@ -25,10 +25,6 @@ logger = logging.getLogger(__name__)
 
 Failure = tuple[str, int, str]
 """Prompt, member, and what happened."""
-
-
-class DivergedError(TrainingStopped):
-    """Training has diverged: numbers that it needs are not finite any more."""
 
 
 @dataclass

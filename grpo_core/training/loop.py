@@ -30,7 +30,7 @@ from grpo_core.distributed import (
 )
 from grpo_core.distributed.stopping import StepDropped, Stopped, listen, requested, say
 from grpo_core.distributed.watchdog import activity
-from grpo_core.errors import InputError, TrainingStopped
+from grpo_core.errors import DivergedError, InputError, TrainingStopped
 from grpo_core.policy import Policy
 from grpo_core.storage.checkpoint import (
     TRAINED_FILE,
@@ -42,7 +42,7 @@ from grpo_core.storage.checkpoint import (
 from grpo_core.storage.files import require_space
 from grpo_core.storage.metrics_writer import MetricsWriter
 from grpo_core.training.accumulator import MetricAccumulator, PhaseClock, postfix
-from grpo_core.training.guards import DivergedError, Guards
+from grpo_core.training.guards import Guards
 from grpo_core.training.optim import make_optimizer
 from grpo_core.verify import verify_model
 
@@ -118,8 +118,8 @@ class TrainingLoop:
         Raises:
             Stopped: a signal asked to stop. A step that had not moved the weights was dropped, any other one finished,
                 and the run is saved as it was before or after it.
-            DivergedError: the policy's logits, or the last steps' gradients, are not finite.
-            CheckpointError: a checkpoint cannot be written or taken up, or the policy's weights are not finite.
+            DivergedError: the policy's weights or logits, or the last steps' gradients, are not finite.
+            CheckpointError: a checkpoint cannot be written or taken up.
             TrainingStopped: a guard's limit is reached; the run is saved first.
         """
         run, main = self.run, self.dist.main_process
@@ -277,7 +277,8 @@ class TrainingLoop:
         due is written after the next step that learns something.
 
         Raises:
-            CheckpointError: on every rank, if it could not be written or the weights are not finite.
+            CheckpointError: on every rank, if it could not be written.
+            DivergedError: on every rank, if the weights are not finite.
         """
         # the last step may be an exception; a run that ends in several is stopped by `train`
         self.save_due = self.steps_without_gradient > int(self.finished)

@@ -11,11 +11,11 @@ import torch
 
 from grpo_core.algorithm.losses import LOSS_TYPES
 from grpo_core.config.options import OptimConfig, RunConfig, SFTConfig
-from grpo_core.errors import TrainingStopped
+from grpo_core.errors import DivergedError, TrainingStopped
 from grpo_core.policy import Policy
 from grpo_core.reward_adapters import adapt_reward
 from grpo_core.training import sanity
-from grpo_core.training.guards import DivergedError, Guards
+from grpo_core.training.guards import Guards
 from grpo_core.training.sanity import FirstStepError, check_features
 from grpo_core.training.sft import Example, SFTTrainer
 from grpo_core.types import Prompt

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from grpo_core.config.options import OptimConfig, RunConfig, SFTConfig
+from grpo_core.errors import DivergedError
 from grpo_core.policy import Policy
 from grpo_core.storage import checkpoint
 from grpo_core.storage.checkpoint import CheckpointError, read_manifest
 from grpo_core.training import loop
-from grpo_core.training.loop import DivergedError
 from grpo_core.training.sft import Example, SFTTrainer
 from tests.grpo_core.conftest import make_lm
 from tests.grpo_core.toy import PROMPTS, lines, make_trainer, weights
@@ -261,12 +261,12 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_resumed_from_nor_give
     parameter = next(iter(trainer.parameters.values()))
     parameter.data[0] = math.inf
     trainer.step_index, before = 2, sorted(trainer.checkpoints.root.iterdir())
-    with pytest.raises(CheckpointError, match=r"the weights at step 2 are not finite \(.*lower optim.learning_rate"):
+    with pytest.raises(DivergedError, match=r"the weights at step 2 are not finite \(.*lower optim.learning_rate"):
         trainer.save()
     assert sorted(trainer.checkpoints.root.iterdir()) == before
     without_saves = sft(tmp_path / "other", save_minutes=0, max_steps=1)
     next(iter(without_saves.parameters.values())).data[0] = math.inf
-    with warnings.catch_warnings(action="ignore"), pytest.raises(CheckpointError, match="after step 1 are not finite"):
+    with warnings.catch_warnings(action="ignore"), pytest.raises(DivergedError, match="after step 1 are not finite"):
         without_saves.train()
 
     # as an earlier version may have written it

@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
-from grpo_core.errors import DivergedError, InputError
+from grpo_core.errors import DivergedError, InputError, TrainingStopped
 from grpo_core.storage.files import flush
 from grpo_core.storage.optimizer_state import NamedParameters, flatten_optimizer, restore_optimizer
 
@@ -41,7 +41,7 @@ _FOLDER = re.compile(r"step-(\d+)(\.replaced)?")
 
 
 class CheckpointError(InputError):
-    """A checkpoint cannot be written, is incomplete or damaged, or belongs to another model or other data."""
+    """A checkpoint is incomplete or damaged, or belongs to another model or other data."""
 
 
 class CheckpointManager:
@@ -84,7 +84,7 @@ class CheckpointManager:
 
         Raises:
             DivergedError: a parameter is not finite.
-            CheckpointError: a file cannot be written (a full disk, missing rights). Earlier checkpoints stay as they
+            TrainingStopped: a file cannot be written (a full disk, missing rights). Earlier checkpoints stay as they
                 were.
         """
         named_parameters = list(named_parameters)
@@ -123,7 +123,7 @@ class CheckpointManager:
         except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)  # a full disk gets its space back
             kept = self._folders()
-            raise CheckpointError(
+            raise TrainingStopped(
                 f"the checkpoint of step {step} cannot be written into {self.root} ({error}); "
                 f"{f'{kept[-1].name} is the newest one' if kept else 'there is no earlier one'}: make room or mend the "
                 "folder's rights, and start the same command again"

@@ -119,8 +119,8 @@ class TrainingLoop:
             Stopped: a signal asked to stop. A step that had not moved the weights was dropped, any other one finished,
                 and the run is saved as it was before or after it.
             DivergedError: the policy's weights or logits, or the last steps' gradients, are not finite.
-            CheckpointError: a checkpoint cannot be written or taken up.
-            TrainingStopped: a guard's limit is reached; the run is saved first.
+            CheckpointError: a checkpoint cannot be taken up.
+            TrainingStopped: a guard's limit is reached, and the run is saved first; or a checkpoint cannot be written.
         """
         run, main = self.run, self.dist.main_process
         signum, saved_at = 0, time.monotonic()
@@ -277,7 +277,7 @@ class TrainingLoop:
         due is written after the next step that learns something.
 
         Raises:
-            CheckpointError: on every rank, if it could not be written.
+            TrainingStopped: on every rank, if it could not be written.
             DivergedError: on every rank, if the weights are not finite.
         """
         # the last step may be an exception; a run that ends in several is stopped by `train`

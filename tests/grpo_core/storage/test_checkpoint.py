@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from grpo_core.errors import TrainingStopped
 from grpo_core.storage import checkpoint
 from grpo_core.storage import optimizer_state as training_state
 from grpo_core.storage.checkpoint import CheckpointError, CheckpointManager, read_manifest
@@ -280,7 +281,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_last_checkpoint_and_no_half_
     good = run.save(manager, 1)
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, failure)
-        with pytest.raises(CheckpointError) as error:
+        with pytest.raises(TrainingStopped) as error:
             run.save(manager, 2)
     message = str(error.value)
     assert message.startswith(f"the checkpoint of step 2 cannot be written into {manager.root} (")
@@ -293,7 +294,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_last_checkpoint_and_no_half_
 
 def test_a_file_where_the_folder_should_be_is_one_sentence(tmp_path):
     (tmp_path / "checkpoints").write_text("")
-    with pytest.raises(CheckpointError, match=r"cannot be written into .*checkpoints \(.*there is no earlier one"):
+    with pytest.raises(TrainingStopped, match=r"cannot be written into .*checkpoints \(.*there is no earlier one"):
         Run().save(CheckpointManager(tmp_path / "checkpoints"), 1)
 
 
